@@ -1,0 +1,174 @@
+"""From the paths a user names to the tables a trainer reads: load, tokenise, blend, split by prompt, count.
+
+No prompt stands on both sides of a split, whatever the blend; `Summary` says what was read, cut or left out.
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+
+import datasets
+import torch
+
+from general_preference.datasets.sources import Source, load_source
+from general_preference.datasets.tokenization import COUNTS, ComparisonTokenizer, tokenize
+from general_preference.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Summary:
+    """What one prepared set holds: comparisons, preferences, unique tokens, and everything unusual about it.
+
+    left_out: records that did not fit. empty / identical: comparisons with an empty response, with two equal ones.
+    prompt_cut / response_cut: comparisons cut to the length limit; identical_after_cut: told apart only beyond it.
+    seen_prompts: comparisons of an evaluation set whose prompt is also trained on.
+    """
+
+    name: str
+    comparisons: int
+    preferences: int
+    tokens: int
+    longest: int
+    left_out: int = 0
+    empty: int = 0
+    identical: int = 0
+    prompt_cut: int = 0
+    response_cut: int = 0
+    identical_after_cut: int = 0
+    seen_prompts: int = 0
+
+    def to_json(self) -> str:
+        """One JSON object with every count."""
+        return json.dumps(asdict(self))
+
+    def __str__(self) -> str:
+        notes = [
+            f"{value} {name.replace('_', ' ')}" for name, value in asdict(self).items() if name in _NOTES and value
+        ]
+        text = f"{self.name}: {self.comparisons} comparisons, {self.preferences} preferences, {self.tokens} tokens"
+        return f"{text} (longest {self.longest})" + (f"; {', '.join(notes)}" if notes else "")
+
+
+_NOTES = ("left_out", *COUNTS, "seen_prompts")
+
+
+def load_tokenized(
+    sources: list[Source],
+    encoder: ComparisonTokenizer,
+    *,
+    custom: bool = False,
+    skip_bad: bool = False,
+    workers: int = 1,
+) -> tuple[list[datasets.Dataset], dict[str, int]]:
+    """Read and tokenise each source; cached on disk. Returns the tables and the records left out of each."""
+    tables, left_out = [], {}
+    for source in sources:
+        table, left_out[source.name] = load_source(source, custom, skip_bad)
+        tables.append(tokenize(table, encoder, workers, source.name))
+    return tables, left_out
+
+
+def blend(tables: list[datasets.Dataset], probabilities: list[float] | None, seed: int) -> datasets.Dataset:
+    """One table from several: end to end, or drawn by probability until every set was seen whole."""
+    if probabilities is None or len(tables) == 1:
+        return datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
+    return datasets.interleave_datasets(tables, probabilities, seed=seed, stopping_strategy="all_exhausted")
+
+
+def parse_probabilities(text: str | None, count: int) -> list[float] | None:
+    """`"0.4,0.6"` -> [0.4, 0.6], normalised to sum 1; None for none. InputError if they do not match `count` sets."""
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in str(text).split(",")]
+    except ValueError:
+        raise InputError(f"--dataset_probs {text} is not a list of numbers such as 0.4,0.6") from None
+    if len(values) != count:
+        raise InputError(
+            f"--dataset_probs has {len(values)} numbers, but --dataset has {count} sets: give one for each"
+        )
+    if any(not value > 0 for value in values) or sum(values) == float("inf"):
+        raise InputError(f"--dataset_probs {text}: every probability must be positive")
+    return [value / sum(values) for value in values]
+
+
+def split_by_prompt(
+    table: datasets.Dataset, train_ratio: float, *, seed: int, max_samples: int | None = None, group_size: int = 1
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Shuffle by prompt and split, so that no prompt stands on both sides.
+
+    Args:
+        train_ratio: share in (0, 1] of the comparisons to train on. max_samples: use at most so many in all.
+        group_size: neighbours that stay together (and so tie their prompts to one side).
+
+    Returns:
+        (train, held out). Ratio and limit are met as closely as whole prompts allow, never exceeded by the limit.
+    """
+    units = _units(table["prompt_key"], group_size)
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).tolist()
+    limit = len(table) if max_samples is None else min(max_samples, len(table))
+    chosen, total = [], 0
+    for index in order:
+        if total + len(units[index]) <= limit:
+            chosen.append(units[index])
+            total += len(units[index])
+    train, held_out = [], []
+    for unit in chosen:
+        side = train if len(train) + len(unit) / 2 <= train_ratio * total or train_ratio == 1 else held_out
+        side.extend(unit)
+    if not train:
+        raise InputError(
+            f"no comparison is left to train on (--max_samples {max_samples}, --train_split_ratio {train_ratio})"
+        )
+    return table.select(train), table.select(held_out)
+
+
+def _units(prompt_keys: list[str], group_size: int) -> list[list[int]]:
+    """Row indices that must stay together: blocks of neighbours, joined where they share a prompt."""
+    parent: dict[object, object] = {}
+
+    def root(node):
+        while parent.setdefault(node, node) != node:
+            parent[node] = node = parent[parent[node]]
+        return node
+
+    for index, key in enumerate(prompt_keys):
+        parent[root(index // group_size)] = root(key)
+    units: dict[object, list[int]] = {}
+    for index, key in enumerate(prompt_keys):
+        units.setdefault(root(key), []).append(index)
+    return list(units.values())
+
+
+def summarize(
+    name: str, table: datasets.Dataset, left_out: int = 0, trained_prompts: set[str] | None = None
+) -> Summary:
+    """Count what a prepared table holds; `trained_prompts` are the prompt keys of the training table."""
+    columns = table.with_format("numpy")
+    lengths = columns["length"][:]
+    return Summary(
+        name,
+        comparisons=len(table),
+        preferences=sum(map(len, table["first"])),
+        tokens=int(lengths.sum()),
+        longest=int(lengths.max()),
+        left_out=left_out,
+        **{count: int(columns[count][:].sum()) for count in COUNTS},
+        seen_prompts=0 if trained_prompts is None else sum(key in trained_prompts for key in table["prompt_key"]),
+    )
+
+
+class Comparisons(torch.utils.data.Dataset):
+    """A tokenised table indexed by the samplers' (index, weight) items."""
+
+    def __init__(self, table: datasets.Dataset):
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, item: tuple[int, float]) -> dict:
+        index, weight = item
+        return self.table[index] | {"weight": weight}

@@ -1,0 +1,173 @@
+"""Every accepted record shape becomes one `Comparison`: prompt messages, responses, who is preferred, margin.
+
+    {"chosen": [messages], "rejected": [messages], "margin"?}              shared leading messages are the prompt
+    {"prompt": str | [messages], "chosen": ..., "rejected": ..., "margin"?}                   explicit prompt
+    {"instruction": str, "chosen": str | {"response": str}, "reject": ..., "margin"?}         custom (cyclic) format
+    {..., "chosen_probability": 0.8}                                       soft label for any of the above
+    {"prompt": ..., "responses": [...], "preferences": [[winner, loser], [i, j, probability], ...]}    a group
+
+A message is {"role": str, "content": str}. Optional in every shape: "id". Anything else is refused with what was found
+and what was expected.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from general_preference.errors import InputError
+
+Message = dict[str, str]
+
+
+@dataclass
+class Comparison:
+    """A prompt, its responses and who is preferred.
+
+    prompt:      the messages every response answers, at least one
+    responses:   K >= 2 continuations, each a list of at least one message
+    preferences: (first, second, probability): indices into `responses`; `first` is the preferred side, with
+                 probability in [0.5, 1] (0.5 is a tie)
+    margin:      how much the preferred side should win by, in units of the score
+    """
+
+    prompt: list[Message]
+    responses: list[list[Message]]
+    preferences: list[tuple[int, int, float]]
+    margin: float = 0.0
+    id: str = field(default="")
+
+
+def parse_record(record: object, custom: bool = False) -> Comparison:
+    """One decoded JSON object (or table row) -> Comparison.
+
+    Args:
+        custom: require the custom format (`--is_custom_dataset`).
+
+    Raises:
+        InputError: what was found and what was expected; the caller adds file and line.
+    """
+    if not isinstance(record, dict):
+        raise InputError(f"found {_describe(record)}, expected a JSON object")
+    record = {key: value for key, value in record.items() if value is not None}
+    if custom and "instruction" not in record:
+        raise InputError(f"--is_custom_dataset expects the key 'instruction', found {_keys(record)}")
+    if "responses" in record:
+        prompt, responses, preferences = _parse_group(record)
+    else:
+        prompt, responses = _parse_pair(record)
+        preferences = [(0, 1, _probability(record.get("chosen_probability", 1.0), "chosen_probability"))]
+    preferences = [(i, j, p) if p >= 0.5 else (j, i, 1 - p) for i, j, p in preferences]
+    margin = record.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise InputError(f"'margin' is {_describe(margin)}, expected a finite number")
+    return Comparison(prompt, responses, preferences, float(margin), str(record.get("id", "")))
+
+
+def _parse_pair(record: dict) -> tuple[list[Message], list[list[Message]]]:
+    other = "reject" if "instruction" in record and "rejected" not in record else "rejected"
+    for key in ("chosen", other):
+        if key not in record:
+            raise InputError(
+                f"no key '{key}', found {_keys(record)}; expected chosen and {other}, or responses and preferences"
+            )
+    chosen, rejected = record["chosen"], record[other]
+    if "instruction" in record:
+        prompt = _prompt(record["instruction"], "instruction")
+        return prompt, [_response(_unwrap(chosen), "chosen", prompt), _response(_unwrap(rejected), other, prompt)]
+    if "prompt" in record:
+        prompt = _prompt(record["prompt"], "prompt")
+        return prompt, [_response(chosen, "chosen", prompt), _response(rejected, other, prompt)]
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise InputError(
+            "'chosen' and 'rejected' are text without a 'prompt': expected the key 'prompt', or lists of messages"
+        )
+    chosen, rejected = _messages(chosen, "chosen"), _messages(rejected, "rejected")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == 0:
+        raise InputError(
+            "'chosen' and 'rejected' share no leading message: expected a common prompt before the responses"
+        )
+    return chosen[:shared], [chosen[shared:], rejected[shared:]]
+
+
+def _parse_group(record: dict):
+    for key in ("prompt", "preferences"):
+        if key not in record:
+            raise InputError(f"a group needs the key '{key}', found {_keys(record)}")
+    prompt = _prompt(record["prompt"], "prompt")
+    if not isinstance(record["responses"], list) or len(record["responses"]) < 2:
+        raise InputError(f"'responses' is {_describe(record['responses'])}, expected a list of at least two")
+    responses = [_response(value, f"responses[{i}]", prompt) for i, value in enumerate(record["responses"])]
+    if not isinstance(record["preferences"], list) or not record["preferences"]:
+        raise InputError(f"'preferences' is {_describe(record['preferences'])}, expected [[winner, loser], ...]")
+    return prompt, responses, [_preference(value, len(responses)) for value in record["preferences"]]
+
+
+def _preference(value: object, count: int) -> tuple[int, int, float]:
+    expected = f"expected [winner, loser] or [i, j, probability] with different indices below {count}"
+    if not isinstance(value, list | tuple) or len(value) not in (2, 3):
+        raise InputError(f"a preference is {_describe(value)}, {expected}")
+    first, second = value[0], value[1]
+    for index in (first, second):
+        if (
+            isinstance(index, bool)
+            or not isinstance(index, int | float)
+            or index != int(index)
+            or not 0 <= index < count
+        ):
+            raise InputError(f"a preference names response {index!r}, {expected}")
+    if first == second:
+        raise InputError(f"a preference compares response {first} with itself, {expected}")
+    probability = value[2] if len(value) == 3 and value[2] is not None else 1.0
+    return int(first), int(second), _probability(probability, "a preference's probability")
+
+
+def _probability(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"{name} is {_describe(value)}, expected a number from 0 to 1")
+    return float(value)
+
+
+def _prompt(value: object, name: str) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    return _messages(value, name)
+
+
+def _response(value: object, name: str, prompt: list[Message]) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    if not isinstance(value, list):
+        raise InputError(f"'{name}' is {_describe(value)}, expected text or a list of messages")
+    messages = _messages(value, name)
+    repeats_prompt = len(messages) > len(prompt) and messages[: len(prompt)] == prompt
+    return messages[len(prompt) :] if repeats_prompt else messages
+
+
+def _unwrap(value: object) -> object:
+    return value["response"] if isinstance(value, dict) and "response" in value else value
+
+
+def _messages(value: object, name: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise InputError(f"'{name}' is {_describe(value)}, expected a list of messages {{'role', 'content'}}")
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise InputError(
+                f"'{name}' holds {_describe(message)}, expected a message {{'role': text, 'content': text}}"
+            )
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _keys(record: dict) -> str:
+    return f"keys {sorted(record)}" if record else "no keys"
+
+
+def _describe(value: object) -> str:
+    """A short name for any value in an error message."""
+    text = repr(value)
+    kind = {list: "a list", dict: "an object", str: "text", type(None): "nothing"}.get(
+        type(value), type(value).__name__
+    )
+    return f"{kind} {text if len(text) <= 60 else text[:57] + '...'}"

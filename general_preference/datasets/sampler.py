@@ -1,0 +1,80 @@
+"""Which comparison is seen when, and by which process: shuffled, balanced by length, resumable at any step.
+
+A global batch is fixed by (seed, epoch, step) alone, so neither the number of processes nor the micro-batch size
+changes what a step learns from. Inside a step comparisons are ordered by length, so that the rows of a micro-batch,
+and the micro-batches that run side by side on different processes, carry about the same number of tokens.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+Item = tuple[int, float]  # index of a comparison, its weight in the step's loss
+
+
+class StepSampler:
+    """Yields the micro-batches of one process, in order, for the rest of a run.
+
+    A comparison's weight is (world_size * accumulation) / (comparisons in the step): a trainer that averages its
+    micro-batches over accumulation and processes then minimises the mean over the global batch, also in the smaller
+    last step of an epoch, whose empty places hold weight-0 repeats.
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        micro_batch_size: int,
+        accumulation: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        group_size: int = 1,
+    ):
+        """lengths: tokens of each comparison. group_size: neighbours that are shuffled as one and share a step."""
+        self.lengths = lengths
+        self.micro, self.accumulation = micro_batch_size, accumulation
+        self.world_size, self.rank = world_size, rank
+        self.seed, self.group_size = seed, group_size
+        self.global_batch_size = micro_batch_size * accumulation * world_size
+        self.steps_per_epoch = math.ceil(len(lengths) / self.global_batch_size)
+
+    def micro_batches(self, epochs: int, start_step: int = 0) -> Iterator[list[Item]]:
+        """Micro-batches from the global step `start_step` to the end of `epochs` epochs, `accumulation` per step."""
+        for epoch in range(start_step // self.steps_per_epoch, epochs):
+            order = self.order(epoch)
+            first = max(0, start_step - epoch * self.steps_per_epoch)
+            for step in range(first, self.steps_per_epoch):
+                yield from self._mine(order[step * self.global_batch_size : (step + 1) * self.global_batch_size])
+
+    def order(self, epoch: int) -> list[int]:
+        """The permutation of an epoch: blocks of `group_size` neighbours in random order."""
+        blocks = torch.arange(len(self.lengths)).split(self.group_size)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return torch.cat([blocks[i] for i in torch.randperm(len(blocks), generator=generator)]).tolist()
+
+    def _mine(self, step: list[int]) -> list[list[Item]]:
+        weight = self.world_size * self.accumulation / len(step)
+        by_length = sorted(step, key=lambda index: (-self.lengths[index], index))
+        items = [(index, weight) for index in by_length]
+        # The shortest comparison fills the empty places of a last step: it counts nothing and costs least.
+        items += [(by_length[-1], 0.0)] * (self.global_batch_size - len(step))
+        stride = self.world_size * self.micro
+        starts = range(self.rank * self.micro, self.global_batch_size, stride)
+        return [items[start : start + self.micro] for start in starts]
+
+
+def evaluation_batches(
+    lengths: list[int], *, micro_batch_size: int, world_size: int = 1, rank: int = 0
+) -> list[list[Item]]:
+    """The micro-batches of one process that together cover every comparison exactly once.
+
+    Every process gets the same number of micro-batches (a collective engine needs that); repeats have weight 0.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    items = [(index, 1.0) for index in order]
+    stride = world_size * micro_batch_size
+    items += [(order[-1], 0.0)] * (-len(items) % stride)
+    starts = range(rank * micro_batch_size, len(items), stride)
+    return [items[start : start + micro_batch_size] for start in starts]

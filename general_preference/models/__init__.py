@@ -1,0 +1,1 @@
+"""What is learnt: score, losses, and the model behind them. Imports torch and transformers only."""

@@ -1,0 +1,318 @@
+"""Preference models on disk: making one from a language model, loading a trained one, saving.
+
+A folder keeps the published tensor names (`model.*`, `lm_head.weight`, `value_head.weight`, `prompt_head.weight`) and a
+`preference` object in config.json. A LoRA run's folder holds the adapter, the heads and the same config.json. Only
+safetensors are read: no pickle is ever loaded from a model folder.
+"""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import cached_file, is_flash_attn_2_available
+
+from general_preference.errors import InputError
+from general_preference.models.attention import VERIFIED
+from general_preference.models.preference_config import PreferenceConfig
+from general_preference.models.reward_model import RewardModel
+
+logger = logging.getLogger(__name__)
+
+HEADS_FILE = "preference_heads.safetensors"
+HEAD_NAMES = ("value_head.weight", "prompt_head.weight")
+
+
+def get_reward_model(
+    model_name_or_path: str,
+    *,
+    bf16: bool = True,
+    load_in_4bit: bool = False,
+    lora_rank: int = 0,
+    lora_alpha: int = 16,
+    target_modules: str | list[str] | None = None,
+    lora_dropout: float = 0.0,
+    use_flash_attention_2: bool = False,
+    ds_config: dict | None = None,
+    init_value_head: bool = False,
+    init_prompt_head: bool = False,
+    add_prompt_head: bool = False,
+    is_general_preference: bool = False,
+    value_head_dim: int | None = None,
+    preference: PreferenceConfig | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 42,
+) -> RewardModel:
+    """A preference model to train, on top of a language model or of an earlier preference model.
+
+    Takes the keyword arguments of the paper's function. From a plain language model the heads are new (N(0, 1/hidden),
+    by `seed`). From a preference model they are kept, unless `init_value_head` / `init_prompt_head` ask for new ones.
+
+    Args:
+        bf16: load the backbone in bfloat16, else in fp32. Heads compute in fp32 either way.
+        is_general_preference, value_head_dim, add_prompt_head: the head when `preference` is not given: D = 2 by
+            default, 1 for Bradley-Terry.
+        preference: the whole head description; wins over the three above.
+        ds_config: a DeepSpeed configuration. With ZeRO stage 3 the backbone is loaded partitioned.
+        attn_implementation: "sdpa", "eager", "flash_attention_2" or None for the best the architecture has.
+
+    Raises:
+        InputError: no such model, a folder that is none, or a request that contradicts a checkpoint's own head.
+    """
+    if preference is None:
+        preference = _preference_from_flags(is_general_preference, value_head_dim, add_prompt_head)
+    saved = saved_preference(model_name_or_path, trust_remote_code)
+    if saved is not None:
+        saved.check(
+            str(model_name_or_path), head=preference.head, dim=preference.dim, prompt_gate=preference.prompt_gate
+        )
+    if use_flash_attention_2:
+        attn_implementation = "flash_attention_2"
+    partitioned = _partitioned_loading(ds_config)
+    backbone = _load_backbone(
+        model_name_or_path,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        load_in_4bit=load_in_4bit,
+    )
+    if lora_rank > 0:
+        backbone = _add_lora(
+            backbone, lora_rank, lora_alpha, target_modules or "all-linear", lora_dropout, load_in_4bit
+        )
+    model = RewardModel(backbone, preference)
+    model.initialize_heads(seed)
+    if saved is not None:
+        keep = [name for name, new in zip(HEAD_NAMES, (init_value_head, init_prompt_head), strict=True) if not new]
+        _copy_heads(model, _read_tensors(model_name_or_path, keep))
+    _check_sharing(model, partitioned)
+    return model
+
+
+def load_reward_model(
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> RewardModel:
+    """Load a trained preference model (full, sharded or LoRA adapter) from a folder or hub name.
+
+    Returns:
+        the model in eval mode, its head as the checkpoint describes it.
+
+    Raises:
+        InputError: no such model, a plain language model without heads, or weights that cannot be read.
+    """
+    preference = saved_preference(path, trust_remote_code)
+    if preference is None:
+        raise InputError(
+            f"{path} has no value_head: it is a plain language model. Train it first, or pass a trained folder"
+        )
+    backbone = _load_backbone(path, dtype, attn_implementation, trust_remote_code)
+    model = RewardModel(backbone, preference)
+    _copy_heads(model, _read_tensors(path, HEAD_NAMES))
+    _check_sharing(model)
+    return model.eval()
+
+
+def save_reward_model(model: RewardModel, path: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Write `model` to the folder `path`: config.json with the `preference` object, safetensors, the LoRA adapter.
+
+    Args:
+        state_dict: the model's full tensors when they are not in the module itself (ZeRO-3); default its own.
+    """
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    prefix = "backbone."
+    backbone = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    heads = {name: state_dict[name].contiguous() for name in HEAD_NAMES if name in state_dict}
+    preference = model.preference
+    if model.temperature is not None:
+        learnt = state_dict["temperature.log_value"].float().exp().item()
+        preference = dataclasses.replace(preference, temperature=learnt)
+
+    language_model = model.language_model
+    language_model.config.preference = preference.to_dict()
+    # The base model's generation settings mean nothing here, and inconsistent ones would refuse to be saved.
+    language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
+    if language_model is model.backbone:
+        model.backbone.save_pretrained(path, state_dict={**backbone, **heads})
+    else:
+        model.backbone.save_pretrained(path, state_dict=backbone)
+        language_model.config.save_pretrained(path)
+        save_file(heads, str(Path(path) / HEADS_FILE), metadata={"format": "pt"})
+
+
+def saved_preference(path: str, trust_remote_code: bool = False) -> PreferenceConfig | None:
+    """What the checkpoint at `path` says about its head; None for a plain language model."""
+    config = load_config(path, trust_remote_code)
+    if getattr(config, "preference", None):
+        return PreferenceConfig.from_dict(config.preference)
+    shapes = {name: tuple(tensor.shape) for name, tensor in _read_tensors(path, HEAD_NAMES).items()}
+    if "value_head.weight" not in shapes:
+        return None
+    return PreferenceConfig.from_shapes(shapes["value_head.weight"], shapes.get("prompt_head.weight"))
+
+
+def load_config(path: str, trust_remote_code: bool = False):
+    """The transformers configuration of a folder or hub name; InputError with the reason if there is none."""
+    folder = Path(path)
+    if folder.is_file():
+        raise InputError(f"{path} is a file: a model is a folder (config.json, *.safetensors) or a hub name")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"{path} is not a model folder: it has no config.json")
+    if not folder.exists() and (folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1):
+        raise InputError(f"model folder {path} does not exist: check the path")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot read the model configuration of {path}: {_first_line(error)}") from error
+
+
+def _preference_from_flags(is_general_preference: bool, dim: int | None, gate: bool) -> PreferenceConfig:
+    if not is_general_preference:
+        return PreferenceConfig("bt", 1 if dim is None else dim, gate)
+    return PreferenceConfig("gpm", 2 if dim is None else dim, gate, normalize=True, temperature=0.1)
+
+
+def _load_backbone(
+    path: str,
+    dtype: torch.dtype,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
+):
+    """The causal LM at `path`, with its LoRA adapter if the folder holds one."""
+    if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise InputError("flash attention was asked for, but flash-attn is not installed or finds no GPU: use sdpa")
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.is_file():
+        from peft import PeftModel  # only LoRA folders need peft
+
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        model = _load_backbone(base, dtype, attn_implementation, trust_remote_code, load_in_4bit)
+        return PeftModel.from_pretrained(model, path, is_trainable=True)
+    options = {"quantization_config": _four_bit()} if load_in_4bit else {}
+    config = load_config(path, trust_remote_code)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # heads are "unexpected" to a causal LM; missing weights are checked
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"cannot load the model {path}: {_first_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    missing = [name for name in info["missing_keys"] if "lm_head" not in name and "embed_out" not in name]
+    if missing:
+        raise InputError(f"{path} lacks {len(missing)} weights of its architecture, the first {sorted(missing)[0]}")
+    if model.get_output_embeddings() is None:
+        raise InputError(f"{path} is a {config.model_type} model without a language-model head: use a decoder-only LM")
+    return model
+
+
+def _four_bit():
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _add_lora(backbone, rank: int, alpha: int, target_modules, dropout: float, quantised: bool):
+    try:
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    except ImportError as error:
+        raise InputError("lora_rank > 0 needs the package peft: pip install peft") from error
+    if quantised:
+        backbone = prepare_model_for_kbit_training(backbone)
+    backbone.enable_input_require_grads()
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules, lora_dropout=dropout, bias="none")
+    try:
+        return get_peft_model(backbone, lora)
+    except ValueError as error:
+        raise InputError(f"LoRA does not fit this model: {_first_line(error)}") from error
+
+
+def _partitioned_loading(ds_config: dict | None):
+    """Make transformers load into ZeRO-3 partitions; the returned object must live until loading is done."""
+    if ds_config is None or ds_config.get("zero_optimization", {}).get("stage") != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(ds_config)
+
+
+def _check_sharing(model: RewardModel, partitioned=None) -> None:
+    """For an architecture nobody compared yet, compare once; where that is impossible, do not share prompts."""
+    if not model.shares_prompts:
+        logger.info(
+            "%s: responses are run as separate sequences (no exact shared-prompt mask)", model.config.model_type
+        )
+    elif model.config.model_type not in VERIFIED:
+        if partitioned is not None:
+            model.shares_prompts = False
+            return
+        difference = model.verify_shared_prompts()
+        verdict = "shared prompts are exact" if model.shares_prompts else "responses are run as separate sequences"
+        logger.info("%s: difference of shared prompts %.1e, so %s", model.config.model_type, difference, verdict)
+
+
+def _read_tensors(path: str, names) -> dict[str, torch.Tensor]:
+    """The named tensors of a checkpoint that are there, read without touching the others."""
+    heads = Path(path) / HEADS_FILE
+    if heads.is_file():
+        return {name: tensor for name, tensor in load_file(str(heads)).items() if name in names}
+    index = _resolve(path, "model.safetensors.index.json")
+    if index is not None:
+        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        files = {name: _resolve(path, weight_map[name]) for name in names if name in weight_map}
+    else:
+        single = _resolve(path, "model.safetensors")
+        files = {} if single is None else dict.fromkeys(names, single)
+    found = {}
+    for name, file in files.items():
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                if name in tensors.keys():  # noqa: SIM118 (a file handle, not a dict)
+                    found[name] = tensors.get_tensor(name)
+        except (SafetensorError, OSError, TypeError) as error:
+            raise InputError(f"cannot read {file or weight_map[name]} of {path}: {_first_line(error)}") from error
+    return found
+
+
+def _resolve(path: str, file: str) -> str | None:
+    """Local path of one file of a model folder or hub repository, None if it has no such file."""
+    if Path(path).is_dir():
+        return str(Path(path) / file) if (Path(path) / file).is_file() else None
+    return cached_file(path, file, _raise_exceptions_for_missing_entries=False)
+
+
+def _copy_heads(model: RewardModel, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        weight = getattr(model, name.split(".")[0]).weight
+        if weight.shape != tensor.shape:
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}, but the head needs {tuple(weight.shape)}")
+        weight.data.copy_(tensor)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,207 @@
+"""The model that is learnt: a causal language model, an embedding head on responses, and a gate on prompts.
+
+One forward pass takes a batch of rows (datasets/packing.py lays them out) and returns the embeddings of all responses
+and the gates of all prompts, whatever the head. Loading and saving live in `pretrained.py` beside this file.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from general_preference.models.attention import attention_mask, shares_prompts
+from general_preference.models.losses import token_log_probs
+from general_preference.models.preference_config import PreferenceConfig
+from general_preference.models.score import normalize_embedding
+
+LOG_PROB_CHUNK = 1024  # tokens whose (chunk, vocabulary) logits exist at a time
+
+
+class Fp32Linear(nn.Linear):
+    """A bias-free linear layer that computes in fp32 (or better) whatever dtype its weight is stored in."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) of any float dtype -> (..., out_features) in fp32 or better."""
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        return F.linear(input.to(dtype), self.weight.to(dtype))
+
+
+class Temperature(nn.Module):
+    """A learnable tau > 0, kept as its logarithm so that it stays positive."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.log_value = nn.Parameter(torch.tensor([math.log(value)], dtype=torch.float32))
+
+    def forward(self) -> torch.Tensor:
+        """(1,) the temperature."""
+        return self.log_value.float().exp()
+
+
+class RewardModel(nn.Module):
+    """Causal LM backbone + embedding head + prompt gate.
+
+    `backbone` is the whole causal LM, so its `lm_head` serves the language-model regularisers. `preference` is the
+    `PreferenceConfig` that is saved with the weights. Heads and gate run in fp32 whatever the backbone's dtype.
+    """
+
+    def __init__(self, backbone: nn.Module, preference: PreferenceConfig):
+        super().__init__()
+        self.backbone = backbone
+        self.preference = preference
+        hidden = self.config.hidden_size
+        self.value_head = Fp32Linear(hidden, preference.dim)
+        self.prompt_head = Fp32Linear(hidden, preference.planes) if preference.prompt_gate else None
+        self.temperature = Temperature(preference.temperature) if preference.learnable_temperature else None
+        self.shares_prompts = shares_prompts(self.config)
+
+    @classmethod
+    def from_pretrained(cls, path: str, **kwargs) -> "RewardModel":
+        """Load a trained preference model from a folder or hub name; see `pretrained.load_reward_model`."""
+        from general_preference.models.pretrained import load_reward_model
+
+        return load_reward_model(path, **kwargs)
+
+    def save_pretrained(self, path: str, state_dict: dict | None = None) -> None:
+        """Write a folder that loads with its path alone; see `pretrained.save_reward_model`."""
+        from general_preference.models.pretrained import save_reward_model
+
+        save_reward_model(self, path, state_dict)
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The causal LM itself, below an adapter if there is one."""
+        return self.backbone.get_base_model() if hasattr(self.backbone, "peft_config") else self.backbone
+
+    @property
+    def config(self):
+        """The text configuration of the backbone (hidden size, layers, attention implementation)."""
+        return self.backbone.config.get_text_config()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the backbone."""
+        return self.language_model.get_input_embeddings().weight.dtype
+
+    def initialize_heads(self, seed: int) -> None:
+        """Fill the heads with N(0, 1 / hidden), the same values for the same seed on every process and ZeRO stage."""
+        generator = torch.Generator().manual_seed(seed)
+        for head in (self.value_head, self.prompt_head):
+            if head is not None:
+                std = 1 / math.sqrt(self.config.hidden_size)
+                values = torch.empty(head.weight.shape).normal_(0.0, std, generator=generator)
+                head.weight.data.copy_(values)
+
+    def freeze_unused(self, language_model_head: bool) -> None:
+        """Stop gradients of the LM head when no regulariser will use it (a tied one is the embedding and stays)."""
+        head = self.language_model.get_output_embeddings()
+        tied = head is None or head.weight is self.language_model.get_input_embeddings().weight
+        if not language_model_head and not tied:
+            head.requires_grad_(False)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: torch.Tensor,
+        shared: bool,
+        response_ends: torch.Tensor,
+        prompt_ends: torch.Tensor,
+        targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Embed every response and gate every prompt of a batch in one pass.
+
+        Args:
+            input_ids, position_ids, segments: (R, L) rows as `packing.Batch` describes them.
+            shared: whether rows hold several responses behind one prompt.
+            response_ends: (N,) where each response's last token stands in the flattened rows.
+            prompt_ends: (G,) where each prompt's last token stands.
+            targets: (sources, tokens, owners), each (T,): the hidden state at flat position `sources[t]` predicts
+                token `tokens[t]`, whose log-prob is added to owner `owners[t]` in [0, N + G). None: no regulariser.
+
+        Returns:
+            embeddings: (N, D). temperature: (1,), learnt or fixed. gates: (G, P), only if the model has a gate.
+            log_probs, counts: (N + G,) summed log-prob in nats and tokens per owner, only with `targets`.
+        """
+        mask = attention_mask(self.config, segments, position_ids, self.dtype, shared)
+        # Plain right-padded rows count their own positions; some architectures (ALiBi) take no position_ids at all.
+        positions = {"position_ids": position_ids} if shared else {}
+        backbone = self.language_model.base_model
+        hidden = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+
+        embeddings = self.value_head(hidden[response_ends])
+        if self.preference.normalize:
+            embeddings = normalize_embedding(embeddings)
+        output = {"embeddings": embeddings}
+        if self.temperature is None:
+            output["temperature"] = torch.full((1,), self.preference.temperature, device=hidden.device)
+        else:
+            output["temperature"] = self.temperature()
+        if self.prompt_head is not None:
+            output["gates"] = self.gate(hidden[prompt_ends])
+        if targets is not None:
+            owners = len(response_ends) + len(prompt_ends)
+            output["log_probs"], output["counts"] = self._log_probs(hidden, targets, owners)
+        return output
+
+    def gate(self, prompt_hidden_state: torch.Tensor) -> torch.Tensor:
+        """Weights of the planes (..., P), >= 0, from the hidden state (..., hidden) of the prompt's last token."""
+        logits = self.prompt_head(prompt_hidden_state)
+        if self.preference.gate == "scaled_softmax":
+            return logits.shape[-1] * torch.softmax(logits / math.sqrt(prompt_hidden_state.shape[-1]), dim=-1)
+        return torch.softmax(logits, dim=-1)
+
+    def _log_probs(self, hidden: torch.Tensor, targets, owners: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum token log-probs per owner, chunk by chunk; the logits of a chunk are recomputed in backward."""
+        sources, tokens, owner = targets
+        sums = torch.zeros(owners, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        for chunk in torch.arange(len(sources), device=hidden.device).split(LOG_PROB_CHUNK):
+            log_probs = checkpoint(self._chunk_log_probs, hidden[sources[chunk]], tokens[chunk], use_reentrant=False)
+            sums = sums.index_add(0, owner[chunk], log_probs.to(sums.dtype))
+        counts = torch.zeros_like(sums).index_add(0, owner, torch.ones_like(owner, dtype=sums.dtype))
+        return sums, counts
+
+    def _chunk_log_probs(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logits = self.language_model.get_output_embeddings()(hidden)
+        # What some families (Cohere, Granite, Gemma 2) do between their output layer and their logits.
+        scale = getattr(self.config, "logit_scale", None) or 1
+        logits = logits * (scale / (getattr(self.config, "logits_scaling", None) or 1))
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        return token_log_probs(logits, tokens)
+
+    @torch.no_grad()
+    def verify_shared_prompts(self) -> float:
+        """Compare one shared-prompt row with separate rows; turn sharing off if they disagree.
+
+        For architectures outside `attention.VERIFIED`, whose layers might look past the mask.
+
+        Returns:
+            the largest difference relative to the largest hidden state, 0 for equality. Sharing is kept below 1e-2
+            in half precision and 1e-4 in fp32.
+        """
+        device = self.value_head.weight.device
+        vocabulary = self.config.vocab_size
+        prompt, first, second = (torch.arange(n, device=device) * 37 % vocabulary for n in (7, 5, 9))
+        joined = torch.cat([prompt, first, second])[None]
+        positions = torch.cat([torch.arange(7), torch.arange(7, 12), torch.arange(7, 16)])[None].to(device)
+        segments = torch.tensor([[0] * 7 + [1] * 5 + [2] * 9], device=device)
+        alone = torch.cat([prompt, second])[None]
+        training = self.training
+        self.eval()
+        mask = attention_mask(self.config, segments, positions, self.dtype, True)
+        inner = self.language_model.base_model
+        shared = inner(input_ids=joined, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        plain = inner(input_ids=alone, attention_mask=torch.ones_like(alone), use_cache=False).last_hidden_state
+        self.train(training)
+        difference = ((shared[0, 12:] - plain[0, 7:]).abs().max() / plain.abs().max()).item()
+        limit = 1e-4 if self.dtype in (torch.float32, torch.float64) else 1e-2
+        self.shares_prompts = self.shares_prompts and difference <= limit
+        return difference

@@ -1,0 +1,86 @@
+"""The idea of this repository: two embeddings become one antisymmetric preference score.
+
+A Bradley-Terry model gives a response one number, so its preferences are always transitive. The General Preference
+Model (GPM, arXiv 2410.02197) gives a response an embedding of D numbers and compares two of them with a
+skew-symmetric operator R, so that cycles (A > B > C > A) have a place:
+
+    score(first, second) = < R first, second > = sum_p gate_p * (first[2p] * second[2p+1] - first[2p+1] * second[2p])
+    P(first > second)    = sigmoid(score / temperature)
+
+R is block diagonal with blocks [[0, -1], [1, 0]]; each block is a plane. The sign is fixed by one consequence: with
+the embedding (r, 1) the score equals r_first - r_second, so **a positive score means `first` is preferred**.
+
+One function serves every head: D = 1 is Bradley-Terry (score = first - second), even D is GPM, and odd D > 1 is the
+hybrid head (arXiv 2605.17342) whose last coordinate is a scalar reward beside the planes.
+"""
+
+import torch
+
+
+def preference_score(first: torch.Tensor, second: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """Score of `first` against `second`; positive means `first` is preferred. No unit (a logit before temperature).
+
+    Args:
+        first, second: embeddings (..., D), broadcast against each other. Half precision is computed in fp32.
+        gate: weight per plane (..., P) with P = D // 2, from the prompt; None weighs every plane by 1.
+
+    Returns:
+        (...,) scores. `preference_score(a, b) == -preference_score(b, a)` and `preference_score(a, a) == 0` hold
+        exactly, not only up to rounding: both orders add the same products with the opposite sign.
+
+    Raises:
+        ValueError: the embedding sizes differ, or the gate does not have one weight per plane.
+
+    Source: arXiv 2410.02197, preference embeddings; the odd D follows arXiv 2605.17342.
+    """
+    dim = first.shape[-1]
+    planes = dim // 2
+    if second.shape[-1] != dim:
+        raise ValueError(f"embeddings differ in size: first has D = {dim}, second has D = {second.shape[-1]}")
+    if gate is not None and gate.shape[-1] != planes:
+        raise ValueError(f"the gate has {gate.shape[-1]} weights, but D = {dim} has {planes} planes")
+    first, second = _at_least_fp32(first), _at_least_fp32(second)
+
+    even, odd = slice(0, 2 * planes, 2), slice(1, 2 * planes, 2)
+    areas = first[..., even] * second[..., odd] - first[..., odd] * second[..., even]
+    if gate is not None:
+        areas = _at_least_fp32(gate) * areas
+    score = areas.sum(dim=-1)
+    if dim % 2 == 1:
+        score = score + (first[..., -1] - second[..., -1])
+    return score
+
+
+def preference_matrix(embeddings: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """All pairwise scores of K responses to one prompt: entry (i, j) is the score of response i against response j.
+
+    Args:
+        embeddings: (..., K, D). gate: (..., P), shared by the K responses, or None.
+
+    Returns:
+        (..., K, K) scores, exactly antisymmetric, zero on the diagonal. K forward passes are enough for K * K scores.
+    """
+    gate = None if gate is None else gate[..., None, None, :]
+    return preference_score(embeddings[..., :, None, :], embeddings[..., None, :, :], gate)
+
+
+def preference_probability(score: torch.Tensor, temperature: float | torch.Tensor = 1.0) -> torch.Tensor:
+    """P(first > second) = sigmoid(score / temperature), same shape as `score`, in [0, 1]."""
+    return torch.sigmoid(_at_least_fp32(score) / temperature)
+
+
+def normalize_embedding(embedding: torch.Tensor) -> torch.Tensor:
+    """L2-normalise the planes of an embedding (..., D); the scalar coordinate of an odd D stays as it is.
+
+    Scores of normalised embeddings lie in [-max(gate), max(gate)] plus the scalar difference. D = 1 has no planes and
+    is returned unchanged. Source: arXiv 2410.02197 (unit-norm preference embeddings).
+    """
+    planes = 2 * (embedding.shape[-1] // 2)
+    if planes == 0:
+        return embedding
+    unit = torch.nn.functional.normalize(embedding[..., :planes], dim=-1)
+    return torch.cat([unit, embedding[..., planes:]], dim=-1)
+
+
+def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,75 @@
+"""How good a set of scores is: sums over comparisons that add up across micro-batches and processes.
+
+Every number is kept as a sum (float64) so that a mean over any number of processes is exact: add the sums, then call
+`preference_statistics`. Nothing here averages averages.
+"""
+
+import torch
+
+CALIBRATION_BINS = 15
+_FIELDS = ("n", "loss", "correct", "ties", "probability", "margin")
+
+
+def preference_sums(
+    score: torch.Tensor, label: torch.Tensor, loss: torch.Tensor, temperature: float | torch.Tensor
+) -> torch.Tensor:
+    """Sums that describe M scored preferences.
+
+    Args:
+        score, label, loss: (M,) score of first against second, probability in [0, 1] that first is preferred, loss.
+        temperature: tau of P = sigmoid(score / tau).
+
+    Returns:
+        (6 + 3 * CALIBRATION_BINS,) float64: count, loss, correct, ties, probability, margin; then per confidence bin
+        the count, the summed confidence and the summed outcome. Zeros for M = 0.
+    """
+    score, label, loss = (tensor.detach().double() for tensor in (score, label, loss))
+    tau = temperature.detach().double() if isinstance(temperature, torch.Tensor) else temperature
+    tie = (score == 0).double()
+    wins = torch.where(score > 0, label, 1 - label)
+    outcome = torch.where(score == 0, torch.full_like(label, 0.5), wins)
+    correct = torch.where((score == 0) | (label == 0.5), torch.full_like(label, 0.5), (wins > 0.5).double())
+    toward_preferred = torch.where(label >= 0.5, score, -score)
+    probability = torch.sigmoid(toward_preferred / tau)
+    head = torch.stack([torch.ones_like(score), loss, correct, tie, probability, toward_preferred]).sum(dim=1)
+
+    confidence = torch.sigmoid(score.abs() / tau)
+    bins = ((confidence - 0.5) * 2 * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)
+    per_bin = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64, device=score.device)
+    per_bin.index_add_(1, bins, torch.stack([torch.ones_like(confidence), confidence, outcome]))
+    return torch.cat([head, per_bin.flatten()])
+
+
+def preference_statistics(sums: torch.Tensor) -> dict[str, float]:
+    """Turn added-up `preference_sums` into the numbers people read.
+
+    Returns:
+        accuracy:           share of preferences on the right side; a tie (score exactly 0) counts one half
+        loss:               mean preference loss, in the loss's own unit (nats for logistic)
+        n:                  preferences counted (a group of responses has several)
+        ties:               number of scores that are exactly 0
+        probability:        mean probability given to the preferred side
+        margin:             mean score of the preferred side over the other
+        calibration_error:  expected calibration error over 15 equal bins of confidence in [0.5, 1]
+                            (arXiv 1706.04599), soft labels counting as the outcome they state
+    An empty set has n = 0 and no other numbers.
+    """
+    values = dict(zip(_FIELDS, sums[: len(_FIELDS)].tolist(), strict=True))
+    n = int(values["n"])
+    if n == 0:
+        return {"n": 0}
+    _counts, confidence, outcome = sums[len(_FIELDS) :].view(3, CALIBRATION_BINS)
+    return {
+        "accuracy": values["correct"] / n,
+        "loss": values["loss"] / n,
+        "n": n,
+        "ties": int(values["ties"]),
+        "probability": values["probability"] / n,
+        "margin": values["margin"] / n,
+        "calibration_error": float((confidence - outcome).abs().sum() / n),
+    }
+
+
+def empty_sums(device: torch.device | str = "cpu") -> torch.Tensor:
+    """The sums of no preferences at all: where adding starts."""
+    return torch.zeros(len(_FIELDS) + 3 * CALIBRATION_BINS, dtype=torch.float64, device=device)

@@ -1,0 +1,1 @@
+"""How it learns: arguments, the DeepSpeed strategy, the training loop, checkpoints, metrics and pictures."""

@@ -1,0 +1,291 @@
+"""Every training flag, by role, with the checks that refuse contradictions before anything is loaded.
+
+The paper's flags keep their names and meaning; the rest stand beside them. `parse_arguments` is the only place that
+reads the command line.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from general_preference.errors import InputError
+from general_preference.models.losses import LanguageModelLossKind, PreferenceLossKind
+from general_preference.models.preference_config import HEADS, PreferenceConfig
+
+
+def _flag(default, text: str, **metadata):
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: the backbone, its head, and adapters."""
+
+    pretrain: str = _flag(
+        "google/gemma-2b-it", "base language model, or an earlier preference model: folder or hub name"
+    )
+    preference_head: str | None = _flag(
+        None, "bt (one number), gpm (planes) or hybrid (planes and a number); default gpm with --is_general_preference, else bt",
+        choices=list(HEADS),
+    )  # fmt: skip
+    is_general_preference: bool = _flag(False, "train a General Preference Model; same as --preference_head gpm")
+    value_head_dim: int | None = _flag(
+        None, "size D of an embedding: even for gpm (default 2), odd for hybrid (default 3), 1 for bt"
+    )
+    add_prompt_head: bool = _flag(False, "weigh the planes by a gate that reads the prompt's last token")
+    gate: str | None = _flag(None, "softmax (default): gate weights sum to 1; scaled_softmax: to the number of planes",
+                      choices=["softmax", "scaled_softmax"])  # fmt: skip
+    normalize: bool | None = _flag(
+        None, "L2-normalise the planes of an embedding; default on for gpm and hybrid, never for bt"
+    )
+    general_preference_tau: float | None = _flag(
+        None, "temperature tau of P = sigmoid(score / tau); default 0.1 for gpm and hybrid, 1 for bt", aliases=["--tau"]
+    )
+    learnable_temperature: bool = _flag(
+        False, "optimise the temperature, starting at --general_preference_tau; saved with the model"
+    )
+    input_format: str | None = _flag(None, "chat, or released (the published checkpoints'); default what the model was saved with, else chat",
+                                     choices=["chat", "released"])  # fmt: skip
+    attn_implementation: str = _flag("auto", "attention kernel; auto takes the best one the architecture has",
+                                     choices=["auto", "sdpa", "eager", "flash_attention_2"])  # fmt: skip
+    flash_attn: bool = _flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
+    disable_fast_tokenizer: bool = _flag(False, "use the slow (Python) tokenizer where a model has both")
+    input_template: str | None = _flag(None, "format string for prompts, '{}' is the user's text; replaces the tokenizer's chat template "
+                                       "(a tokenizer without one gets 'Human:\\n{}\\nAssistant:\\n')")  # fmt: skip
+    trust_remote_code: bool = _flag(False, "run code that comes with the model")
+    load_in_4bit: bool = _flag(False, "4-bit backbone under LoRA (bitsandbytes, GPU)")
+    lora_rank: int = _flag(0, "rank of LoRA adapters on the backbone; 0 trains the whole backbone")
+    lora_alpha: int = _flag(16, "LoRA scale numerator")
+    lora_dropout: float = _flag(0.0, "LoRA dropout")
+    target_modules: list[str] | None = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "modules that get adapters: names, or all-linear"}
+    )
+
+    def preference(self, max_length: int | None) -> PreferenceConfig:
+        """The head these flags ask for; InputError where they contradict each other."""
+        head = self.preference_head or ("gpm" if self.is_general_preference else "bt")
+        if self.is_general_preference and head == "bt":
+            raise InputError(
+                "--is_general_preference asks for a GPM and --preference_head bt for Bradley-Terry: drop one"
+            )
+        if self.normalize and head == "bt":
+            raise InputError("--normalize has no meaning for --preference_head bt (one number): drop it")
+        dim = self.value_head_dim if self.value_head_dim is not None else {"bt": 1, "gpm": 2, "hybrid": 3}[head]
+        tau = self.general_preference_tau if self.general_preference_tau is not None else (1.0 if head == "bt" else 0.1)
+        normalize = head != "bt" if self.normalize is None else self.normalize
+        return PreferenceConfig(
+            head, dim, self.add_prompt_head, self.gate or "softmax", normalize, tau, self.learnable_temperature,
+            self.input_format or "chat", max_length,
+        )  # fmt: skip
+
+
+@dataclass
+class DataArguments:
+    """What it is trained and evaluated on."""
+
+    dataset: str | None = _flag(
+        None, "comparisons to train on: files (json, jsonl, csv, parquet), folders or hub names, separated by commas"
+    )
+    dataset_probs: str | None = _flag(
+        None, "probability of each set, as in 0.4,0.6: sets are drawn until each was seen whole; default end to end"
+    )
+    eval_dataset: str | None = _flag(None, "sets to evaluate on: path,path or name=path,name=path")
+    train_split_ratio: float = _flag(
+        1.0, "share of --dataset to train on; the rest, with other prompts, is the set 'held_out'"
+    )
+    max_samples: int = _flag(1000000, "use at most so many comparisons of --dataset, drawn after the shuffle")
+    max_len: int = _flag(512, "tokens of prompt and one response together; prompts are cut first, at their oldest end")
+    is_custom_dataset: bool = _flag(False, "require the custom format: instruction, chosen, reject")
+    group_size: int = _flag(1, "neighbouring records that stay in one step")
+    on_bad_record: str = _flag(
+        "stop", "a record that does not fit: stop the run, or skip and count it", choices=["stop", "skip"]
+    )
+    preprocessing_workers: int = _flag(min(8, os.cpu_count() or 1), "processes that tokenise")
+    return_prompt_length: bool = _flag(False, "log the mean prompt length of each step (train/prompt_length, tokens)")
+
+    def check(self) -> None:
+        """InputError for values that cannot be used together."""
+        if not self.dataset:
+            raise InputError("--dataset is missing: name a file, folder or hub dataset of comparisons")
+        if not 0 < self.train_split_ratio <= 1:
+            raise InputError(f"--train_split_ratio {self.train_split_ratio} must lie above 0 and not exceed 1")
+        for name in ("max_samples", "group_size", "preprocessing_workers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.max_len < 8:
+            raise InputError(f"--max_len {self.max_len} leaves no room for a prompt and a response: use at least 8")
+        if self.group_size > 1 and self.dataset_probs and self.dataset.count(","):
+            raise InputError(
+                "--group_size keeps neighbours together and --dataset_probs draws record by record: drop one"
+            )
+
+
+@dataclass
+class LossArguments:
+    """What is minimised: (1 - c) * preference + c * regulariser."""
+
+    loss: PreferenceLossKind = _flag(
+        "logistic", "logistic: cross-entropy with sigmoid(score / tau); regression: squared distance to a target"
+    )
+    margin_loss: bool = _flag(False, "use the records' margin: the preferred side should win by so much (logistic)")
+    regression_target_margin: float = _flag(10.0, "target of score / tau under --loss regression")
+    add_pretrain_loss: bool = _flag(False, "add a language-model regulariser on chosen responses")
+    ptx_loss_coef: float = _flag(0.1, "its share c in [0, 1]")
+    ptx_loss: LanguageModelLossKind = _flag("vanilla", "which regulariser")
+    ptx_response_only: bool = _flag(False, "regularise the response's tokens alone; default the whole chosen sequence")
+    reward_scaler_beta: float = _flag(2.0, "beta of the regularisers mean, sum and reference_free")
+    reward_margin: float = _flag(1.0, "margin of the reference_free regulariser")
+    compute_fp32_loss: bool = _flag(
+        False, "compute heads, scores and losses in fp32: always so here, whatever the backbone's dtype"
+    )
+
+    def check(self) -> None:
+        """InputError for values that cannot be used together."""
+        if self.loss == "regression" and self.margin_loss:
+            raise InputError(
+                "--margin_loss belongs to --loss logistic; --loss regression has --regression_target_margin instead"
+            )
+        if not 0 <= self.ptx_loss_coef <= 1:
+            raise InputError(f"--ptx_loss_coef {self.ptx_loss_coef} must lie between 0 and 1")
+        if self.ptx_loss_coef == 1 and self.add_pretrain_loss:
+            raise InputError("--ptx_loss_coef 1 leaves no preference loss: use a smaller share")
+
+
+@dataclass
+class OptimizerArguments:
+    """How weights move, and in what portions comparisons reach them."""
+
+    learning_rate: float = _flag(1e-5, "peak learning rate of AdamW (betas 0.9, 0.95)")
+    l2: float = _flag(0.0, "weight decay")
+    max_norm: float = _flag(1.0, "clip the global gradient norm here; 0 does not clip")
+    max_epochs: int = _flag(1, "passes over the training set")
+    warmup_ratio: float = _flag(
+        0.03, "share of the steps in which the learning rate rises; then it falls to zero on a cosine"
+    )
+    micro_train_batch_size: int = _flag(8, "comparisons per process and forward pass")
+    accumulated_gradient: int = _flag(
+        1, "micro-batches per step; global batch = micro-batch * accumulation * processes"
+    )
+    seed: int = _flag(42, "seed of heads, shuffles and dropout")
+
+    def check(self) -> None:
+        """InputError for values out of range."""
+        for name in ("max_epochs", "micro_train_batch_size", "accumulated_gradient"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        for name in ("learning_rate", "l2", "max_norm", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"--{name} {getattr(self, name)} must be a number not below 0")
+
+
+@dataclass
+class EngineArguments:
+    """DeepSpeed, precision and memory."""
+
+    zero_stage: int = _flag(
+        2, "ZeRO stage: what is partitioned over processes (1 optimizer, 2 gradients, 3 weights)", choices=[0, 1, 2, 3]
+    )
+    bf16: bool = _flag(False, "train the backbone in bfloat16; default fp32")
+    gradient_checkpointing: bool = _flag(
+        False, "recompute activations in backward: less memory, about a third more time"
+    )
+    gradient_checkpointing_use_reentrant: bool = _flag(False, "the older, re-entrant kind of checkpointing")
+    adam_offload: bool = _flag(False, "keep optimizer states in main memory")
+    zpg: int = _flag(1, "ZeRO++ secondary partition size (processes per node), ZeRO 3")
+    grad_accum_dtype: str | None = _flag(None, "dtype in which gradients accumulate", choices=["fp32", "bf16", "fp16"])
+    disable_trace_cache: bool = _flag(False, "ZeRO 3: do not rely on modules running in the same order every step")
+    local_rank: int = _flag(-1, "set by launchers")
+    dist_timeout: int = _flag(1800, "seconds a process waits for the others before the run ends with an error")
+
+
+@dataclass
+class OutputArguments:
+    """What is written, when, and where."""
+
+    save_path: str = _flag("./checkpoint/rm", "folder of the run: model, metrics, pictures, arguments")
+    save_steps: int = _flag(-1, "write a resumable checkpoint every so many steps; -1 never")
+    ckpt_path: str | None = _flag(None, "folder of resumable checkpoints; default SAVE_PATH/checkpoint")
+    max_ckpt_num: int = _flag(3, "resumable checkpoints to keep, newest first")
+    max_ckpt_mem: float = _flag(1000, "GB that resumable checkpoints may take together; the newest always stays")
+    load_checkpoint: bool = _flag(False, "continue from the newest checkpoint in --ckpt_path, if there is one")
+    logging_steps: int = _flag(1, "log every so many steps")
+    eval_steps: int = _flag(-1, "evaluate every so many steps; -1 after each epoch")
+    save_best_model: int | None = _flag(None, "keep the N models with the lowest evaluation loss under SAVE_PATH/best")
+    use_wandb: str | None = _flag(None, "log to wandb as well: an API key, online (already logged in) or offline")
+    wandb_org: str | None = _flag(None, "wandb entity")
+    wandb_group: str | None = _flag(None, "wandb group")
+    wandb_project: str = _flag("train_rm_general_preference", "wandb project")
+    wandb_run_name: str = field(
+        default_factory=lambda: datetime.now().strftime("rm_%m%dT%H:%M"),
+        metadata={"help": "wandb run; default rm_DATE"},
+    )
+
+    def check(self) -> None:
+        """InputError for values out of range."""
+        if self.logging_steps < 1:
+            raise InputError(f"--logging_steps {self.logging_steps} must be at least 1")
+        for name in ("save_steps", "eval_steps"):
+            if getattr(self, name) < 1 and getattr(self, name) != -1:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1, or -1")
+        if self.max_ckpt_num < 1 or not self.max_ckpt_mem > 0:
+            raise InputError("--max_ckpt_num and --max_ckpt_mem must leave room for one checkpoint")
+        if self.save_best_model is not None and self.save_best_model < 1:
+            raise InputError(f"--save_best_model {self.save_best_model} must be at least 1")
+
+
+@dataclass
+class Arguments:
+    """All flags of a training run, by role."""
+
+    model: ModelArguments
+    data: DataArguments
+    loss: LossArguments
+    optimizer: OptimizerArguments
+    engine: EngineArguments
+    output: OutputArguments
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is loaded. Raises InputError with both values and the cure."""
+        for group in (self.data, self.loss, self.optimizer, self.output):
+            group.check()
+        model, engine, output = self.model, self.engine, self.output
+        model.preference(self.data.max_len)
+        if model.flash_attn and model.attn_implementation not in ("auto", "flash_attention_2"):
+            raise InputError(f"--flash_attn and --attn_implementation {model.attn_implementation} disagree: drop one")
+        if model.load_in_4bit and model.lora_rank < 1:
+            raise InputError("--load_in_4bit freezes the backbone: add --lora_rank to train adapters")
+        if model.load_in_4bit and not engine.bf16:
+            raise InputError("--load_in_4bit computes in bfloat16: add --bf16")
+        if engine.zpg > 1 and engine.zero_stage != 3:
+            raise InputError(f"--zpg {engine.zpg} needs --zero_stage 3, not {engine.zero_stage}")
+        if engine.zpg < 1 or engine.dist_timeout < 1:
+            raise InputError("--zpg and --dist_timeout must be at least 1")
+        if output.save_best_model and not self.data.eval_dataset and self.data.train_split_ratio == 1:
+            raise InputError("--save_best_model needs an evaluation: add --eval_dataset or --train_split_ratio below 1")
+
+    def to_dict(self) -> dict:
+        """All flags, flat, as saved in arguments.json; a wandb key is never among them."""
+        flat = {name: value for group in vars(self).values() for name, value in asdict(group).items()}
+        if flat["use_wandb"] not in (None, "online", "offline"):
+            flat["use_wandb"] = "online"
+        return flat
+
+    def save(self, folder: Path, **resolved) -> None:
+        """Write arguments.json, `resolved` being what the run found out (world size, steps, versions)."""
+        text = json.dumps(self.to_dict() | {"resolved": resolved}, indent=2, sort_keys=True)
+        (folder / "arguments.json").write_text(text + "\n", encoding="utf-8")
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """Read the command line. Unknown flags and values of the wrong type end the program with code 2, as argparse does."""
+    groups = (ModelArguments, DataArguments, LossArguments, OptimizerArguments, EngineArguments, OutputArguments)
+    parser = HfArgumentParser(groups, allow_abbrev=False, description="Train a preference model. Every flag: --help.")
+    arguments = Arguments(*parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv))
+    targets = arguments.model.target_modules
+    arguments.model.target_modules = targets[0] if targets == ["all-linear"] else targets
+    return arguments

@@ -1,0 +1,97 @@
+"""Numbers of a run: one JSON line per logged step, wandb when asked, and a table for people.
+
+Metrics are a flat dict handed to one `MetricsLogger`; "train/..." and "eval/<set>/..." are the key families.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from general_preference.errors import InputError
+from general_preference.trainer.arguments import OutputArguments
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+_COLUMNS = ("n", "accuracy", "ties", "loss", "probability", "margin", "calibration_error")
+
+
+class MetricsLogger:
+    """Appends to metrics.jsonl in the run's folder, and mirrors to wandb. Made on the main process only."""
+
+    def __init__(self, folder: Path, output: OutputArguments, config: dict, resume_step: int = 0):
+        """Start the file anew, or, when a run continues after `resume_step`, keep its lines up to that step."""
+        self.path = folder / METRICS_FILE
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if resume_step else []
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._wandb = _start_wandb(folder, output, config) if output.use_wandb else None
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one line {"step": step, ...}; it is on disk when this returns."""
+        self._file.write(json.dumps({"step": step} | metrics) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+    def close(self) -> None:
+        """Close the file and finish the wandb run."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(folder: Path, output: OutputArguments, config: dict):
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("--use_wandb needs the package wandb: pip install wandb") from error
+    mode = output.use_wandb
+    try:
+        if mode not in ("online", "offline"):
+            wandb.login(key=output.use_wandb, relogin=True)
+            mode = "online"
+        return wandb.init(
+            entity=output.wandb_org,
+            project=output.wandb_project,
+            group=output.wandb_group,
+            name=output.wandb_run_name,
+            config=config,
+            dir=str(folder),
+            mode=os.environ.get("WANDB_MODE", mode),
+        )
+    except (wandb.Error, ValueError) as error:
+        reason = str(error).splitlines()[0].replace(output.use_wandb, "KEY")
+        raise InputError(f"--use_wandb: {reason}; --use_wandb offline needs no account") from error
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def format_table(results: dict[str, dict]) -> str:
+    """Evaluation results {set: {accuracy, loss, n, ...}} as an aligned text table, one row per set."""
+    columns = [name for name in _COLUMNS if any(name in row for row in results.values())]
+    header = ["set", *(name.replace("calibration_error", "calibration") for name in columns)]
+    rows = [[name, *(_cell(row.get(column)) for column in columns)] for name, row in results.items()]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+             for row in [header, ["-" * width for width in widths], *rows]]  # fmt: skip
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"

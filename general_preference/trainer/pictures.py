@@ -1,0 +1,144 @@
+"""Pictures of a run: the training curves, and where the members of a held-out cycle lie.
+
+Both go to PNG files in the run's folder. matplotlib draws without a display; where it is not installed the pictures
+are left out with one log line.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from general_preference.models.score import preference_score
+
+logger = logging.getLogger(__name__)
+
+_RIGHT, _WRONG, _POINT = "#2a7f62", "#c0392b", "#1f3b5c"
+
+
+@dataclass
+class EmbeddedCycle:
+    """A held-out cycle as the model sees it.
+
+    set: name of its evaluation set. members: K short texts, each preferred to the next and the last to the first.
+    embeddings: (K, D). gate: (P,) or None.
+    """
+
+    set: str
+    members: list[str]
+    embeddings: torch.Tensor
+    gate: torch.Tensor | None
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        logger.warning("matplotlib is not installed: pictures are left out (pip install matplotlib)")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_training_curves(rows: list[dict], path: Path) -> bool:
+    """Loss and accuracy over steps, from the rows of metrics.jsonl; False if not drawn."""
+    pyplot = _pyplot()
+    if pyplot is None or not rows:
+        return False
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
+    for axis, name in zip(axes, ("loss", "accuracy", "learning_rate"), strict=True):
+        for key in dict.fromkeys(key for row in rows for key in row if key.startswith(("train/", "eval/"))):
+            family, _, metric = key.rpartition("/")
+            if metric != name:
+                continue
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            style = (
+                {"lw": 1, "alpha": 0.7, "color": "0.55"} if family == "train" else {"lw": 1.8, "marker": "o", "ms": 4}
+            )
+            axis.plot(*zip(*points, strict=True), label=family.removeprefix("eval/"), **style)
+        axis.set(title=name.replace("_", " "), xlabel="step")
+        axis.grid(alpha=0.25)
+        if name == "accuracy":
+            axis.set_ylim(-0.02, 1.04)
+        if axis.lines and name != "learning_rate":
+            axis.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
+
+
+def draw_cycles(cycles: list[EmbeddedCycle], path: Path) -> bool:
+    """The members of held-out cycles: around a circle for planes, on a line for one number. False if not drawn.
+
+    An arrow points from the preferred member to the other: green where the model agrees, red where it does not.
+    """
+    pyplot = _pyplot()
+    if pyplot is None or not cycles:
+        return False
+    figure, axes = pyplot.subplots(
+        1, len(cycles), figsize=(5.2 * len(cycles), 5.4), squeeze=False, constrained_layout=True
+    )
+    for axis, cycle in zip(axes[0], cycles, strict=True):
+        if cycle.embeddings.shape[-1] == 1:
+            _draw_line(axis, cycle)
+        else:
+            _draw_plane(axis, cycle)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
+
+
+def _draw_plane(axis, cycle: EmbeddedCycle) -> None:
+    embeddings = cycle.embeddings.float()
+    following = embeddings.roll(-1, dims=0)
+    planes = embeddings.shape[-1] // 2
+    weights = torch.ones(planes) if cycle.gate is None else cycle.gate.float()
+    per_plane = [
+        preference_score(embeddings[:, 2 * p : 2 * p + 2], following[:, 2 * p : 2 * p + 2]) for p in range(planes)
+    ]
+    plane = int((weights * torch.stack(per_plane, dim=-1).mean(dim=0)).argmax())
+    points = embeddings[:, 2 * plane : 2 * plane + 2]
+    radius = max(1.0, points.norm(dim=-1).max().item())
+    angles = torch.linspace(0, 2 * math.pi, 200)
+    axis.plot(radius * angles.cos(), radius * angles.sin(), color="0.8", lw=1, zorder=0)
+    scores = preference_score(embeddings, following, cycle.gate)
+    for i in range(len(points)):
+        _arrow(axis, points[i].tolist(), points[(i + 1) % len(points)].tolist(), scores[i].item() > 0)
+    for point, member in zip(points.tolist(), cycle.members, strict=True):
+        length = math.hypot(*point) or 1.0
+        axis.plot(*point, "o", color=_POINT, ms=8)
+        axis.annotate(member, point, (1.16 * radius * point[0] / length, 1.16 * radius * point[1] / length),
+                      ha="center", va="center", fontsize=7.5)  # fmt: skip
+    weight = f", gate {weights[plane]:.2f}" if cycle.gate is not None else ""
+    axis.set_title(f"{cycle.set}: plane {plane + 1} of {planes}{weight}", fontsize=10)
+    axis.set(xlim=(-1.6 * radius, 1.6 * radius), ylim=(-1.4 * radius, 1.4 * radius), aspect="equal")
+    axis.axis("off")
+
+
+def _draw_line(axis, cycle: EmbeddedCycle) -> None:
+    rewards = cycle.embeddings.flatten().tolist()
+    span = max(rewards) - min(rewards) or 1.0
+    axis.axhline(0, color="0.8", lw=1, zorder=0)
+    for i, reward in enumerate(rewards):
+        following = rewards[(i + 1) % len(rewards)]
+        _arrow(axis, (reward, 0), (following, 0), reward > following, bend=0.45)
+        axis.plot(reward, 0, "o", color=_POINT, ms=8)
+        height = (0.30 + 0.12 * i) * (-1 if i % 2 else 1) * span
+        line = {"arrowstyle": "-", "color": "0.85"}
+        axis.annotate(cycle.members[i], (reward, 0), (reward, height), ha="center", fontsize=7.5, arrowprops=line)
+    axis.set_title(f"{cycle.set}: one number per response", fontsize=10)
+    axis.set(
+        xlim=(min(rewards) - 0.4 * span, max(rewards) + 0.4 * span), ylim=(-span, span), yticks=[], xlabel="reward"
+    )
+    for side in ("left", "right", "top"):
+        axis.spines[side].set_visible(False)
+
+
+def _arrow(axis, start, end, agrees: bool, bend: float = 0.0) -> None:
+    style = {"arrowstyle": "-|>", "shrinkA": 7, "shrinkB": 7, "lw": 1.4, "mutation_scale": 13}
+    style |= {"color": _RIGHT if agrees else _WRONG, "connectionstyle": f"arc3,rad={bend}"}
+    axis.annotate("", xy=end, xytext=start, arrowprops=style)

@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""Held-out accuracy of several training runs side by side: a Markdown table on screen and a bar chart.
+
+python scripts/compare_runs.py RUN_FOLDER [RUN_FOLDER ...] [--output comparison.png]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HEAD_NAMES = {"bt": "Bradley-Terry", "gpm": "GPM", "hybrid": "hybrid"}
+
+
+def read_run(folder: Path) -> tuple[str, dict[str, float]]:
+    """(name of the head, {set: accuracy}) of a finished run."""
+    preference = json.loads((folder / "config.json").read_text(encoding="utf-8"))["preference"]
+    results = json.loads((folder / "eval_metrics.json").read_text(encoding="utf-8"))
+    size = "" if preference["head"] == "bt" else f" D={preference['dim']}"
+    gate = " gate" if preference["prompt_gate"] else ""
+    return f"{HEAD_NAMES[preference['head']]}{size}{gate}", {name: row["accuracy"] for name, row in results.items()}
+
+
+def format_table(runs: list[tuple[str, dict[str, float]]]) -> str:
+    """Markdown: one row per run, one column per evaluation set."""
+    sets = list(dict.fromkeys(name for _, accuracies in runs for name in accuracies))
+    width = max(len(name) for name, _ in runs)
+    lines = [f"| {'accuracy':<{width}} | " + " | ".join(sets) + " |"]
+    lines.append(f"|{'-' * (width + 2)}|" + "|".join("-" * (len(name) + 1) + ":" for name in sets) + "|")
+    for name, accuracies in runs:
+        cells = (f"{accuracies[key]:.3f}".rjust(len(key)) if key in accuracies else "-".rjust(len(key)) for key in sets)
+        lines.append(f"| {name:<{width}} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(runs: list[tuple[str, dict[str, float]]], path: Path) -> None:
+    """Grouped bars, one group per evaluation set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sets = list(dict.fromkeys(name for _, accuracies in runs for name in accuracies))
+    figure, axis = pyplot.subplots(figsize=(2.2 + 2.4 * len(sets), 4.2), constrained_layout=True)
+    width = 0.8 / len(runs)
+    for number, (name, accuracies) in enumerate(runs):
+        places = [index + (number - (len(runs) - 1) / 2) * width for index in range(len(sets))]
+        bars = axis.bar(places, [accuracies.get(key, 0) for key in sets], 0.92 * width, label=name)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+    axis.set(ylim=(0, 1.22), ylabel="held-out accuracy")
+    axis.set_xticks(range(len(sets)), sets)
+    axis.axhline(1, color="0.8", lw=0.8, zorder=0)
+    axis.legend(fontsize=8, frameon=False, ncols=len(runs), loc="upper center")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> int:
+    """Read the runs, print the table, draw the picture."""
+    parser = argparse.ArgumentParser(description="Compare the held-out accuracy of training runs.")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that --save_path named")
+    parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="where the picture goes")
+    arguments = parser.parse_args()
+    try:
+        runs = [read_run(folder) for folder in arguments.runs]
+    except (OSError, KeyError, ValueError) as error:
+        print(f"error: not a finished run with an evaluation: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{format_table(runs)}\n")
+    draw(runs, arguments.output)
+    print(f"Picture: {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

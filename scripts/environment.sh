@@ -1,0 +1,71 @@
+# Sourced by the launchers: an environment in which everything can be imported, and what this machine is.
+#
+# Uses the active Python if it has all packages; otherwise makes ROOT/.venv and installs requirements.txt there, once.
+# Sets: PATH (the environment), PYTHONPATH (this checkout), GPUS (their number), NPROC, LAUNCH (the start of a command).
+# Reads: PYTHON (which interpreter makes .venv, default python3), NPROC, MASTER_PORT.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+has_everything() {
+  "$1" - <<'PY' 2>/dev/null
+import sys
+from importlib.util import find_spec
+needed = "torch transformers tokenizers safetensors datasets deepspeed accelerate peft matplotlib tqdm wandb pytest hypothesis".split()
+sys.exit(any(find_spec(name) is None for name in needed) or sys.version_info < (3, 10))
+PY
+}
+
+make_environment() {
+  local python=${PYTHON:-python3} wanted
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+    { echo "error: '$python' is missing or older than Python 3.10; name one with PYTHON=/path/to/python3" >&2; exit 2; }
+  wanted=$(cksum < "$ROOT/requirements.txt")
+  exec 9> "$ROOT/.venv.lock"
+  flock 9 # a second start waits for the first one's installation
+  if [[ "$(cat "$ROOT/.venv/installed" 2>/dev/null)" != "$wanted" ]]; then
+    echo "Installing into $ROOT/.venv (once, a few minutes) ..." >&2
+    "$python" -m venv "$ROOT/.venv" ||
+      { echo "error: cannot make $ROOT/.venv; is the venv module installed (Debian: python3-venv)?" >&2; exit 2; }
+    (cd "$ROOT" && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt) ||
+      { echo "error: installing requirements.txt failed; run this again to continue" >&2; exit 2; }
+    echo "$wanted" > "$ROOT/.venv/installed"
+  fi
+  exec 9>&-
+  source "$ROOT/.venv/bin/activate"
+}
+
+if ! { command -v python > /dev/null && has_everything python; }; then
+  make_environment
+fi
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
+if ((GPUS == 0)); then
+  export DS_ACCELERATOR=cpu
+  # glibc gives large temporaries back to the kernel after every operation; keeping them is several times faster.
+  export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
+  # Threads that wait by spinning slow each other down tenfold as soon as something else runs on the machine.
+  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+  if ((NPROC > 1)); then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NPROC - 1) / NPROC))}
+  fi
+  # DeepSpeed compiles its shared-memory collectives at first use (about a minute); do it before anything is timed.
+  extensions=${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}
+  if ! compgen -G "$extensions/*/deepspeed_shm_comm/*.so" > /dev/null; then
+    echo "Compiling DeepSpeed's CPU collectives (once, about a minute) ..." >&2
+    mkdir -p "$extensions"
+    (
+      flock 9
+      rm -f "$extensions"/*/deepspeed_shm_comm/lock # left by a killed compilation, it would block the next one for ever
+      python -c 'from deepspeed.accelerator import get_accelerator as a; a().create_op_builder("ShareMemCommBuilder").load()'
+    ) 9> "$extensions/.general_preference.lock" > /dev/null 2>&1 ||
+      echo "note: they could not be compiled (is g++ installed?); gloo is used alone" >&2
+  fi
+fi
+if ((NPROC > 1)); then
+  MASTER_PORT=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+  LAUNCH=(deepspeed --num_nodes 1 --num_gpus "$NPROC" --master_port "$MASTER_PORT")
+else
+  LAUNCH=(python)
+fi

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Check the code and run all tests, in an environment made on the spot if none is active. Arguments go to pytest.
+#
+#   bash scripts/run_tests.sh
+#   bash scripts/run_tests.sh -k score -x
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$ROOT"
+export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+exec python -m pytest "$@"

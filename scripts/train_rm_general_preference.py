@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Train a preference model (Bradley-Terry, GPM or hybrid) on comparisons.
+
+    python scripts/train_rm_general_preference.py --pretrain MODEL --dataset FILE --is_general_preference
+    deepspeed --num_gpus 8 scripts/train_rm_general_preference.py ...        the same on several processes
+
+The launchers beside this file set it up; `--help` explains every flag. Exit codes: 0 done, 1 the run failed, 2 what was
+given cannot be used (one line says why), 130 interrupted.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from general_preference.datasets.preparation import (
+    blend,
+    load_tokenized,
+    parse_probabilities,
+    split_by_prompt,
+    summarize,
+)
+from general_preference.datasets.sources import parse_sources
+from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
+from general_preference.errors import InputError
+from general_preference.models.preference_config import PreferenceConfig
+from general_preference.models.pretrained import get_reward_model, saved_preference
+from general_preference.trainer.arguments import Arguments, parse_arguments
+
+logger = logging.getLogger("train")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, train, and turn what can go wrong into one line and an exit code."""
+    arguments = parse_arguments(argv)
+    # Imported late: --help and refused flags should not wait for DeepSpeed.
+    try:
+        arguments.check()
+        from general_preference.trainer.reward_trainer import NonFiniteLossError
+        from general_preference.trainer.strategy import Strategy, is_main_process
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    main_process = is_main_process()
+    quiet_other_libraries(main_process)
+    strategy = None
+    try:
+        strategy = Strategy(arguments.engine, arguments.optimizer)
+        train(arguments, strategy)
+    except InputError as error:
+        if main_process:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as error:
+        if main_process:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if main_process:
+            print("\ninterrupted; metrics and checkpoints written so far stay where they are", file=sys.stderr)
+        return 130
+    strategy.close()
+    return 0
+
+
+def train(arguments: Arguments, strategy) -> None:
+    """The run, from paths to a saved model."""
+    from general_preference.trainer.checkpoint import claim_folder, replace_text
+    from general_preference.trainer.metrics import format_table
+    from general_preference.trainer.reward_trainer import RewardTrainer
+
+    folder = Path(arguments.output.save_path)
+    claim = strategy.main_first(lambda: claim_folder(folder), main_only=True)
+    preference = strategy.main_first(lambda: resolve_preference(arguments))
+    tokenizer = strategy.main_first(lambda: make_tokenizer(arguments))
+    encoder = ComparisonTokenizer(tokenizer, arguments.data.max_len, preference.input_format)
+    train_table, eval_tables, summaries = strategy.main_first(lambda: prepare_data(arguments, encoder))
+    for summary in summaries:
+        logger.info("%s", summary)
+    model = make_model(arguments, preference, strategy)
+    trainer = RewardTrainer(arguments, strategy, model, tokenizer, train_table, eval_tables)
+    logger.info(
+        "%s D=%d%s on %s: %d steps of %d comparisons, %d process(es) on %s, ZeRO %d",
+        preference.head, preference.dim, " with gate" if preference.prompt_gate else "", arguments.model.pretrain,
+        trainer.steps, strategy.global_batch_size, strategy.world_size, strategy.device, arguments.engine.zero_stage,
+    )  # fmt: skip
+    if strategy.is_main:
+        arguments.save(folder, world_size=strategy.world_size, steps=trainer.steps, versions=versions())
+        replace_text(folder / "data_summary.json", "[" + ", ".join(summary.to_json() for summary in summaries) + "]")
+    results = trainer.fit()
+    if strategy.is_main:
+        claim.close()
+        if results:
+            print(f"\nHeld-out comparisons\n{format_table(results)}")
+        print(f"\nModel, metrics and pictures: {folder}")
+
+
+def resolve_preference(arguments: Arguments) -> PreferenceConfig:
+    """The head to train: what the flags ask for, or what the checkpoint in --pretrain already has."""
+    model = arguments.model
+    saved = saved_preference(model.pretrain, model.trust_remote_code)
+    if saved is None:
+        return model.preference(arguments.data.max_len)
+    saved.check(
+        model.pretrain,
+        head=model.preference_head or ("gpm" if model.is_general_preference else None),
+        dim=model.value_head_dim,
+        prompt_gate=model.add_prompt_head or None,
+        gate=model.gate,
+        normalize=model.normalize,
+        temperature=model.general_preference_tau,
+        input_format=model.input_format,
+    )
+    saved.max_length = arguments.data.max_len
+    saved.learnable_temperature = model.learnable_temperature
+    return saved
+
+
+def make_tokenizer(arguments: Arguments):
+    """The tokenizer of --pretrain, with the chat template that the flags ask for."""
+    model = arguments.model
+    return load_tokenizer(
+        model.pretrain,
+        use_fast=not model.disable_fast_tokenizer,
+        input_template=model.input_template,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def prepare_data(arguments: Arguments, encoder: ComparisonTokenizer):
+    """(training table, {set: evaluation table}, summaries) from --dataset and --eval_dataset."""
+    data, seed = arguments.data, arguments.optimizer.seed
+    options = {"skip_bad": data.on_bad_record == "skip", "workers": data.preprocessing_workers}
+    sources = parse_sources(data.dataset)
+    probabilities = parse_probabilities(data.dataset_probs, len(sources))
+    held_out_sources = parse_sources(data.eval_dataset) if data.eval_dataset else []
+    tables, left_out = load_tokenized(sources, encoder, custom=data.is_custom_dataset, **options)
+    train_table, held_out = split_by_prompt(
+        blend(tables, probabilities, seed),
+        data.train_split_ratio,
+        seed=seed,
+        max_samples=data.max_samples,
+        group_size=data.group_size,
+    )
+    eval_tables, eval_left_out = load_tokenized(held_out_sources, encoder, **options)
+    named = dict(zip((source.name for source in held_out_sources), eval_tables, strict=True))
+    if len(held_out):
+        named["held_out"] = held_out
+    elif data.train_split_ratio < 1:
+        raise InputError(f"--train_split_ratio {data.train_split_ratio} leaves nothing to evaluate on: lower it")
+    trained_on = set(train_table["prompt_key"])
+    summaries = [summarize("train", train_table, sum(left_out.values()))]
+    summaries += [summarize(name, table, eval_left_out.get(name, 0), trained_on) for name, table in named.items()]
+    return train_table, named, summaries
+
+
+def make_model(arguments: Arguments, preference: PreferenceConfig, strategy):
+    """The model with its heads, adapters and frozen parts, before the engine wraps it."""
+    options = arguments.model
+    flash = options.flash_attn or options.attn_implementation == "flash_attention_2"
+    model = get_reward_model(
+        options.pretrain,
+        bf16=arguments.engine.bf16,
+        load_in_4bit=options.load_in_4bit,
+        lora_rank=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        target_modules=options.target_modules,
+        lora_dropout=options.lora_dropout,
+        use_flash_attention_2=flash,
+        preference=preference,
+        attn_implementation=None if options.attn_implementation == "auto" else options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+        seed=arguments.optimizer.seed,
+    )
+    model.freeze_unused(language_model_head=arguments.loss.add_pretrain_loss)
+    return model
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, for arguments.json."""
+    import datasets
+    import deepspeed
+    import torch
+    import transformers
+
+    return {module.__name__: module.__version__ for module in (torch, transformers, deepspeed, datasets)}
+
+
+def quiet_other_libraries(main_process: bool) -> None:
+    """Log to the terminal from the main process; progress bars of loading and tokenising there alone."""
+    import datasets
+    import transformers
+
+    logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    for name in ("httpx", "accelerate", "DeepSpeed", "torch", "datasets", "fsspec", "filelock"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not main_process or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
