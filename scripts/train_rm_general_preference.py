@@ -166,6 +166,7 @@ def make_model(arguments: Arguments, preference: PreferenceConfig, strategy):
         target_modules=options.target_modules,
         lora_dropout=options.lora_dropout,
         use_flash_attention_2=flash,
+        ds_config=strategy.config(),
         preference=preference,
         attn_implementation=None if options.attn_implementation == "auto" else options.attn_implementation,
         trust_remote_code=options.trust_remote_code,

@@ -48,7 +48,13 @@ FAMILIES = {
     "gpt_neox": (GPTNeoXConfig, {k: v for k, v in COMMON.items() if k not in ("num_key_value_heads", "head_dim")}),
     "opt": (
         OPTConfig,
-        {"hidden_size": HIDDEN, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32},
+        {
+            "hidden_size": HIDDEN,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "word_embed_proj_dim": 32,
+        },
     ),
     "mixtral": (MixtralConfig, COMMON | {"num_local_experts": 4, "sliding_window": None}),
     "mistral_window": (MistralConfig, COMMON | {"sliding_window": WINDOW}),

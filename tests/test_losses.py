@@ -74,7 +74,9 @@ def test_wrong_requests_are_refused():
     with pytest.raises(ValueError, match="target, not a margin"):
         preference_loss(torch.zeros(1), kind="regression", margin=0.5)
     with pytest.raises(ValueError, match="pass `rejected`"):
-        language_model_loss(torch.zeros(1, 3, 5), torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3), kind="reference_free")
+        language_model_loss(
+            torch.zeros(1, 3, 5), torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3), kind="reference_free"
+        )
     with pytest.raises(ValueError, match="unknown regulariser"):
         regularizer((torch.zeros(1), torch.ones(1)), kind="other")
 
@@ -101,7 +103,9 @@ def test_the_four_kinds_by_hand():
     logits, labels, mask = sequences(1)
     chosen = torch.log_softmax(logits[:, :-1], -1).gather(-1, labels[:, 1:, None])[..., 0] * mask[:, 1:]
     other_logits, other_labels, other_mask = sequences(2)
-    rejected = torch.log_softmax(other_logits[:, :-1], -1).gather(-1, other_labels[:, 1:, None])[..., 0] * other_mask[:, 1:]
+    rejected = (
+        torch.log_softmax(other_logits[:, :-1], -1).gather(-1, other_labels[:, 1:, None])[..., 0] * other_mask[:, 1:]
+    )
     mean = chosen.sum(1) / mask[:, 1:].sum(1)
     other_mean = rejected.sum(1) / other_mask[:, 1:].sum(1)
     expected = {

@@ -285,7 +285,11 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """Read the command line. Unknown flags and values of the wrong type end the program with code 2, as argparse does."""
     groups = (ModelArguments, DataArguments, LossArguments, OptimizerArguments, EngineArguments, OutputArguments)
     parser = HfArgumentParser(groups, allow_abbrev=False, description="Train a preference model. Every flag: --help.")
-    arguments = Arguments(*parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        parser.error(f"unknown flags: {' '.join(unknown)} (--help lists all)")
+    arguments = Arguments(*parsed)
     targets = arguments.model.target_modules
     arguments.model.target_modules = targets[0] if targets == ["all-linear"] else targets
     return arguments

@@ -142,22 +142,20 @@ class RewardTrainer:
             self._loader(self.train_set, self.sampler.micro_batches(self.arguments.optimizer.max_epochs, start))
         )
         results: dict[str, dict] = {}
-        bar = tqdm(
-            total=self.steps, initial=start, desc="train", unit="step", disable=not self.strategy.is_main, mininterval=1
-        )
-        for step in range(start + 1, self.steps + 1):
-            self._step(batches, window, step)
-            self.state.step = step
-            if step % output.logging_steps == 0 or step == self.steps:
-                bar.set_postfix(self._log(window, step), refresh=False)
-            bar.update()
-            if self._evaluate_now(step):
-                window.check_finite()
-                results = self._evaluate_all(step)
-            if output.save_steps > 0 and step % output.save_steps == 0:
-                window.check_finite()
-                self.store.save(self.state)
-        bar.close()
+        quiet = not self.strategy.is_main
+        with tqdm(total=self.steps, initial=start, desc="train", unit="step", disable=quiet, mininterval=1) as bar:
+            for step in range(start + 1, self.steps + 1):
+                self._step(batches, window, step)
+                self.state.step = step
+                if step % output.logging_steps == 0 or step == self.steps:
+                    bar.set_postfix(self._log(window, step), refresh=False)
+                bar.update()
+                if self._evaluate_now(step):
+                    window.check_finite()
+                    results = self._evaluate_all(step)
+                if output.save_steps > 0 and step % output.save_steps == 0:
+                    window.check_finite()
+                    self.store.save(self.state)
         self._finish(results)
         return results
 

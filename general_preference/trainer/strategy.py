@@ -249,7 +249,9 @@ def _build_cpu_collectives() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             builder.load()
     except (RuntimeError, OSError, ImportError) as error:
-        logger.warning("DeepSpeed's CPU collectives cannot be compiled (%s): gloo is used alone", str(error).split("\n")[0])
+        logger.warning(
+            "DeepSpeed's CPU collectives cannot be compiled (%s): gloo is used alone", str(error).split("\n")[0]
+        )
         deepspeed.ops.__compatible_ops__[builder.NAME] = False
 
 

@@ -1,0 +1,79 @@
+"""Run inside real DeepSpeed processes by test_training.py: one optimizer step for each configuration, gradients saved.
+
+    deepspeed --num_gpus 2 tests/engine_worker.py JOB.json         JOB: {"pretrain", "runs": [{...}], "output"}
+
+Each run starts from the same seed and data; what is saved per run are the full gradients of the first step, the loss,
+and which parameters changed.
+"""
+
+import json
+import sys
+
+import datasets
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+from general_preference.models.pretrained import get_reward_model
+from general_preference.trainer.arguments import parse_arguments
+from general_preference.trainer.reward_trainer import RewardTrainer, Window, batch_loss
+from general_preference.trainer.strategy import Strategy
+from scripts.train_rm_general_preference import make_tokenizer
+
+
+def one_step(job: dict, run: dict) -> dict:
+    """Gradients (before clipping), loss and changed parameters of the first step of one configuration."""
+    flags = ["--pretrain", job["pretrain"], "--dataset", "none", "--save_path", job["output"], "--warmup_ratio", "0"]
+    arguments = parse_arguments([*flags, "--learning_rate", "1e-3", *run["flags"]])
+    strategy = Strategy(arguments.engine, arguments.optimizer)
+    preference = arguments.model.preference(None)
+    model = get_reward_model(
+        job["pretrain"],
+        bf16=False,
+        preference=preference,
+        seed=arguments.optimizer.seed,
+        lora_rank=arguments.model.lora_rank,
+        ds_config=strategy.config() if run.get("partitioned") else None,
+    )
+    model.freeze_unused(language_model_head=arguments.loss.add_pretrain_loss)
+    table = datasets.Dataset.from_list(job["comparisons"])
+    trainer = RewardTrainer(arguments, strategy, model, make_tokenizer(arguments), table, {"all": table})
+    trainable = {name: p for name, p in strategy.model.named_parameters() if p.requires_grad}
+    before = {name: safe_get_full_fp32_param(p).clone() for name, p in trainable.items()} if run["stage"] else {}
+    window = Window(strategy, True)
+    accumulation = arguments.optimizer.accumulated_gradient
+    loader = iter(trainer._loader(trainer.train_set, trainer.sampler.micro_batches(1)))
+    gradients = {}
+    for micro in range(accumulation):
+        batch = next(loader)
+        losses = batch_loss(strategy.forward(**batch.model_inputs()), batch, arguments.loss)
+        strategy.backward(losses.total)
+        if micro == accumulation - 1:
+            gradients = {name: safe_get_full_grad(p).clone() for name, p in trainable.items()}
+        strategy.step()
+        window.add(1, batch, losses)
+    changed = [name for name in before if not torch.equal(before[name], safe_get_full_fp32_param(trainable[name]))]
+    metrics = window.reduce(arguments)
+    evaluation = trainer.evaluate("all")
+    return {
+        "gradients": gradients,
+        "trainable": list(trainable),
+        "changed": changed,
+        "loss": metrics["train/loss"],
+        "evaluation": evaluation,
+        "partitioned": getattr(next(iter(trainable.values())), "ds_id", None) is not None,
+    }
+
+
+def main() -> None:
+    """Do every run of the job; the main process writes the results."""
+    with open(next(argument for argument in sys.argv[1:] if argument.endswith(".json")), encoding="utf-8") as file:
+        job = json.load(file)
+    results = {}
+    for run in job["runs"]:
+        results[run["name"]] = one_step(job, run)
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, f"{job['output']}/results.pt")
+
+
+if __name__ == "__main__":
+    main()

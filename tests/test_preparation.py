@@ -1,0 +1,218 @@
+"""From files to tables: every format, bad lines named, blends, splits by prompt, caches."""
+
+import json
+
+import datasets
+import pytest
+import torch
+
+from general_preference.datasets.preparation import (
+    blend,
+    load_tokenized,
+    parse_probabilities,
+    split_by_prompt,
+    summarize,
+)
+from general_preference.datasets.sources import Source, load_source, parse_sources
+from general_preference.datasets.tokenization import ComparisonTokenizer, tokenize
+from general_preference.errors import InputError
+
+RECORDS = [{"prompt": f"question {i // 2}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def write(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def contents(table):
+    return [(row["prompt"][0]["content"], [r[0]["content"] for r in row["responses"]]) for row in table]
+
+
+def test_every_format_reads_alike(tmp_path):
+    jsonl = write(tmp_path / "a.jsonl", RECORDS)
+    (tmp_path / "array.json").write_text(json.dumps(RECORDS))
+    table = datasets.Dataset.from_list(RECORDS)
+    table.to_csv(str(tmp_path / "t.csv"))
+    table.to_parquet(str(tmp_path / "t.parquet"))
+    table.save_to_disk(str(tmp_path / "saved"))
+    write(tmp_path / "folder" / "part1.jsonl", RECORDS[:7])
+    write(tmp_path / "folder" / "part2.jsonl", RECORDS[7:])
+    expected, left_out = load_source(Source("a", jsonl))
+    assert left_out == 0 and len(expected) == 20
+    for name in ("array.json", "t.csv", "t.parquet", "saved", "folder"):
+        found, _ = load_source(Source(name, str(tmp_path / name)))
+        assert contents(found) == contents(expected), name
+
+
+def test_an_edited_file_is_read_again_and_an_unchanged_one_is_not(tmp_path):
+    path = write(tmp_path / "a.jsonl", RECORDS[:4])
+    first, _ = load_source(Source("a", path))
+    again, _ = load_source(Source("a", path))
+    assert first.cache_files == again.cache_files
+    write(tmp_path / "a.jsonl", RECORDS[:5])
+    assert len(load_source(Source("a", path))[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no records"),
+        ("\n\n", "holds no records"),
+        ('{"prompt": "q", "chosen": "a", "rejected": "b"}\n{"prompt": ', "line 2: not JSON"),
+        ('{"prompt": "q", "chosen": "a"}\n', "line 1: no key 'rejected'"),
+        ('{"prompt": "q", "chosen": 5, "rejected": "b"}\n', "line 1: 'chosen' is int 5"),
+        ("\ufeffnot json\n", "line 1: not JSON"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(tmp_path, text, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message) as caught:
+        load_source(Source("bad", str(path)))
+    assert str(path) in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="UTF-8"):
+        load_source(Source("x", str(tmp_path / "x.jsonl")))
+    (tmp_path / "x.parquet").write_bytes(b"nothing of the kind")
+    with pytest.raises(InputError, match="as parquet"):
+        load_source(Source("x", str(tmp_path / "x.parquet")))
+
+
+def test_paths_that_are_no_data(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for path, message in [("notes.txt", "ends in '.txt'"), ("empty", "holds no"), ("gone.jsonl", "does not exist")]:
+        with pytest.raises(InputError, match=message):
+            load_source(Source("x", str(tmp_path / path)))
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_source(Source("x", "nobody/nothing-of-the-kind"))
+
+
+def test_bad_records_can_be_skipped_and_counted(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [*RECORDS[:3], {"prompt": "q"}, *RECORDS[3:6], [1, 2]])
+    with pytest.raises(InputError, match=r"line 4: .* \(2 such records in all\)"):
+        load_source(Source("a", path))
+    tables, left_out = load_tokenized([Source("a", path)], ComparisonTokenizer(tokenizer), skip_bad=True)
+    assert len(tables[0]) == 6 and left_out == {"a": 2}
+    only_bad = write(tmp_path / "b.jsonl", [{}])
+    with pytest.raises(InputError, match="no usable record"):
+        load_source(Source("b", only_bad), skip_bad=True)
+
+
+def test_tokenising_is_cached_by_tokenizer_and_length(tmp_path, tokenizer):
+    table, _ = load_source(Source("a", write(tmp_path / "a.jsonl", RECORDS)))
+    first = tokenize(table, ComparisonTokenizer(tokenizer, 64))
+    assert tokenize(table, ComparisonTokenizer(tokenizer, 64)).cache_files == first.cache_files
+    shorter = tokenize(table, ComparisonTokenizer(tokenizer, 12))
+    assert shorter.cache_files != first.cache_files and max(shorter["length"]) < max(first["length"])
+
+
+def test_several_workers_give_the_same_table(tmp_path, tokenizer):
+    records = [{"prompt": f"question {i}", "chosen": "a", "rejected": "b"} for i in range(4100)]
+    table, _ = load_source(Source("a", write(tmp_path / "a.jsonl", records)))
+    one = tokenize(table, ComparisonTokenizer(tokenizer, 64), workers=1)
+    two = tokenize(table, ComparisonTokenizer(tokenizer, 63), workers=2)
+    assert one["prompt_ids"][:] == two["prompt_ids"][:] and one["id"][:] == two["id"][:]
+
+
+def test_sources_and_names():
+    assert parse_sources("x/a.jsonl,b=y/c.csv,owner/name") == [
+        Source("a", "x/a.jsonl"), Source("b", "y/c.csv"), Source("name", "owner/name")]  # fmt: skip
+    assert [s.name for s in parse_sources("x/train.jsonl,y/train.jsonl")] == ["x/train", "y/train"]
+    for text, message in [("a=x,a=y", "two sets"), ("x,,y", "empty entry"), ("a=", "empty entry")]:
+        with pytest.raises(InputError, match=message):
+            parse_sources(text)
+
+
+def test_probabilities():
+    assert parse_probabilities(None, 3) is None
+    assert parse_probabilities("3,1", 2) == [0.75, 0.25]
+    for text, count, message in [
+        ("1", 2, "1 numbers, but --dataset has 2"),
+        ("a,b", 2, "not a list"),
+        ("1,0", 2, "positive"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            parse_probabilities(text, count)
+
+
+def tokenized(prompts, name=""):
+    return datasets.Dataset.from_dict(
+        {"prompt_key": prompts, "id": [f"{name}{i}" for i in range(len(prompts))], "value": list(range(len(prompts)))}
+    )
+
+
+def test_blends_follow_the_probabilities():
+    few, many = tokenized(["a"] * 50, "few"), tokenized(["b"] * 200, "many")
+    mixed = blend([few, many], [0.5, 0.5], seed=0)
+    assert {row["id"] for row in mixed} == {row["id"] for row in few} | {row["id"] for row in many}
+    share = sum(row["id"].startswith("few") for row in mixed) / len(mixed)
+    assert 0.4 < share < 0.6, "the small set is repeated to keep its share"
+    assert len(blend([few, many], None, seed=0)) == 250
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_no_prompt_stands_on_both_sides(group_size):
+    generator = torch.Generator().manual_seed(0)
+    keys = [f"p{i}" for i in torch.randint(0, 80, (300,), generator=generator).tolist()] if group_size == 1 else [
+        f"p{i // 6}" for i in range(300)
+    ]  # fmt: skip
+    table = tokenized(keys)
+    train, held_out = split_by_prompt(table, 0.8, seed=1, group_size=group_size)
+    assert len(train) + len(held_out) == 300 and abs(len(train) - 240) <= 6
+    assert not set(train["prompt_key"]) & set(held_out["prompt_key"])
+    assert train["value"][:20] != list(range(20)), "shuffled"
+    assert split_by_prompt(table, 0.8, seed=1, group_size=group_size)[0]["value"][:] == train["value"][:]
+    assert split_by_prompt(table, 0.8, seed=2, group_size=group_size)[0]["value"][:] != train["value"][:]
+
+
+def test_neighbours_stay_together_through_the_split():
+    train, held_out = split_by_prompt(tokenized([f"p{i}" for i in range(60)]), 0.7, seed=0, group_size=4)
+    for side in (train["value"][:], held_out["value"][:]):
+        assert len(side) % 4 == 0
+        assert all(side[i] % 4 == i % 4 and side[i] == side[i - i % 4] + i % 4 for i in range(len(side)))
+
+
+def test_max_samples_and_the_whole_set():
+    table = tokenized([f"p{i}" for i in range(100)])
+    train, held_out = split_by_prompt(table, 0.9, seed=0, max_samples=30)
+    assert (len(train), len(held_out)) == (27, 3)
+    train, held_out = split_by_prompt(table, 1.0, seed=0)
+    assert (len(train), len(held_out)) == (100, 0)
+
+
+def test_summary_counts_what_is_unusual(tmp_path, tokenizer):
+    records = [
+        {"prompt": "q", "chosen": "", "rejected": "b"},
+        {"prompt": "q", "chosen": "same", "rejected": "same"},
+        {"prompt": "rock " * 100, "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": "paper " * 100 + "x", "rejected": "paper " * 100 + "y"},
+        {"prompt": "q", "responses": ["a", "b", "c"], "preferences": [[0, 1], [1, 2]]},
+    ]
+    encoder = ComparisonTokenizer(tokenizer, 40)
+    (table,), _ = load_tokenized([Source("a", write(tmp_path / "a.jsonl", records))], encoder)
+    summary = summarize("a", table, 2, {table["prompt_key"][2]})
+    assert (summary.comparisons, summary.preferences, summary.left_out) == (5, 6, 2)
+    assert (summary.empty, summary.identical, summary.prompt_cut) == (1, 1, 1)
+    assert (summary.response_cut, summary.identical_after_cut, summary.seen_prompts) == (1, 1, 1)
+    assert summary.tokens == sum(table["length"]) and "1 identical after cut" in str(summary)
+
+
+def test_a_record_without_prompt_tokens_is_refused(tmp_path, tokenizer):
+    from scripts.make_tiny_model import train_tokenizer
+
+    bare = train_tokenizer(["a"], 270)
+    bare.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    path = write(tmp_path / "a.jsonl", [{"prompt": "", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(InputError, match="line 1: the prompt has no tokens"):
+        load_tokenized([Source("a", path)], ComparisonTokenizer(bare))

@@ -1,0 +1,337 @@
+"""Training through the real engine: DeepSpeed on CPU, real processes, real files.
+
+Starting processes costs many seconds, so a few starts serve many checks: two for gradients (one process, two
+processes), one for all bad input, and a handful of short runs of the training script.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from general_preference import RewardModel
+from general_preference.datasets.packing import Collator
+from general_preference.trainer.metrics import read_metrics
+from tests.conftest import random_comparisons
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = str(ROOT / "scripts" / "train_rm_general_preference.py")
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+GPM = ["--is_general_preference", "--value_head_dim", "4", "--add_prompt_head"]
+FULL = [*GPM, "--add_pretrain_loss", "--ptx_loss", "reference_free", "--learnable_temperature", "--margin_loss"]
+# name: (ZeRO stage, micro-batch, accumulation) of one process; the same global batch of 8 on two with half the share
+DIVISIONS = {
+    "whole": (0, 8, 1),
+    "accumulated": (0, 1, 8),
+    "zero2": (2, 8, 1),
+    "zero2_accumulated": (2, 2, 4),
+    "zero3": (3, 4, 2),
+}
+
+
+def environment(**extra):
+    return os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
+
+
+def launch(processes: int, *command: str, **extra) -> subprocess.CompletedProcess:
+    start = [sys.executable]
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = str(probe.getsockname()[1])
+        start = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(processes), "--master_port", port]
+    return subprocess.run(
+        [*start, *command], env=environment(**extra), cwd=ROOT, capture_output=True, text=True, timeout=550
+    )
+
+
+def gradient_job(folder: Path, pretrain: str, world_size: int) -> dict:
+    folder.mkdir()
+    runs = []
+    for name, (stage, micro, accumulation) in DIVISIONS.items():
+        micro, accumulation = (micro // world_size, accumulation) if micro > 1 else (micro, accumulation // world_size)
+        flags = ["--zero_stage", stage, "--micro_train_batch_size", micro, "--accumulated_gradient", accumulation]
+        runs.append({"name": name, "stage": stage, "flags": [*map(str, flags), *FULL]})
+    flags = ["--zero_stage", "3", "--micro_train_batch_size", str(8 // world_size)]
+    runs.append({"name": "zero3_partitioned", "stage": 3, "flags": [*flags, *FULL], "partitioned": True})
+    if world_size == 1:
+        runs.append({"name": "bt", "stage": 2, "flags": ["--zero_stage", "2"]})
+        runs.append({"name": "lora", "stage": 2, "flags": ["--zero_stage", "2", *GPM, "--lora_rank", "2"]})
+        checkpointed = ["--zero_stage", "0", "--gradient_checkpointing", *FULL]
+        runs.append({"name": "checkpointed", "stage": 0, "flags": checkpointed})
+    comparisons = random_comparisons(13, 290, seed=4)
+    for comparison in comparisons:
+        comparison["length"] = len(comparison["prompt_ids"]) + sum(map(len, comparison["response_ids"]))
+    job = {"pretrain": pretrain, "output": str(folder), "runs": runs, "comparisons": comparisons}
+    (folder / "job.json").write_text(json.dumps(job))
+    done = launch(world_size, str(ROOT / "tests" / "engine_worker.py"), str(folder / "job.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "results.pt")
+
+
+@pytest.fixture(scope="module")
+def steps(model_folder, tmp_path_factory):
+    """First steps of every division, on one process and on two."""
+    base = tmp_path_factory.mktemp("steps")
+    return {n: gradient_job(base / f"on{n}", model_folder("llama"), n) for n in (1, 2)}
+
+
+def difference(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    first, second = (torch.cat([part[name].flatten() for name in a]) for part in (a, b))
+    return ((first - second).norm() / second.norm()).item()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("division", [*DIVISIONS, "zero3_partitioned"])
+def test_one_gradient_however_it_is_divided(steps, division, world_size):
+    reference, found = steps[1]["whole"], steps[world_size][division]
+    assert difference(found["gradients"], reference["gradients"]) < 1e-5
+    assert found["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(steps):
+    assert difference(steps[1]["checkpointed"]["gradients"], steps[1]["whole"]["gradients"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("world_size", "division"), [(1, "zero2"), (1, "zero3"), (2, "zero2"), (2, "zero3"), (1, "bt"), (1, "lora")]
+)
+def test_every_trainable_parameter_changes_in_one_step(steps, world_size, division):
+    found = steps[world_size][division]
+    # LoRA's B starts at zero, so A's first gradient is exactly zero.
+    assert found["changed"] == [name for name in found["trainable"] if "lora_A" not in name]
+    if division in ("zero2", "zero3"):
+        assert {"value_head.weight", "prompt_head.weight", "temperature.log_value"} <= set(found["changed"])
+    if division == "bt":
+        assert not any("lm_head" in name for name in found["trainable"]), "unused without the regulariser"
+
+
+def test_evaluation_does_not_depend_on_the_processes(steps):
+    first = steps[1]["zero2"]["evaluation"]
+    assert first["n"] == sum(len(c["first"]) for c in random_comparisons(13, 290, seed=4))
+    for world_size, division in [(1, "zero3"), (2, "zero2"), (2, "zero3"), (2, "accumulated")]:
+        found = steps[world_size][division]["evaluation"]
+        assert found.keys() == first.keys() and found["n"] == first["n"] and found["ties"] == first["ties"]
+        for name, value in first.items():
+            assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def base(model_folder):
+    """Flags of a short real run on bundled comparisons."""
+    data = ROOT / "data"
+    return [
+        "--pretrain", model_folder("llama"), "--dataset", f"{data}/cyclic/train.jsonl,{data}/transitive/train.jsonl",
+        "--max_samples", "60", "--train_split_ratio", "0.8", "--eval_dataset", f"cyclic={data}/cyclic/test.jsonl",
+        "--max_len", "256", "--learning_rate", "1e-3", "--micro_train_batch_size", "4", "--accumulated_gradient", "2",
+        "--eval_steps", "3", "--max_epochs", "1", *GPM,
+    ]  # fmt: skip
+
+
+def train(base, folder, *flags, processes=1, **extra):
+    done = launch(processes, SCRIPT, *base, "--save_path", str(folder), *flags, **extra)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "model"
+    flags = ["--save_steps", "2", "--save_best_model", "2", "--max_ckpt_num", "2", "--add_pretrain_loss"]
+    flags += ["--return_prompt_length", "--use_wandb", "offline"]
+    return folder, train(base, folder, *flags)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    folder, done = finished
+    rows = read_metrics(folder / "metrics.jsonl")
+    steps = [row["step"] for row in rows if "train/loss" in row]
+    assert steps == list(range(1, 7))
+    logged = {"train/loss", "train/accuracy", "train/learning_rate", "train/grad_norm", "train/regularizer"}
+    assert logged | {"train/prompt_length", "train/comparisons_per_second"} <= set(rows[0])
+    evaluations = [row for row in rows if any(key.startswith("eval/") for key in row)]
+    assert [row["step"] for row in evaluations] == [3, 6]
+    results = json.loads((folder / "eval_metrics.json").read_text())
+    assert set(results) == {"cyclic", "held_out"}
+    for name, row in results.items():
+        assert row == {
+            key.split("/")[-1]: value for key, value in evaluations[-1].items() if key.startswith(f"eval/{name}/")
+        }
+        assert {"accuracy", "loss", "n", "ties", "probability", "margin", "calibration_error"} == set(row)
+        assert f"{row['accuracy']:.4f}" in done.stdout
+    assert results["cyclic"]["n"] == 312 and results["held_out"]["n"] >= 12
+    assert (folder / "training_curves.png").stat().st_size > 10_000
+    assert (folder / "embeddings.png").stat().st_size > 10_000
+    arguments = json.loads((folder / "arguments.json").read_text())
+    assert arguments["value_head_dim"] == 4 and arguments["resolved"]["steps"] == 6
+    summaries = json.loads((folder / "data_summary.json").read_text())
+    assert [s["name"] for s in summaries] == ["train", "cyclic", "held_out"] and summaries[0]["comparisons"] == 48
+    assert list(folder.glob("wandb/offline-run-*"))
+    assert not list(folder.glob(".writing*"))
+
+
+def test_checkpoints_and_best_models_are_pruned(finished):
+    folder, _ = finished
+    assert sorted(path.name for path in (folder / "checkpoint").glob("step_*")) == ["step_4", "step_6"]
+    assert (folder / "checkpoint" / "latest").read_text().strip() == "step_6"
+    best = json.loads((folder / "best" / "best.json").read_text())
+    assert [entry["loss"] for entry in best] == sorted(entry["loss"] for entry in best)
+    assert {entry["model"] for entry in best} == {"step_3", "step_6"}
+    for entry in best:
+        RewardModel.from_pretrained(str(folder / "best" / entry["model"]))
+
+
+def test_the_saved_model_scores_as_it_was_evaluated(finished, base):
+    from general_preference import preference_score
+    from general_preference.datasets.preparation import Comparisons, load_tokenized
+    from general_preference.datasets.sources import parse_sources
+    from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
+
+    folder, _ = finished
+    model = RewardModel.from_pretrained(str(folder))
+    assert (model.preference.head, model.preference.dim, model.preference.max_length) == ("gpm", 4, 256)
+    encoder = ComparisonTokenizer(load_tokenizer(str(folder)), model.preference.max_length)
+    (table,), _ = load_tokenized(parse_sources(str(ROOT / "data/cyclic/test.jsonl")), encoder)
+    comparisons = Comparisons(table)
+    batch = Collator(0)([comparisons[index, 1.0] for index in range(len(comparisons))])
+    with torch.no_grad():
+        output = model(**batch.model_inputs())
+    score = preference_score(
+        output["embeddings"][batch.first], output["embeddings"][batch.second], output["gates"][batch.owner]
+    )
+    reported = json.loads((folder / "eval_metrics.json").read_text())["cyclic"]
+    assert (score > 0).double().mean().item() == pytest.approx(reported["accuracy"])
+    assert score.double().mean().item() == pytest.approx(reported["margin"], abs=1e-6)
+
+
+def test_two_processes_and_zero3_learn_the_same(finished, base, tmp_path):
+    flags = ["--zero_stage", "3", "--accumulated_gradient", "1", "--add_pretrain_loss", "--save_best_model", "1"]
+    train(base, tmp_path / "two", *flags, processes=2)
+    first, second = (
+        [row["train/loss"] for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row]
+        for folder in (finished[0], tmp_path / "two")
+    )
+    assert second == pytest.approx(first, rel=1e-3)
+    one, two = (json.loads((folder / "eval_metrics.json").read_text()) for folder in (finished[0], tmp_path / "two"))
+    assert two["cyclic"]["loss"] == pytest.approx(one["cyclic"]["loss"], rel=1e-2)
+    loaded = RewardModel.from_pretrained(str(tmp_path / "two")).state_dict()
+    expected = RewardModel.from_pretrained(str(finished[0])).state_dict()
+    assert all(loaded[name].shape == expected[name].shape for name in expected)
+    assert len(list((tmp_path / "two" / "best").glob("step_*"))) == 1
+
+
+def test_a_killed_run_continues_where_it_was(finished, base, tmp_path):
+    flags = ["--save_steps", "2", "--add_pretrain_loss", "--load_checkpoint"]
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *base, "--save_path", str(folder), *flags], env=environment(), cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not (folder / "checkpoint" / "latest").is_file() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "it was still running"
+    done = train(base, folder, *flags)
+    assert "continuing from" in done.stderr
+    whole, resumed = (
+        [(row["step"], row["train/loss"]) for row in read_metrics(path / "metrics.jsonl") if "train/loss" in row]
+        for path in (finished[0], folder)
+    )
+    assert resumed == whole
+
+
+BAD_INPUT = {
+    "missing file": (["--dataset", "/nowhere/x.jsonl"], "does not exist"),
+    "empty file": (["--dataset", "{tmp}/empty.jsonl"], "holds no records"),
+    "not JSON": (["--dataset", "{tmp}/bad.jsonl"], "bad.jsonl, line 2: not JSON"),
+    "missing key": (["--dataset", "{tmp}/key.jsonl"], "key.jsonl, line 1: no key 'rejected'"),
+    "not text": (["--dataset", "{tmp}/number.jsonl"], "'chosen' is int 5"),
+    "probabilities": (["--dataset_probs", "0.5"], "--dataset_probs has 1 numbers, but --dataset has 2"),
+    "odd dimension": (["--value_head_dim", "3"], "even value_head_dim"),
+    "gate on BT": (["--is_general_preference", "false", "--value_head_dim", "1"], "Bradley-Terry"),
+    "bf16": (["--bf16"], "no bfloat16"),
+    "unwritable": (["--save_path", "{tmp}/file/run"], "cannot be written"),
+    "no model": (["--pretrain", "{tmp}/nothing"], "no config.json"),
+    "no such model": (["--pretrain", "/nowhere/model"], "does not exist"),
+    "flash": (["--flash_attn"], "flash-attn is not installed"),
+    "no data flag": (["--dataset", ""], "--dataset is missing"),
+    "bad eval set": (["--eval_dataset", "x={tmp}/bad.jsonl"], "line 2: not JSON"),
+}
+
+
+def test_bad_input_ends_with_code_2_and_one_line(base, tmp_path):
+    """All cases in one process, each through the script's main."""
+    good = '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text(good + "{oops\n")
+    (tmp_path / "key.jsonl").write_text('{"prompt": "q", "chosen": "a"}\n')
+    (tmp_path / "number.jsonl").write_text('{"prompt": "q", "chosen": 5, "rejected": "b"}\n')
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "file").write_text("in the way")
+    cases = {name: [flag.format(tmp=tmp_path) for flag in flags] for name, (flags, _) in BAD_INPUT.items()}
+    job = {"base": [*base, "--save_path", str(tmp_path / "run")], "cases": cases}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    code = (
+        "import contextlib, io, json, sys, torch\n"
+        "torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False\n"
+        "from scripts.train_rm_general_preference import main\n"
+        "job, results = json.load(open(sys.argv[1])), {}\n"
+        "for name, flags in job['cases'].items():\n"
+        "    out = io.StringIO()\n"
+        "    with contextlib.redirect_stderr(out): code = main(job['base'] + flags)\n"
+        "    results[name] = [code, out.getvalue()]\n"
+        "print(json.dumps(results))\n"
+    )
+    done = launch(1, "-c", code, str(tmp_path / "job.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.strip().splitlines()[-1])
+    for name, (_, message) in BAD_INPUT.items():
+        code, said = results[name]
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(errors) == 1, (name, said)
+        assert message in errors[0], (name, said)
+        assert "Traceback" not in said
+    left = {path.name for path in (tmp_path / "run").iterdir()} if (tmp_path / "run").exists() else set()
+    assert left <= {".lock"}, "no half-written result"
+
+
+def test_bad_input_on_two_processes_is_said_once(base, tmp_path):
+    done = launch(2, SCRIPT, *base, "--save_path", str(tmp_path / "run"), "--dataset", "/nowhere/x.jsonl")
+    assert done.returncode == 2
+    assert done.stderr.count("error: dataset /nowhere/x.jsonl does not exist") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_two_runs_cannot_share_a_folder_and_nan_stops_a_run(base, tmp_path, model_folder):
+    """A learning rate that explodes; meanwhile a second run tries the same folder."""
+    folder = tmp_path / "run"
+    command = [sys.executable, SCRIPT, *base, "--save_path", str(folder), "--learning_rate", "1e30", "--max_norm", "0"]
+    first = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    while not (folder / ".lock").is_file() and first.poll() is None:
+        time.sleep(0.01)
+    import fcntl
+
+    from general_preference.errors import InputError
+    from general_preference.trainer.checkpoint import claim_folder
+
+    time.sleep(0.2)
+    with pytest.raises(InputError, match="being written by another run"):
+        claim_folder(folder)
+    said = first.communicate(timeout=300)[1]
+    assert first.returncode == 1
+    line = next(line for line in said.splitlines() if line.startswith("error: "))
+    assert "not finite at step" in line and "train-0" in line
+    assert "Traceback" not in said and not (folder / "config.json").exists()
+    fcntl.flock(claim_folder(folder), fcntl.LOCK_UN)  # the folder is free again
