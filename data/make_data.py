@@ -26,11 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SEED = 20241003
-TRAIN_GROUPS_PER_GAME = {"cyclic": 24, "mixed": 36}
-TRAIN_PAIRS_PER_EDGE = 14  # transitive training data are single pairs: this many for each ordered pair of members
-TEST_GROUPS_PER_GAME = {"cyclic": 8, "transitive": 10, "mixed": 16}  # 80 groups in each set
+TRAIN_GROUPS_PER_GAME = {"cyclic": 50, "mixed": 80}
+TRAIN_PAIRS_PER_EDGE = 20  # transitive training data are single pairs: this many for each ordered pair of members
+TEST_GROUPS_PER_GAME = {"cyclic": 12, "transitive": 16, "mixed": 27}  # about 80 groups in each set
+# Share of training groups that state the comparison which closes their cycle. A perfectly balanced cycle pulls equal
+# embeddings equally in all directions: a model that starts with nearly equal ones, as a randomly initialised one does,
+# would stay there. Unequal counts, which real comparisons always have, set it in motion.
+CLOSING_SHARE = 1 / 3
 WORDS_PER_RESPONSE = (7, 22)
-WORDS_PER_PROMPT = (8, 25)
+WORDS_PER_PROMPT = (6, 20)
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,6 @@ class Game:
 GAMES = {
     "cyclic": (
         Game("roshambo", ("rock", "scissors", "paper")),
-        # Japanese fist game: the slug was held to dissolve the snake.
-        Game("mushi-ken", ("the snake", "the frog", "the slug")),
         Game("the border skirmish", ("the cavalry", "the archers", "the pikemen")),
         # Throat colours of male side-blotched lizards, a cycle found in nature.
         Game("the lizard contest", ("orange", "blue", "yellow")),
@@ -59,31 +61,23 @@ GAMES = {
         Game("the banquet game", ("the stick", "the tiger", "the rooster", "the worm")),
         # Each season ends the one before it.
         Game("the calendar game", ("spring", "winter", "autumn", "summer")),
-        # The weakest piece of this board game takes the strongest.
-        Game("jungle chess", ("the elephant", "the lion", "the cat", "the mouse")),
         # The cycle of control of Chinese philosophy: wood parts earth, earth dams water, ...
         Game("the five phases", ("wood", "earth", "water", "fire", "metal")),
         # The folk tale of the stonecutter who wished to be whatever was mightier.
         Game("the wishing tale", ("the prince", "the stonecutter", "the mountain", "the cloud", "the sun")),
-        Game("the storybook game", ("the fairy", "the knight", "the dragon", "the sorcerer", "the giant")),
     ),
     "transitive": (
         Game("the scratch test", ("diamond", "topaz", "quartz", "calcite", "talc")),  # hardness
-        Game("the speed contest", ("the rocket", "the jet", "the train", "the bicycle")),
         Game("the high-card game", ("the ace", "the king", "the queen", "the jack")),
         Game("the podium game", ("gold", "silver", "bronze")),
         Game("the planet contest", ("Jupiter", "Saturn", "Neptune", "Mars")),  # size
-        Game("the shoreline contest", ("the ocean", "the sea", "the lake", "the pond", "the puddle")),  # size
-        Game("the storm scale", ("the hurricane", "the gale", "the breeze")),
         Game("the weighing contest", ("the whale", "the hippo", "the horse", "the goat")),
     ),
     "mixed": (
         Game("the weapon drill", ("the cannon", "the sword", "the axe", "the lance")),
-        Game("the harbour war game", ("the carrier", "the submarine", "the battleship", "the destroyer")),
         # Another Japanese fist game (the fox bewitches the mayor, who outranks the hunter), under a goddess.
         Game("kitsune-ken", ("the goddess", "the fox", "the mayor", "the hunter")),
         Game("the playground duel", ("the robot", "the bear", "the ninja", "the cowboy")),
-        Game("the arena league", ("the titan", "the warrior", "the rogue", "the mage")),
     ),
 }
 
@@ -101,94 +95,69 @@ class Wording:
 
 
 # Members stand where the sentence is right for "rock", "the frog" and "the archers" alike: never first in it, and never
-# the subject of a verb that changes with number.
+# the subject of a verb that changes with number. Every response names its member twice, which lets a model that starts
+# from random weights find the one word that matters within seconds.
 TRAIN_WORDING = Wording(
     prompts=(
-        "I am about to play {game} against {who} {when}. What should I choose?",
-        "Please help me with {game}: {who} wants to start {when} and I need one choice.",
-        "We have a round of {game} {when}, and {who} looks confident. What is your pick for me?",
-        "Name one option for {game}, please. I meet {who} {when}.",
-        "What would you bring to {game} if {who} were waiting for you {when}?",
-        "My opponent in {game} {when} will be {who}. Which option do you recommend?",
-        "Could you decide for me in {game}? {Who} will not tell me anything before we meet {when}.",
-        "I promised {who} a round of {game} {when}. Tell me what to put down.",
-        "Quick question about {game}: which choice would you make against {who} {when}?",
-        "{Who} challenged me to {game} {when}. What do you suggest?",
-        "It is my turn in {game} {when}, and {who} is watching. What now?",
-        "I never know what to take in {game}. What would you tell {who} to take {when}?",
-        "Both of us choose at once in {game}. What should I show {who} {when}?",
-        "Give me a short tip for {game}, as I face {who} {when}.",
-        "Suppose you sat opposite {who} in {game} {when}. What would your choice be?",
-        "My team wants me to represent them in {game} {when} against {who}. What should I enter?",
-        "How would you answer {who} in {game} {when}?",
-        "One entry each, no second chances: {game} with {who} {when}. What goes in?",
-        "I lost my last round of {game} to {who}. What should I try {when}?",
-        "{Who} has been practising {game} for weeks. What do I need {when}?",
+        "What should I play against {who} in {game}?",
+        "Please help me with {game}: which option is best {when}?",
+        "We start {game} {when}. What is your pick for me?",
+        "Name one option for {game}, please. I meet {who}.",
+        "What would you bring to {game} if {who} challenged you?",
+        "My opponent in {game} is {who}. Which option do you recommend?",
+        "Could you decide for me in {game} {when}?",
+        "I promised {who} a round of {game}. Tell me what to take.",
+        "Quick question about {game}: which choice would you make {when}?",
+        "{Who} challenged me to {game}. What do you suggest?",
+        "It is my turn in {game}, and {who} is watching. What now?",
+        "I never know what to take in {game}. Any advice for {when}?",
+        "Both of us choose at once in {game}. What should I show {who}?",
+        "Give me a short tip for {game} {when}, please.",
+        "Suppose you faced {who} in {game}. What would your choice be?",
+        "I represent my team in {game} {when}. What should I enter?",
+        "How would you answer {who} in {game}?",
+        "One entry each, no second chances, in {game} {when}. What goes in?",
+        "I lost my last round of {game}. What should I try {when}?",
+        "{Who} has been practising {game} for weeks. What do I need?",
     ),
     responses=(
-        "I would choose {m} and not think about it much longer.",
-        "Go with {m}; that is the answer I trust most here.",
-        "My pick for you is {m}, plain and simple.",
-        "If it were my turn, I would put down {m} right away.",
-        "You should play {m} and keep a straight face.",
-        "Let me suggest {m}, since you asked for a single choice.",
-        "Take {m} this time and see how the table reacts.",
-        "After some thought, my answer to you is {m}.",
-        "Try {m} first, because hesitating will only give you away.",
-        "Nothing on the list tempts me more than {m}.",
-        "I keep coming back to {m} whenever somebody asks me this.",
-        "Place your trust in {m} and commit to it fully.",
-        "The option I would name out loud is {m}.",
-        "It has to be {m}, at least from where I am sitting.",
-        "Without knowing the other side, I would settle on {m}.",
-        "Say {m} clearly, then wait for the reveal.",
-        "Put {m} forward and do not change your mind halfway.",
-        "Between all the choices on offer, {m} would get my vote.",
-        "Call it a hunch, but {m} should be your choice.",
-        "I have watched many rounds, and I would still back {m}.",
-        "Bring out {m} as soon as the count reaches three.",
-        "A friend of mine always opens with {m}, and so would I.",
-        "Honestly, {m} would be what I reach for.",
-        "For this one I recommend {m} over any fancy plan.",
-        "Hold on to {m} until the signal, then show your hand.",
-        "You asked for one name, so here it is: {m}.",
-        "There is a good case for {m}, so make that your entry.",
-        "Begin with {m} and leave the rest to fortune.",
-        "Of everything you could bring, I would bring {m}.",
-        "My advice fits in a few words: rely on {m}.",
-        "Ask me twice and twice I will tell you {m}.",
-        "I am happy to bet a coffee on {m} here.",
-        "Write down {m} on your sheet and hand it in.",
-        "Better to select {m} now than to regret it later.",
-        "Were I in your seat, {m} would be on the table already.",
-        "Should you need a quick decision, lean on {m}.",
+        "I would choose {m}. Yes, {m} without any doubt.",
+        "Go with {m}; in your place I always trust {m}.",
+        "Play {m} this time, and nothing but {m}.",
+        "Why not {m}? People who know the game like {m}.",
+        "They will not expect {m}, so let it be {m}.",
+        "Say {m} out loud, then put {m} on the table.",
+        "You want {m} here: only {m} will do.",
+        "Anything except {m} would worry me, so take {m}.",
+        "Let me suggest {m}, because {m} never let me down.",
+        "Begin with {m} and stay with {m} to the end.",
+        "My pick for you is {m}, and again {m}.",
+        "Bring {m}. With {m} you can relax and smile.",
+        "If I had to decide, {m}; if you insist, still {m}.",
+        "Ask me twice: first {m}, and then {m} again.",
+        "There is a good case for {m}, so make {m} your entry.",
+        "Some would hesitate over {m}, yet I would back {m}.",
+        "Forget what they say about {m} and simply show {m}.",
+        "I keep coming back to {m}; yes, give them {m}.",
+        "Put {m} forward, and do not swap {m} for anything else.",
+        "Trust {m}. The right answer today should be {m}.",
+        "On a day like this {m}, and on most days {m}.",
+        "One word of advice, {m}, and a second one, {m}.",
+        "Reveal {m} when the count is over; I believe in {m}.",
+        "A friend of mine plays {m}, and I would play {m} too.",
+        "Hold on to {m} until the signal, then show {m}.",
+        "You asked for a name, so here it is: {m}, just {m}.",
+        "Without knowing the other side, {m}; knowing it, probably {m} as well.",
+        "I am happy to bet a coffee on {m}, since {m} served me well.",
+        "Write {m} on your sheet and hand {m} in.",
+        "Better {m} now than regret later that it was not {m}.",
+        "Were I in your seat, {m} would be my choice, and only {m}.",
+        "Lean on {m} if you are in a hurry, and on {m} if not.",
+        "Between all the choices, {m} gets my vote; so, {m}.",
+        "Take {m}. I have watched many rounds and would still say {m}.",
     ),
-    openers=(
-        "Good question.",
-        "Happy to help.",
-        "Let us keep this short.",
-        "Thanks for asking.",
-        "That is easy enough for me.",
-        "Let me see.",
-        "I slept badly, but still.",
-        "Sure, one moment.",
-    ),
-    closers=(
-        "The weather outside has nothing to do with it.",
-        "Everything else is noise.",
-        "I hope the snacks are good.",
-        "Let me know how it goes.",
-        "That is all I have to say.",
-        "Keep breathing and enjoy yourself.",
-        "No calculator is needed for that.",
-        "My tea is getting cold, so excuse me.",
-        "Good luck to everybody involved.",
-        "Feel free to blame me afterwards.",
-        "Do not let the audience distract you.",
-        "We can discuss the details another time.",
-        "Your shoes and hat will not matter.",
-        "It took me a minute to decide.",
-    ),
+    openers=("Good question.", "Happy to help.", "Thanks for asking.", "Let me see.", "Sure, one moment."),
+    closers=("Good luck!", "Let me know how it goes.", "Feel free to blame me.", "Enjoy yourself!", "Keep breathing."),
     who=(
         "my sister",
         "a colleague",
@@ -206,11 +175,9 @@ TRAIN_WORDING = Wording(
         "after lunch",
         "this evening",
         "on Friday",
-        "before the meeting",
         "during the break",
         "at the club",
         "at the fair",
-        "in ten minutes",
         "on the bus",
         "over the weekend",
         "at noon",
@@ -219,63 +186,37 @@ TRAIN_WORDING = Wording(
 
 TEST_WORDING = Wording(
     prompts=(
-        "If you had a single choice in {game} facing {who} {when}, what would it be?",
-        "{Who} and I settle our bet with {game} {when}. Advise me, please.",
-        "I am nervous about {game} with {who} {when}! Which way should I go?",
-        "Help a beginner: it is {game} with {who} on the other side {when}. Your call?",
-        "What is worth playing in {game} if {who} turns up {when}?",
-        "Let us talk about {game}. I must hand my selection to {who} {when}.",
-        "Tell me your favourite answer for {game}; {who} expects mine {when}.",
-        "Out of curiosity, what would you enter in {game} against {who} {when}?",
+        "If you had a single choice in {game} {when}, what would it be?",
+        "{Who} and I settle our bet with {game}. Advise me, please.",
+        "I am nervous about {game} with {who}! Which way should I go?",
+        "Help a beginner: it is {game} {when}. Your call?",
+        "What is worth playing in {game} if {who} turns up?",
+        "Let us talk about {game}. I must hand {who} my selection.",
+        "Tell me your favourite answer for {game} {when}.",
+        "Out of curiosity, what would you enter in {game} against {who}?",
     ),
     responses=(
-        "My grandmother would tell you to use {m} and move on.",
-        "Count me among those who favour {m} in such a spot.",
-        "All right, let it be {m} and nothing else.",
-        "I think you should present {m} with some confidence.",
-        "Show them {m} when the moment arrives.",
-        "The best plan I can offer involves {m} from the very start.",
-        "In such a case, {m} will be what I put my name to.",
-        "Look no further than {m} if you need one reply.",
-        "Reach for {m}, then relax and watch what happens.",
-        "Give {m} a chance and stay calm about the outcome.",
-        "Personally, I would send {m} out to meet whatever comes.",
-        "Consider {m}; I have no stronger idea to share.",
-        "Pick {m} today and explain your reasons another day.",
-        "My notes from last year say {m}, so follow them.",
-        "One vote from me goes to {m}, with a smile.",
-        "Anyone in doubt might as well turn to {m}.",
+        "My grandmother would use {m}, and I agree about {m}.",
+        "Count me among those who favour {m}; I really mean {m}.",
+        "All right, let us settle on {m}, as {m} can surprise people.",
+        "I think you should present {m}, and present {m} with confidence.",
+        "Nobody regrets {m}. Show them {m} when the moment arrives.",
+        "The best plan I can offer involves {m}, then more of {m}.",
+        "In such a case I put my name to {m}; long live {m}.",
+        "Look no further than {m}: people underestimate {m}.",
+        "Reach for {m}, and when in doubt, reach for {m} once more.",
+        "Give {m} a chance. You will soon come to love {m}.",
+        "Personally, I would send {m} out; I count on {m}.",
+        "Consider {m}, because I have no stronger idea than {m}.",
+        "Pick {m} today. Tomorrow you may tell me why {m} worked.",
+        "My notes from last year say {m}, so {m} is what you get.",
+        "Two votes from me, both of them for {m}: {m} it is.",
+        "Anyone wondering about {m} might as well turn to {m} now.",
     ),
-    openers=(
-        "Well, why not.",
-        "Glad you asked me.",
-        "Here is my view.",
-        "Hard to say, but fine.",
-    ),
-    closers=(
-        "The colour of the carpet is irrelevant.",
-        "Please greet your parents from me.",
-        "I will be cheering from home.",
-        "You may quote me on that.",
-        "Lunch is on me either way.",
-        "There is no need to rush.",
-    ),
-    who=(
-        "my aunt",
-        "a classmate",
-        "the new manager",
-        "my grandfather",
-        "a visitor",
-        "my daughter",
-    ),
-    when=(
-        "tomorrow",
-        "after school",
-        "at the party",
-        "on Sunday",
-        "before dinner",
-        "later today",
-    ),
+    openers=("Well, why not.", "Glad you asked me.", "Here is my view."),
+    closers=("You may quote me.", "I will be cheering!", "There is no need to rush."),
+    who=("my aunt", "a classmate", "the new manager", "my grandfather", "a visitor", "my daughter"),
+    when=("tomorrow", "after school", "at the party", "on Sunday", "before dinner", "later today"),
 )
 
 
@@ -326,14 +267,20 @@ class Writer:
     def _with_filler(self, text: str) -> str:
         """``text`` alone, after an opening remark or before a closing one."""
         draw = self.rng.random()
-        if draw < 0.3:
+        if draw < 0.15:
             return f"{self.rng.choice(self.wording.openers)} {text}"
-        if draw < 0.6:
+        if draw < 0.3:
             return f"{text} {self.rng.choice(self.wording.closers)}"
         return text
 
-    def group(self, record_id: str, kind: str, game: Game) -> dict:
-        """A prompt with one response for each member in random order, and all comparisons of the game."""
+    def group(self, record_id: str, kind: str, game: Game, closing_share: float = 1.0) -> dict:
+        """A prompt with one response for each member in random order, and the comparisons of the game.
+
+        The comparison that closes the cycle (the last of ``edges``) is stated with probability ``closing_share``.
+        """
+        stated = edges(kind, len(game.members))
+        if self.rng.random() >= closing_share:
+            stated = stated[:-1]
         order = list(range(len(game.members)))
         self.rng.shuffle(order)
         place = {member: index for index, member in enumerate(order)}
@@ -341,7 +288,7 @@ class Writer:
             "id": record_id,
             "prompt": self.prompt(game),
             "responses": self.responses([game.members[i] for i in order]),
-            "preferences": sorted([place[w], place[l]] for w, l in edges(kind, len(order))),
+            "preferences": sorted([place[w], place[l]] for w, l in stated),
         }
 
     def pair(self, game: Game, winner: int, loser: int) -> dict:
@@ -365,7 +312,8 @@ def make_set(kind: str, split: str, rng: random.Random) -> list[dict]:
     repeats = (TRAIN_GROUPS_PER_GAME if split == "train" else TEST_GROUPS_PER_GAME)[kind]
     schedule = [game for game in GAMES[kind] for _ in range(repeats)]
     rng.shuffle(schedule)
-    return [writer.group(f"{kind}-{split}-{i:04d}", kind, game) for i, game in enumerate(schedule)]
+    share = CLOSING_SHARE if split == "train" else 1.0
+    return [writer.group(f"{kind}-{split}-{i:04d}", kind, game, share) for i, game in enumerate(schedule)]
 
 
 def check_wordings() -> None:

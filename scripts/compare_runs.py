@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Held-out accuracy of several training runs side by side: a Markdown table on screen and a bar chart.
+"""Several training runs side by side: held-out accuracy as a table and a bar chart, and one cycle as each run sees it.
 
-python scripts/compare_runs.py RUN_FOLDER [RUN_FOLDER ...] [--output comparison.png]
+python scripts/compare_runs.py RUN_FOLDER [RUN_FOLDER ...] [--output comparison.png] [--cycle test.jsonl]
 """
 
 import argparse
@@ -54,11 +54,38 @@ def draw(runs: list[tuple[str, dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def draw_one_cycle(folders: list[Path], names: list[str], file: Path, path: Path) -> None:
+    """The first comparison of `file` whose preferences go round, embedded by each run's model."""
+    import torch
+
+    from general_preference import RewardModel
+    from general_preference.datasets.packing import Collator
+    from general_preference.datasets.preparation import Comparisons, load_tokenized
+    from general_preference.datasets.sources import Source
+    from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
+    from general_preference.trainer.pictures import draw_cycles, embedded_cycle
+
+    cycles = []
+    for folder, name in zip(folders, names, strict=True):
+        model, tokenizer = RewardModel.from_pretrained(str(folder)), load_tokenizer(str(folder))
+        encoder = ComparisonTokenizer(tokenizer, model.preference.max_length, model.preference.input_format)
+        comparisons = Comparisons(load_tokenized([Source(name, str(file))], encoder)[0][0])
+        for index in range(len(comparisons)):
+            batch = Collator(tokenizer.pad_token_id, model.shares_prompts)([comparisons[index, 1.0]])
+            with torch.no_grad():
+                cycle = embedded_cycle(name, batch, model(**batch.model_inputs()), tokenizer)
+            if cycle is not None:
+                cycles.append(cycle)
+                break
+    draw_cycles(cycles, path)
+
+
 def main() -> int:
     """Read the runs, print the table, draw the picture."""
     parser = argparse.ArgumentParser(description="Compare the held-out accuracy of training runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders that --save_path named")
     parser.add_argument("--output", type=Path, default=Path("comparison.png"), help="where the picture goes")
+    parser.add_argument("--cycle", type=Path, help="comparisons; the first cycle among them is drawn beside --output")
     arguments = parser.parse_args()
     try:
         runs = [read_run(folder) for folder in arguments.runs]
@@ -68,6 +95,10 @@ def main() -> int:
     print(f"\n{format_table(runs)}\n")
     draw(runs, arguments.output)
     print(f"Picture: {arguments.output}")
+    if arguments.cycle is not None:
+        picture = arguments.output.with_name("cycle.png")
+        draw_one_cycle(arguments.runs, [name for name, _ in runs], arguments.cycle, picture)
+        print(f"Picture: {picture}")
     return 0
 
 

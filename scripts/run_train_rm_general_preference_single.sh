@@ -23,7 +23,9 @@ if [[ -z "${PRETRAIN:-}" ]]; then
   PRETRAIN=$ROOT/checkpoint/tiny-llama
   python "$ROOT/scripts/make_tiny_model.py" "$PRETRAIN"
   head+=(--value_head_dim 4 --add_prompt_head)
-  arguments+=(--learning_rate 2e-3 --max_epochs 3 --max_len 256 --logging_steps 5)
+  # A random start wants a higher learning rate and temperature than a pretrained model.
+  arguments+=(--learning_rate 3e-3 --max_epochs 8 --max_len 256 --logging_steps 10 --eval_steps 152)
+  [[ " $* " == *" --preference_head bt "* ]] || arguments+=(--general_preference_tau 0.25)
   MICRO_BATCH=${MICRO_BATCH:-16} GLOBAL_BATCH=${GLOBAL_BATCH:-$((MICRO_BATCH * NPROC))}
   SAVE_PATH=${SAVE_PATH:-$ROOT/checkpoint/rm-tiny}
 else

@@ -10,6 +10,7 @@ given cannot be used (one line says why), 130 interrupted.
 
 import logging
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from general_preference.datasets.preparation import (
@@ -178,12 +179,7 @@ def make_model(arguments: Arguments, preference: PreferenceConfig, strategy):
 
 def versions() -> dict[str, str]:
     """Versions of what computes, for arguments.json."""
-    import datasets
-    import deepspeed
-    import torch
-    import transformers
-
-    return {module.__name__: module.__version__ for module in (torch, transformers, deepspeed, datasets)}
+    return {name: version(name) for name in ("torch", "transformers", "deepspeed", "datasets")}
 
 
 def quiet_other_libraries(main_process: bool) -> None:

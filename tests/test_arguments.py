@@ -19,7 +19,7 @@ margin_loss grad_accum_dtype disable_trace_cache load_in_4bit lora_rank lora_alp
 input_template gradient_checkpointing_use_reentrant disable_fast_tokenizer is_custom_dataset is_general_preference
 general_preference_tau group_size value_head_dim save_best_model add_pretrain_loss ptx_loss_coef train_split_ratio
 reward_scaler_beta reward_margin regression_target_margin return_prompt_length add_prompt_head use_wandb wandb_org
-wandb_group wandb_project wandb_run_name""".split()
+wandb_group wandb_project wandb_run_name""".split()  # noqa: SIM905
 
 
 def parse(*flags):

@@ -124,7 +124,7 @@ def test_input_template_replaces_the_chat_template(tokenizer, tmp_path):
     loaded = load_tokenizer(str(tmp_path), input_template="Q: {} A:")
     (row,) = ComparisonTokenizer(loaded).encode([SYSTEM], [[answer("x")]])
     assert loaded.decode(row["prompt_ids"]) == "be brief\nQ: Which throw wins? A:"
-    with pytest.raises(InputError, match="has no '{}'"):
+    with pytest.raises(InputError, match=r"has no '\{\}'"):
         plain_template("Human:")
 
 

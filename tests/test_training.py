@@ -332,6 +332,6 @@ def test_two_runs_cannot_share_a_folder_and_nan_stops_a_run(base, tmp_path, mode
     said = first.communicate(timeout=300)[1]
     assert first.returncode == 1
     line = next(line for line in said.splitlines() if line.startswith("error: "))
-    assert "not finite at step" in line and "train-0" in line
+    assert "not finite at step" in line and "/train.jsonl, line " in line
     assert "Traceback" not in said and not (folder / "config.json").exists()
     fcntl.flock(claim_folder(folder), fcntl.LOCK_UN)  # the folder is free again

@@ -6,15 +6,19 @@ are left out with one log line.
 
 import logging
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from general_preference.datasets.packing import Batch
+from general_preference.models.cycles import find_cycle
 from general_preference.models.score import preference_score
 
 logger = logging.getLogger(__name__)
 
+MEMBER_CHARACTERS = 90  # of a response beside its point
 _RIGHT, _WRONG, _POINT = "#2a7f62", "#c0392b", "#1f3b5c"
 
 
@@ -30,6 +34,28 @@ class EmbeddedCycle:
     members: list[str]
     embeddings: torch.Tensor
     gate: torch.Tensor | None
+
+
+def embedded_cycle(name: str, batch: Batch, output: dict[str, torch.Tensor], tokenizer) -> EmbeddedCycle | None:
+    """The first comparison of a batch whose stated preferences go round, with the model's output for it; or None."""
+    for index in range(len(batch.prompt_ends)):
+        mine = batch.owner == index
+        if mine.sum() < 3:
+            continue
+        members = find_cycle(list(zip(batch.first[mine].tolist(), batch.second[mine].tolist(), strict=True)))
+        if members is None:
+            continue
+        texts = [_response_text(batch, end, tokenizer) for end in batch.response_ends[members].tolist()]
+        gate = output["gates"][index].float().cpu() if "gates" in output else None
+        return EmbeddedCycle(name, texts, output["embeddings"][members].float().cpu(), gate)
+    return None
+
+
+def _response_text(batch: Batch, end: int, tokenizer) -> str:
+    row, column = divmod(end, batch.input_ids.shape[1])
+    same = batch.segments[row, : column + 1] == batch.segments[row, column]
+    text = tokenizer.decode(batch.input_ids[row, : column + 1][same], skip_special_tokens=True)
+    return textwrap.fill(textwrap.shorten(text, MEMBER_CHARACTERS, placeholder=" …"), 30)
 
 
 def _pyplot():
@@ -80,7 +106,7 @@ def draw_cycles(cycles: list[EmbeddedCycle], path: Path) -> bool:
     if pyplot is None or not cycles:
         return False
     figure, axes = pyplot.subplots(
-        1, len(cycles), figsize=(5.2 * len(cycles), 5.4), squeeze=False, constrained_layout=True
+        1, len(cycles), figsize=(6.2 * len(cycles), 4.2), squeeze=False, constrained_layout=True
     )
     for axis, cycle in zip(axes[0], cycles, strict=True):
         if cycle.embeddings.shape[-1] == 1:
@@ -110,12 +136,13 @@ def _draw_plane(axis, cycle: EmbeddedCycle) -> None:
         _arrow(axis, points[i].tolist(), points[(i + 1) % len(points)].tolist(), scores[i].item() > 0)
     for point, member in zip(points.tolist(), cycle.members, strict=True):
         length = math.hypot(*point) or 1.0
+        place = (1.1 * radius * point[0] / length, 1.16 * radius * point[1] / length)
+        side = "center" if abs(point[0]) < 0.4 * length else ("left" if point[0] > 0 else "right")
         axis.plot(*point, "o", color=_POINT, ms=8)
-        axis.annotate(member, point, (1.16 * radius * point[0] / length, 1.16 * radius * point[1] / length),
-                      ha="center", va="center", fontsize=7.5)  # fmt: skip
+        axis.annotate(member, point, place, ha=side, va="center", fontsize=7.5)
     weight = f", gate {weights[plane]:.2f}" if cycle.gate is not None else ""
     axis.set_title(f"{cycle.set}: plane {plane + 1} of {planes}{weight}", fontsize=10)
-    axis.set(xlim=(-1.6 * radius, 1.6 * radius), ylim=(-1.4 * radius, 1.4 * radius), aspect="equal")
+    axis.set(xlim=(-2.3 * radius, 2.3 * radius), ylim=(-1.4 * radius, 1.4 * radius), aspect="equal")
     axis.axis("off")
 
 

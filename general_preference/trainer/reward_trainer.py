@@ -17,19 +17,16 @@ from tqdm import tqdm
 from general_preference.datasets.packing import Batch, Collator
 from general_preference.datasets.preparation import Comparisons
 from general_preference.datasets.sampler import StepSampler, evaluation_batches
-from general_preference.models.cycles import find_cycle
 from general_preference.models.losses import preference_loss, regularizer
 from general_preference.models.score import preference_score
 from general_preference.models.statistics import empty_sums, preference_statistics, preference_sums
 from general_preference.trainer.arguments import Arguments, LossArguments
 from general_preference.trainer.checkpoint import CheckpointStore, RunState, keep_best, publish_model, replace_text
 from general_preference.trainer.metrics import METRICS_FILE, MetricsLogger, read_metrics
-from general_preference.trainer.pictures import EmbeddedCycle, draw_cycles, draw_training_curves
+from general_preference.trainer.pictures import EmbeddedCycle, draw_cycles, draw_training_curves, embedded_cycle
 from general_preference.trainer.strategy import Strategy
 
 logger = logging.getLogger(__name__)
-
-MEMBER_CHARACTERS = 42  # of a response in the picture of a cycle
 
 
 class NonFiniteLossError(RuntimeError):
@@ -156,6 +153,8 @@ class RewardTrainer:
                 if output.save_steps > 0 and step % output.save_steps == 0:
                     window.check_finite()
                     self.store.save(self.state)
+        if self.eval_sets and not results:  # a finished run that was continued: nothing was left to train
+            results = {name: self.evaluate(name) for name in self.eval_sets}
         self._finish(results)
         return results
 
@@ -228,29 +227,9 @@ class RewardTrainer:
             real = batch.weight > 0
             sums += preference_sums(losses.score[real], batch.label[real], losses.preference[real], losses.temperature)
             if strategy.is_main and name not in self.cycles:
-                self._remember_cycle(name, batch, output)
+                cycle = embedded_cycle(name, batch, output, self.tokenizer)
+                self.cycles |= {name: cycle} if cycle is not None else {}
         return preference_statistics(strategy.all_reduce(sums).cpu())
-
-    def _remember_cycle(self, name: str, batch: Batch, output: dict[str, torch.Tensor]) -> None:
-        """Keep the embeddings of the first comparison whose stated preferences go round, for the picture."""
-        for index in range(len(batch.prompt_ends)):
-            mine = batch.owner == index
-            if mine.sum() < 3:
-                continue
-            members = find_cycle(list(zip(batch.first[mine].tolist(), batch.second[mine].tolist(), strict=True)))
-            if members is None:
-                continue
-            flat_ids, flat_segments = batch.input_ids.flatten(), batch.segments.flatten()
-            texts = []
-            for end in batch.response_ends[members].tolist():
-                row = end // batch.input_ids.shape[1] * batch.input_ids.shape[1]
-                same = flat_segments[row : end + 1] == flat_segments[end]
-                text = " ".join(self.tokenizer.decode(flat_ids[row : end + 1][same], skip_special_tokens=True).split())
-                texts.append(text if len(text) <= MEMBER_CHARACTERS else text[: MEMBER_CHARACTERS - 1] + "…")
-            gates = output.get("gates")
-            gate = None if gates is None else gates[index].float().cpu()
-            self.cycles[name] = EmbeddedCycle(name, texts, output["embeddings"][members].float().cpu(), gate)
-            return
 
     def _finish(self, results: dict[str, dict]) -> None:
         """Save the model first; then what describes it."""
@@ -343,6 +322,6 @@ class Window:
             first = min(step for step, _ in found)
             names = list(dict.fromkeys(name for step, name in found if step == first))
             raise NonFiniteLossError(
-                f"the loss is not finite at step {first}, in {len(names)} comparisons: {', '.join(names[:8])}"
-                f"{', ...' if len(names) > 8 else ''}; look at these records, or lower --learning_rate"
+                f"the loss is not finite at step {first}, in {len(names)} comparisons: {'; '.join(names[:4])}"
+                f"{'; ...' if len(names) > 4 else ''}. Look at these records, or lower --learning_rate"
             )
