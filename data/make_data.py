@@ -288,7 +288,7 @@ class Writer:
             "id": record_id,
             "prompt": self.prompt(game),
             "responses": self.responses([game.members[i] for i in order]),
-            "preferences": sorted([place[w], place[l]] for w, l in stated),
+            "preferences": sorted([place[winner], place[loser]] for winner, loser in stated),
         }
 
     def pair(self, game: Game, winner: int, loser: int) -> dict:

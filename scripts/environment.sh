@@ -2,16 +2,15 @@
 #
 # Uses the active Python if it has all packages; otherwise makes ROOT/.venv and installs requirements.txt there, once.
 # Sets: PATH (the environment), PYTHONPATH (this checkout), GPUS (their number), NPROC, LAUNCH (the start of a command).
-# Reads: PYTHON (which interpreter makes .venv, default python3), NPROC, MASTER_PORT.
+# Reads: PYTHON (which interpreter makes .venv, default python3), NPROC, MASTER_PORT, ALSO_NEEDED (more packages).
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 has_everything() {
-  "$1" - <<'PY' 2>/dev/null
+  "$1" - torch transformers safetensors datasets deepspeed matplotlib tqdm ${ALSO_NEEDED:-} <<'PY' 2>/dev/null
 import sys
 from importlib.util import find_spec
-needed = "torch transformers tokenizers safetensors datasets deepspeed accelerate peft matplotlib tqdm wandb pytest hypothesis".split()
-sys.exit(any(find_spec(name) is None for name in needed) or sys.version_info < (3, 10))
+sys.exit(any(find_spec(name) is None for name in sys.argv[1:]) or sys.version_info < (3, 10))
 PY
 }
 
@@ -52,15 +51,16 @@ if ((GPUS == 0)); then
   fi
   # DeepSpeed compiles its shared-memory collectives at first use (about a minute); do it before anything is timed.
   extensions=${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}
-  if ! compgen -G "$extensions/*/deepspeed_shm_comm/*.so" > /dev/null; then
+  stamp=$extensions/.general_preference.$(command -v python | cksum | cut -d ' ' -f 1)
+  if [[ ! -e $stamp ]] && mkdir -p "$extensions"; then
     echo "Compiling DeepSpeed's CPU collectives (once, about a minute) ..." >&2
-    mkdir -p "$extensions"
     (
       flock 9
       rm -f "$extensions"/*/deepspeed_shm_comm/lock # left by a killed compilation, it would block the next one for ever
       python -c 'from deepspeed.accelerator import get_accelerator as a; a().create_op_builder("ShareMemCommBuilder").load()'
     ) 9> "$extensions/.general_preference.lock" > /dev/null 2>&1 ||
       echo "note: they could not be compiled (is g++ installed?); gloo is used alone" >&2
+    touch "$stamp"
   fi
 fi
 if ((NPROC > 1)); then

@@ -5,9 +5,8 @@ Run with:
     python scripts/make_tiny_model.py OUT_DIR [--text FILE ...] [--hidden_size N] [--num_layers N] [--vocab_size N]
 
 The folder loads with ``AutoModelForCausalLM`` and ``AutoTokenizer``, so everything that works on a full-size base
-model can be run on this one, in seconds and without a download. The tokenizer is a byte-level BPE trained on prompts and
-responses of the given JSONL files (by default the training sets bundled under ``data/``). The same arguments give
-the same folder.
+model can be run on this one, in seconds and without a download. The tokenizer is a byte-level BPE trained on the text
+of the given JSONL files (default: the training sets under ``data/``). The same arguments give the same folder.
 """
 
 import argparse

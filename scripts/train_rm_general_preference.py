@@ -70,7 +70,10 @@ def train(arguments: Arguments, strategy) -> None:
     from general_preference.trainer.reward_trainer import RewardTrainer
 
     folder = Path(arguments.output.save_path)
-    claim = strategy.main_first(lambda: claim_folder(folder), main_only=True)
+    claims = [strategy.main_first(lambda: claim_folder(folder), main_only=True)]
+    ckpt_path = Path(arguments.output.ckpt_path or folder / "checkpoint")
+    if arguments.output.save_steps > 0 and ckpt_path.resolve() != folder.resolve():
+        claims.append(strategy.main_first(lambda: claim_folder(ckpt_path, "--ckpt_path"), main_only=True))
     preference = strategy.main_first(lambda: resolve_preference(arguments))
     tokenizer = strategy.main_first(lambda: make_tokenizer(arguments))
     encoder = ComparisonTokenizer(tokenizer, arguments.data.max_len, preference.input_format)
@@ -89,7 +92,8 @@ def train(arguments: Arguments, strategy) -> None:
         replace_text(folder / "data_summary.json", "[" + ", ".join(summary.to_json() for summary in summaries) + "]")
     results = trainer.fit()
     if strategy.is_main:
-        claim.close()
+        for claim in claims:
+            claim.close()
         if results:
             print(f"\nHeld-out comparisons\n{format_table(results)}")
         print(f"\nModel, metrics and pictures: {folder}")

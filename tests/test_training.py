@@ -261,6 +261,7 @@ BAD_INPUT = {
     "gate on BT": (["--is_general_preference", "false", "--value_head_dim", "1"], "Bradley-Terry"),
     "bf16": (["--bf16"], "no bfloat16"),
     "unwritable": (["--save_path", "{tmp}/file/run"], "cannot be written"),
+    "unwritable checkpoints": (["--save_steps", "1", "--ckpt_path", "{tmp}/file"], "--ckpt_path"),
     "no model": (["--pretrain", "{tmp}/nothing"], "no config.json"),
     "no such model": (["--pretrain", "/nowhere/model"], "does not exist"),
     "flash": (["--flash_attn"], "flash-attn is not installed"),

@@ -134,8 +134,8 @@ def keep_best(strategy: Strategy, tokenizer, folder: Path, state: RunState, loss
         )
 
 
-def claim_folder(folder: Path):
-    """Make the run's folder and hold it for this process; the returned file object is the claim.
+def claim_folder(folder: Path, flag: str = "--save_path"):
+    """Make the folder that `flag` names and hold it for this process; the returned file object is the claim.
 
     Raises:
         InputError: the folder cannot be made or written, or another running process holds it.
@@ -144,13 +144,13 @@ def claim_folder(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         claim = (folder / ".lock").open("w")
     except OSError as error:
-        raise InputError(f"--save_path {folder} cannot be written ({error.strerror}): choose another folder") from error
+        raise InputError(f"{flag} {folder} cannot be written ({error.strerror}): choose another folder") from error
     try:
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise InputError(
-                f"--save_path {folder} is being written by another run: wait for it, or choose another"
+                f"{flag} {folder} is being written by another run: wait for it, or choose another"
             ) from None
         logger.debug("%s does not support locks", folder)
     return claim
