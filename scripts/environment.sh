@@ -49,23 +49,16 @@ if ((GPUS == 0)); then
   if ((NPROC > 1)); then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NPROC - 1) / NPROC))}
   fi
-  # DeepSpeed compiles its shared-memory collectives at first use (about a minute); do it before anything is timed.
-  extensions=${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}
-  stamp=$extensions/.general_preference.$(command -v python | cksum | cut -d ' ' -f 1)
-  if [[ ! -e $stamp ]] && mkdir -p "$extensions"; then
-    echo "Compiling DeepSpeed's CPU collectives (once, about a minute) ..." >&2
-    (
-      flock 9
-      rm -f "$extensions"/*/deepspeed_shm_comm/lock # left by a killed compilation, it would block the next one for ever
-      python -c 'from deepspeed.accelerator import get_accelerator as a; a().create_op_builder("ShareMemCommBuilder").load()'
-    ) 9> "$extensions/.general_preference.lock" > /dev/null 2>&1 ||
-      echo "note: they could not be compiled (is g++ installed?); gloo is used alone" >&2
-    touch "$stamp"
-  fi
 fi
 if ((NPROC > 1)); then
   MASTER_PORT=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-  LAUNCH=(deepspeed --num_nodes 1 --num_gpus "$NPROC" --master_port "$MASTER_PORT")
+  LAUNCH=(deepspeed --master_port "$MASTER_PORT")
+  # DeepSpeed's --num_gpus ignores CUDA_VISIBLE_DEVICES: name the devices where that is set.
+  if ((GPUS > 0)) && [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
+    LAUNCH+=(--include "localhost:$(cut -d , -f "1-$NPROC" <<< "$CUDA_VISIBLE_DEVICES")")
+  else
+    LAUNCH+=(--num_nodes 1 --num_gpus "$NPROC")
+  fi
 else
   LAUNCH=(python)
 fi

@@ -23,13 +23,14 @@ if [[ -z "${PRETRAIN:-}" ]]; then
   PRETRAIN=$ROOT/checkpoint/tiny-llama
   python "$ROOT/scripts/make_tiny_model.py" "$PRETRAIN"
   head+=(--value_head_dim 4 --add_prompt_head)
+  MICRO_BATCH=${MICRO_BATCH:-$((NPROC < 16 ? 16 / NPROC : 1))} GLOBAL_BATCH=${GLOBAL_BATCH:-$((MICRO_BATCH * NPROC))}
   # A random start wants a higher learning rate and temperature than a pretrained model.
   arguments+=(--learning_rate 3e-3 --max_epochs 8 --max_len 256 --logging_steps 10 --eval_steps 152)
-  [[ " $* " == *" --preference_head bt "* ]] || arguments+=(--general_preference_tau 0.25)
-  MICRO_BATCH=${MICRO_BATCH:-16} GLOBAL_BATCH=${GLOBAL_BATCH:-$((MICRO_BATCH * NPROC))}
+  [[ " $* " == *" --preference_head"[\ =]"bt "* ]] || arguments+=(--general_preference_tau 0.25)
   SAVE_PATH=${SAVE_PATH:-$ROOT/checkpoint/rm-tiny}
 else
-  # The paper's settings; --learning_rate 2e-6 for 8B models.
+  # The paper's settings; --learning_rate 2e-6 for 8B models. `--add_prompt_head false` goes without the gate.
+  head+=(--value_head_dim 6 --add_prompt_head)
   arguments+=(--learning_rate 1e-5 --max_epochs 2 --max_len 2048 --gradient_checkpointing)
   ((GPUS > 0)) && arguments+=(--bf16)
   SAVE_PATH=${SAVE_PATH:-$ROOT/checkpoint/rm-$(basename "$PRETRAIN")}

@@ -14,10 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from general_preference.datasets.preparation import (
-    blend,
     load_tokenized,
     parse_probabilities,
-    split_by_prompt,
+    split_and_blend,
     summarize,
 )
 from general_preference.datasets.sources import parse_sources
@@ -25,7 +24,7 @@ from general_preference.datasets.tokenization import ComparisonTokenizer, load_t
 from general_preference.errors import InputError
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.pretrained import get_reward_model, saved_preference
-from general_preference.trainer.arguments import Arguments, parse_arguments
+from general_preference.trainer.arguments import DEFAULT_MAX_LEN, Arguments, parse_arguments
 
 logger = logging.getLogger("train")
 
@@ -76,7 +75,7 @@ def train(arguments: Arguments, strategy) -> None:
         claims.append(strategy.main_first(lambda: claim_folder(ckpt_path, "--ckpt_path"), main_only=True))
     preference = strategy.main_first(lambda: resolve_preference(arguments))
     tokenizer = strategy.main_first(lambda: make_tokenizer(arguments))
-    encoder = ComparisonTokenizer(tokenizer, arguments.data.max_len, preference.input_format)
+    encoder = ComparisonTokenizer(tokenizer, preference.max_length, preference.input_format)
     train_table, eval_tables, summaries = strategy.main_first(lambda: prepare_data(arguments, encoder))
     for summary in summaries:
         logger.info("%s", summary)
@@ -104,7 +103,7 @@ def resolve_preference(arguments: Arguments) -> PreferenceConfig:
     model = arguments.model
     saved = saved_preference(model.pretrain, model.trust_remote_code)
     if saved is None:
-        return model.preference(arguments.data.max_len)
+        return model.preference(arguments.data.max_len or DEFAULT_MAX_LEN)
     saved.check(
         model.pretrain,
         head=model.preference_head or ("gpm" if model.is_general_preference else None),
@@ -115,7 +114,7 @@ def resolve_preference(arguments: Arguments) -> PreferenceConfig:
         temperature=model.general_preference_tau,
         input_format=model.input_format,
     )
-    saved.max_length = arguments.data.max_len
+    saved.max_length = arguments.data.max_len or saved.max_length or DEFAULT_MAX_LEN
     saved.learnable_temperature = model.learnable_temperature
     return saved
 
@@ -139,8 +138,9 @@ def prepare_data(arguments: Arguments, encoder: ComparisonTokenizer):
     probabilities = parse_probabilities(data.dataset_probs, len(sources))
     held_out_sources = parse_sources(data.eval_dataset) if data.eval_dataset else []
     tables, left_out = load_tokenized(sources, encoder, custom=data.is_custom_dataset, **options)
-    train_table, held_out = split_by_prompt(
-        blend(tables, probabilities, seed),
+    train_table, held_out = split_and_blend(
+        tables,
+        probabilities,
         data.train_split_ratio,
         seed=seed,
         max_samples=data.max_samples,
@@ -148,7 +148,11 @@ def prepare_data(arguments: Arguments, encoder: ComparisonTokenizer):
     )
     eval_tables, eval_left_out = load_tokenized(held_out_sources, encoder, **options)
     named = dict(zip((source.name for source in held_out_sources), eval_tables, strict=True))
+    if arguments.loss.margin_loss and not any(train_table["margin"]):
+        raise InputError("--margin_loss: no record of --dataset has a margin: drop the flag, or add margins")
     if len(held_out):
+        if "held_out" in named:
+            raise InputError("--eval_dataset has a set 'held_out', the name of the split: give it another, name=path")
         named["held_out"] = held_out
     elif data.train_split_ratio < 1:
         raise InputError(f"--train_split_ratio {data.train_split_ratio} leaves nothing to evaluate on: lower it")
@@ -177,8 +181,19 @@ def make_model(arguments: Arguments, preference: PreferenceConfig, strategy):
         trust_remote_code=options.trust_remote_code,
         seed=arguments.optimizer.seed,
     )
+    check_positions(model, preference.max_length)
     model.freeze_unused(language_model_head=arguments.loss.add_pretrain_loss)
     return model
+
+
+def check_positions(model, max_length: int) -> None:
+    """Refuse sequences longer than a model's learned positions; warn where rotary ones only get worse."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None or max_length <= limit:
+        return
+    if getattr(model.config, "rope_parameters", None) is None:
+        raise InputError(f"--max_len {max_length} exceeds the model's {limit} positions: use at most {limit}")
+    logger.warning("--max_len %d exceeds the %d positions this model was made for", max_length, limit)
 
 
 def versions() -> dict[str, str]:

@@ -79,7 +79,9 @@ def test_heads_from_flags():
 )
 def test_contradictions_are_refused(flags, message):
     with pytest.raises(InputError, match=message):
-        parse(*flags.split()).check()
+        arguments = parse(*flags.split())
+        arguments.check()
+        arguments.model.preference(512)
 
 
 def test_unknown_flags_and_wrong_types_end_with_code_2(capsys):

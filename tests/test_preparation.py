@@ -10,6 +10,7 @@ from general_preference.datasets.preparation import (
     blend,
     load_tokenized,
     parse_probabilities,
+    split_and_blend,
     split_by_prompt,
     summarize,
 )
@@ -161,6 +162,14 @@ def test_blends_follow_the_probabilities():
     assert len(blend([few, many], None, seed=0)) == 250
 
 
+def test_a_blend_repeats_nothing_that_is_held_out():
+    few, many = tokenized([f"a{i}" for i in range(20)], "few"), tokenized([f"b{i}" for i in range(200)], "many")
+    train, held_out = split_and_blend([few, many], [0.5, 0.5], 0.8, seed=0)
+    assert len(held_out) == 44 and len(set(held_out["id"])) == 44
+    assert not set(train["prompt_key"]) & set(held_out["prompt_key"])
+    assert len(train) > len(set(train["id"])), "the small set is repeated where it is trained on"
+
+
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_no_prompt_stands_on_both_sides(group_size):
     generator = torch.Generator().manual_seed(0)
@@ -168,25 +177,36 @@ def test_no_prompt_stands_on_both_sides(group_size):
         f"p{i // 6}" for i in range(300)
     ]  # fmt: skip
     table = tokenized(keys)
-    train, held_out = split_by_prompt(table, 0.8, seed=1, group_size=group_size)
+
+    def split(seed):
+        train, held_out = split_and_blend([table], None, 0.8, seed=seed, group_size=group_size)
+        return train, held_out
+
+    train, held_out = split(1)
     assert len(train) + len(held_out) == 300 and abs(len(train) - 240) <= 6
     assert not set(train["prompt_key"]) & set(held_out["prompt_key"])
     assert train["value"][:20] != list(range(20)), "shuffled"
-    assert split_by_prompt(table, 0.8, seed=1, group_size=group_size)[0]["value"][:] == train["value"][:]
-    assert split_by_prompt(table, 0.8, seed=2, group_size=group_size)[0]["value"][:] != train["value"][:]
+    assert split(1)[0]["value"][:] == train["value"][:]
+    assert split(2)[0]["value"][:] != train["value"][:]
 
 
 def test_neighbours_stay_together_through_the_split():
-    train, held_out = split_by_prompt(tokenized([f"p{i}" for i in range(60)]), 0.7, seed=0, group_size=4)
-    for side in (train["value"][:], held_out["value"][:]):
-        assert len(side) % 4 == 0
-        assert all(side[i] % 4 == i % 4 and side[i] == side[i - i % 4] + i % 4 for i in range(len(side)))
+    tables = [tokenized([f"{name}{i}" for i in range(30)], name) for name in "ab"]
+    train, held_out = split_and_blend(tables, None, 0.7, seed=0, group_size=4)
+    assert {len(train), len(held_out)} == {42, 18} or abs(len(train) - 42) <= 4
+    names = dict(zip(train["id"], train["group"], strict=True)) | dict(
+        zip(held_out["id"], held_out["group"], strict=True)
+    )
+    for name in "ab":
+        for i in range(29):
+            assert (names[f"{name}{i}"] == names[f"{name}{i + 1}"]) == (i // 4 == (i + 1) // 4)
+    assert not set(train["group"]) & set(held_out["group"])
 
 
 def test_max_samples_and_the_whole_set():
     table = tokenized([f"p{i}" for i in range(100)])
     train, held_out = split_by_prompt(table, 0.9, seed=0, max_samples=30)
-    assert (len(train), len(held_out)) == (27, 3)
+    assert (len(train), len(held_out)) == (27, 3) and not set(train) & set(held_out)
     train, held_out = split_by_prompt(table, 1.0, seed=0)
     assert (len(train), len(held_out)) == (100, 0)
 

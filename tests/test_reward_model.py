@@ -119,7 +119,6 @@ def test_scaled_softmax_gate(make_model):
     model.preference.gate = "scaled_softmax"
     expected = 3 * torch.softmax(model.prompt_head(hidden) / 32**0.5, dim=-1)
     torch.testing.assert_close(model.gate(hidden), expected)
-    assert "NaN" not in str(model.gate(hidden))
 
 
 def test_learnt_temperature_is_saved(make_model, tmp_path, model_folder):

@@ -168,7 +168,7 @@ def test_a_run_leaves_what_it_promises(finished):
         }
         assert {"accuracy", "loss", "n", "ties", "probability", "margin", "calibration_error"} == set(row)
         assert f"{row['accuracy']:.4f}" in done.stdout
-    assert results["cyclic"]["n"] == 312 and results["held_out"]["n"] >= 12
+    assert results["cyclic"]["n"] == 324 and results["held_out"]["n"] >= 12
     assert (folder / "training_curves.png").stat().st_size > 10_000
     assert (folder / "embeddings.png").stat().st_size > 10_000
     arguments = json.loads((folder / "arguments.json").read_text())

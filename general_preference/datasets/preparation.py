@@ -74,7 +74,42 @@ def blend(tables: list[datasets.Dataset], probabilities: list[float] | None, see
     """One table from several: end to end, or drawn by probability until every set was seen whole."""
     if probabilities is None or len(tables) == 1:
         return datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
+    if any(len(table) == 0 for table in tables):
+        raise InputError(
+            "--dataset_probs: a set has no comparison left to train on: raise --max_samples or drop the set"
+        )
     return datasets.interleave_datasets(tables, probabilities, seed=seed, stopping_strategy="all_exhausted")
+
+
+def split_and_blend(
+    tables: list[datasets.Dataset],
+    probabilities: list[float] | None,
+    train_ratio: float,
+    *,
+    seed: int,
+    max_samples: int | None = None,
+    group_size: int = 1,
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(training table, held-out table): split all sets by prompt together, then blend what is trained on.
+
+    In this order a set that the blend repeats is not repeated in the held-out table. With `group_size` > 1 the tables
+    get a column `group`: which rows of a set were neighbours and must stay together.
+    """
+    whole = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
+    groups = None
+    if group_size > 1:
+        blocks = [(number, row // group_size) for number, table in enumerate(tables) for row in range(len(table))]
+        names = {block: index for index, block in enumerate(dict.fromkeys(blocks))}
+        groups = [names[block] for block in blocks]
+        whole = whole.add_column("group", groups)
+    train, held_out = split_by_prompt(whole, train_ratio, seed=seed, max_samples=max_samples, groups=groups)
+    if probabilities is None or len(tables) == 1:
+        return whole.select(train), whole.select(held_out)
+    parts, start = [], 0
+    for table in tables:
+        parts.append(whole.select([index for index in train if start <= index < start + len(table)]))
+        start += len(table)
+    return blend(parts, probabilities, seed), whole.select(held_out)
 
 
 def parse_probabilities(text: str | None, count: int) -> list[float] | None:
@@ -95,18 +130,23 @@ def parse_probabilities(text: str | None, count: int) -> list[float] | None:
 
 
 def split_by_prompt(
-    table: datasets.Dataset, train_ratio: float, *, seed: int, max_samples: int | None = None, group_size: int = 1
-) -> tuple[datasets.Dataset, datasets.Dataset]:
+    table: datasets.Dataset,
+    train_ratio: float,
+    *,
+    seed: int,
+    max_samples: int | None = None,
+    groups: list[int] | None = None,
+) -> tuple[list[int], list[int]]:
     """Shuffle by prompt and split, so that no prompt stands on both sides.
 
     Args:
         train_ratio: share in (0, 1] of the comparisons to train on. max_samples: use at most so many in all.
-        group_size: neighbours that stay together (and so tie their prompts to one side).
+        groups: an id per row; rows of one group stay together (and so tie their prompts to one side).
 
     Returns:
-        (train, held out). Ratio and limit are met as closely as whole prompts allow, never exceeded by the limit.
+        row indices (train, held out); ratio and limit are met as closely as whole prompts allow.
     """
-    units = _units(table["prompt_key"], group_size)
+    units = _units(table["prompt_key"], groups)
     order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).tolist()
     limit = len(table) if max_samples is None else min(max_samples, len(table))
     chosen, total = [], 0
@@ -122,11 +162,11 @@ def split_by_prompt(
         raise InputError(
             f"no comparison is left to train on (--max_samples {max_samples}, --train_split_ratio {train_ratio})"
         )
-    return table.select(train), table.select(held_out)
+    return train, held_out
 
 
-def _units(prompt_keys: list[str], group_size: int) -> list[list[int]]:
-    """Row indices that must stay together: blocks of neighbours, joined where they share a prompt."""
+def _units(prompt_keys: list[str], groups: list[int] | None) -> list[list[int]]:
+    """Row indices that must stay together: groups, joined where they share a prompt."""
     parent: dict[object, object] = {}
 
     def root(node):
@@ -135,7 +175,7 @@ def _units(prompt_keys: list[str], group_size: int) -> list[list[int]]:
         return node
 
     for index, key in enumerate(prompt_keys):
-        parent[root(index // group_size)] = root(key)
+        parent[root(index if groups is None else groups[index])] = root(key)
     units: dict[object, list[int]] = {}
     for index, key in enumerate(prompt_keys):
         units.setdefault(root(key), []).append(index)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
+from general_preference.errors import InputError
+
 Item = tuple[int, float]  # index of a comparison, its weight in the step's loss
 
 
@@ -31,13 +33,25 @@ class StepSampler:
         rank: int = 0,
         seed: int = 0,
         group_size: int = 1,
+        groups: list[int] | None = None,
     ):
-        """lengths: tokens of each comparison. group_size: neighbours that are shuffled as one and share a step."""
+        """lengths: tokens of each comparison. groups: which neighbours are shuffled as one and share a step, one id
+        each; default `group_size` in a row.
+
+        Raises:
+            InputError: a step does not hold a whole number of groups.
+        """
         self.lengths = lengths
         self.micro, self.accumulation = micro_batch_size, accumulation
         self.world_size, self.rank = world_size, rank
-        self.seed, self.group_size = seed, group_size
+        self.seed = seed
+        self.groups = [index // group_size for index in range(len(lengths))] if groups is None else groups
         self.global_batch_size = micro_batch_size * accumulation * world_size
+        if self.global_batch_size % group_size:
+            raise InputError(
+                f"--group_size {group_size} keeps neighbours in one step, but a step has {self.global_batch_size} "
+                "comparisons: make micro-batch * accumulation * processes a multiple"
+            )
         self.steps_per_epoch = math.ceil(len(lengths) / self.global_batch_size)
 
     def micro_batches(self, epochs: int, start_step: int = 0) -> Iterator[list[Item]]:
@@ -49,10 +63,14 @@ class StepSampler:
                 yield from self._mine(order[step * self.global_batch_size : (step + 1) * self.global_batch_size])
 
     def order(self, epoch: int) -> list[int]:
-        """The permutation of an epoch: blocks of `group_size` neighbours in random order."""
-        blocks = torch.arange(len(self.lengths)).split(self.group_size)
+        """The permutation of an epoch: groups in random order, the incomplete ones last so that none is cut."""
+        blocks: dict[int, list[int]] = {}
+        for index, group in enumerate(self.groups):
+            blocks.setdefault(group, []).append(index)
+        members = list(blocks.values())
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        return torch.cat([blocks[i] for i in torch.randperm(len(blocks), generator=generator)]).tolist()
+        shuffled = [members[i] for i in torch.randperm(len(members), generator=generator)]
+        return [index for block in sorted(shuffled, key=len, reverse=True) for index in block]
 
     def _mine(self, step: list[int]) -> list[list[Item]]:
         weight = self.world_size * self.accumulation / len(step)

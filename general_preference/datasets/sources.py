@@ -19,7 +19,7 @@ from general_preference.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-READER_VERSION = 1  # part of the cache key: raise it when the meaning of a row changes
+READER_VERSION = 2  # part of the cache key: raise it when the meaning of a row changes
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _MESSAGE = {"role": datasets.Value("string"), "content": datasets.Value("string")}
 ROW = datasets.Features(
@@ -54,9 +54,10 @@ def parse_sources(text: str) -> list[Source]:
     """
     sources = []
     for entry in text.split(","):
-        name, separator, path = entry.strip().partition("=")
-        if not separator:
-            path, name = name, Path(name).stem if Path(name).suffix in SUFFIXES else Path(name).name
+        entry = entry.strip()
+        name, separator, path = entry.partition("=")
+        if not separator or "/" in name or Path(entry).exists():  # a path may hold "=" itself
+            path, name = entry, Path(entry).stem if Path(entry).suffix in SUFFIXES else Path(entry).name
         if not path or not name:
             raise InputError(f"'{text}' holds an empty entry: expected path,path or name=path,name=path")
         sources.append(Source(name, path))
@@ -86,7 +87,9 @@ def load_source(source: Source, custom: bool = False, skip_bad: bool = False) ->
     Raises:
         InputError: no such file, nothing in it, or a record that does not fit, with file and line.
     """
-    signature = [(str(file), *_stat(file)) for file in _files(source.path)]
+    files = _files(source.path)
+    # A hub dataset has no files here: its name and the fingerprint of what is loaded stand for them.
+    signature = [(str(file), *_stat(file)) for file in files] or [(source.path, _from_hub(source.path)._fingerprint)]
     arguments = {"path": source.path, "signature": signature, "custom": custom, "version": READER_VERSION}
     if next(_rows(**arguments), None) is None:
         raise InputError(f"{source.path} holds no records: check that it is the right file")
@@ -116,9 +119,8 @@ def _files(path: str) -> list[Path]:
         return [place]
     if place.is_dir():
         found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and not file.name.startswith("."))
-        saved = place / "dataset_info.json"
-        if saved.is_file():
-            return [saved]
+        if (place / "dataset_info.json").is_file():
+            found = sorted(place.glob("*.arrow"))
         if not found:
             raise InputError(f"folder {path} holds no {', '.join(SUFFIXES)} file")
         return found
@@ -146,7 +148,8 @@ def _row(place: str, record: object, problem: str, custom: bool) -> dict:
     if not problem:
         try:
             found = parse_record(record, custom)
-        except InputError as error:
+            json.dumps(record, ensure_ascii=False, default=str).encode()  # half a surrogate pair is no text
+        except (ValueError, OverflowError) as error:
             problem = f"{place}: {error}"
     if problem:
         nothing = {name: [] for name in ("prompt", "responses", "first", "second", "label")}
@@ -166,25 +169,33 @@ def _row(place: str, record: object, problem: str, custom: bool) -> dict:
 
 def _records(path: str, signature: list) -> Iterator[tuple[str, object, str]]:
     """Yield (place, decoded record, problem) from every file of a source, or from the hub."""
-    if not signature:
-        yield from _table_records(_from_hub(path), path)
     for name, *_ in signature:
         file = Path(name)
-        if file.name == "dataset_info.json":
-            yield from _table_records(datasets.load_from_disk(str(file.parent)), path)
-        elif file.suffix == ".parquet":
-            yield from _table_records(_read_table("parquet", name), name)
-        elif file.suffix == ".csv":
-            yield from _csv_records(file)
-        else:
-            yield from _json_records(file)
+        try:
+            yield from _file_records(file, path)
+        except InputError as error:  # a damaged file
+            yield name, None, str(error)
+
+
+def _file_records(file: Path, path: str) -> Iterator[tuple[str, object, str]]:
+    """The records of one file of a source, or of the hub dataset `path` (whose "file" is its name)."""
+    if not file.exists():
+        yield from _table_records(_from_hub(path), path)
+    elif file.suffix == ".arrow":
+        yield from _table_records(datasets.Dataset.from_file(str(file)), path)
+    elif file.suffix == ".parquet":
+        yield from _table_records(_read_table("parquet", str(file)), str(file))
+    elif file.suffix == ".csv":
+        yield from _csv_records(file)
+    else:
+        yield from _json_records(file)
 
 
 def _json_records(file: Path) -> Iterator[tuple[str, object, str]]:
     """One record per line, or one JSON array of records."""
     try:
-        with file.open(encoding="utf-8") as lines:
-            if file.suffix == ".json" and lines.read(1) == "[":
+        with file.open(encoding="utf-8-sig") as lines:
+            if file.suffix == ".json" and lines.read(4096).lstrip()[:1] == "[":
                 lines.seek(0)
                 yield from ((f"{file}, record {i}", record, "") for i, record in enumerate(json.load(lines), 1))
                 return
@@ -206,18 +217,19 @@ def _json_records(file: Path) -> Iterator[tuple[str, object, str]]:
 def _csv_records(file: Path) -> Iterator[tuple[str, object, str]]:
     """Rows of a CSV file with a header; margin and chosen_probability are numbers, empty cells are absent."""
     csv.field_size_limit(2**31 - 1)
-    with file.open(encoding="utf-8", newline="") as lines:
-        reader = csv.DictReader(lines)
-        for row in reader:
-            place = f"{file}, line {reader.line_num}"
-            record = {key: value for key, value in row.items() if key and value}
-            try:
-                for key in ("margin", "chosen_probability"):
-                    if key in record:
-                        record[key] = float(record[key])
-                yield place, record, ""
-            except ValueError:
-                yield place, None, f"{place}: {key} is {record[key]!r}, expected a number"
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            for row in reader:
+                place = f"{file}, line {reader.line_num}"
+                record = {key: value for key, value in row.items() if key and value}
+                try:
+                    record |= {key: float(record[key]) for key in ("margin", "chosen_probability") if key in record}
+                    yield place, record, ""
+                except ValueError as error:
+                    yield place, None, f"{place}: margin and chosen_probability are numbers ({error})"
+    except (UnicodeDecodeError, csv.Error) as error:
+        yield str(file), None, f"{file}: not a CSV file in UTF-8 ({error})"
 
 
 def _table_records(table: datasets.Dataset, name: str) -> Iterator[tuple[str, object, str]]:

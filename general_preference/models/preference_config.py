@@ -71,12 +71,17 @@ class PreferenceConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "PreferenceConfig":
         """Read the object back; a field this version does not know is an error, never silently dropped."""
+        if not isinstance(values, dict):
+            raise InputError(f"config.json: preference is {values!r}, expected an object")
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise InputError(
                 f"config.json has unknown preference fields {sorted(unknown)}: written by a newer version?"
             )
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InputError(f"config.json: preference has a value of the wrong kind ({error})") from error
 
     @classmethod
     def from_shapes(cls, value_head: tuple[int, ...], prompt_head: tuple[int, ...] | None) -> "PreferenceConfig":

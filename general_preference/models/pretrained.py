@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import cached_file, is_flash_attn_2_available
 
@@ -83,6 +83,8 @@ def get_reward_model(
         load_in_4bit=load_in_4bit,
     )
     if lora_rank > 0:
+        if hasattr(backbone, "peft_config"):
+            raise InputError(f"{model_name_or_path} already is a LoRA adapter: drop lora_rank to go on training it")
         backbone = _add_lora(
             backbone, lora_rank, lora_alpha, target_modules or "all-linear", lora_dropout, load_in_4bit
         )
@@ -193,11 +195,7 @@ def _load_backbone(
         raise InputError("flash attention was asked for, but flash-attn is not installed or finds no GPU: use sdpa")
     adapter = Path(path) / "adapter_config.json"
     if adapter.is_file():
-        from peft import PeftModel  # only LoRA folders need peft
-
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model = _load_backbone(base, dtype, attn_implementation, trust_remote_code, load_in_4bit)
-        return PeftModel.from_pretrained(model, path, is_trainable=True)
+        return _load_adapter(adapter, dtype, attn_implementation, trust_remote_code, load_in_4bit)
     options = {"quantization_config": _four_bit()} if load_in_4bit else {}
     config = load_config(path, trust_remote_code)
     verbosity = transformers.logging.get_verbosity()
@@ -223,6 +221,23 @@ def _load_backbone(
     if model.get_output_embeddings() is None:
         raise InputError(f"{path} is a {config.model_type} model without a language-model head: use a decoder-only LM")
     return model
+
+
+def _load_adapter(adapter: Path, dtype, attn_implementation, trust_remote_code: bool, load_in_4bit: bool):
+    """A base model under the LoRA adapter whose adapter_config.json this is."""
+    folder = adapter.parent
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(f"{folder} has no adapter_model.safetensors: adapters in other formats are not loaded")
+    try:
+        from peft import PeftModel  # only LoRA folders need peft
+
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        model = _load_backbone(base, dtype, attn_implementation, trust_remote_code, load_in_4bit)
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True, use_safetensors=True)
+    except ImportError as error:
+        raise InputError(f"{folder} is a LoRA adapter and needs the package peft: pip install peft") from error
+    except (SafetensorError, KeyError, RuntimeError, OSError, ValueError) as error:
+        raise InputError(f"cannot load the adapter {folder}: {_first_line(error)}") from error
 
 
 def _four_bit():
@@ -269,6 +284,7 @@ def _check_sharing(model: RewardModel, partitioned=None) -> None:
     elif model.config.model_type not in VERIFIED:
         if partitioned is not None:
             model.shares_prompts = False
+            logger.info("%s: not compared yet, so responses are run as separate sequences", model.config.model_type)
             return
         difference = model.verify_shared_prompts()
         verdict = "shared prompts are exact" if model.shares_prompts else "responses are run as separate sequences"
@@ -277,25 +293,29 @@ def _check_sharing(model: RewardModel, partitioned=None) -> None:
 
 def _read_tensors(path: str, names) -> dict[str, torch.Tensor]:
     """The named tensors of a checkpoint that are there, read without touching the others."""
-    heads = Path(path) / HEADS_FILE
-    if heads.is_file():
-        return {name: tensor for name, tensor in load_file(str(heads)).items() if name in names}
-    index = _resolve(path, "model.safetensors.index.json")
-    if index is not None:
-        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        files = {name: _resolve(path, weight_map[name]) for name in names if name in weight_map}
-    else:
-        single = _resolve(path, "model.safetensors")
-        files = {} if single is None else dict.fromkeys(names, single)
-    found = {}
-    for name, file in files.items():
-        try:
+    try:
+        files = _files_of(path, names)
+        found = {}
+        for name, file in files.items():
             with safe_open(file, framework="pt") as tensors:
                 if name in tensors.keys():  # noqa: SIM118 (a file handle, not a dict)
                     found[name] = tensors.get_tensor(name)
-        except (SafetensorError, OSError, TypeError) as error:
-            raise InputError(f"cannot read {file or weight_map[name]} of {path}: {_first_line(error)}") from error
-    return found
+        return found
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read the weights of {path}: {_first_line(error)}") from error
+
+
+def _files_of(path: str, names) -> dict[str, str]:
+    """Which file holds each of the named tensors, as far as the checkpoint says."""
+    heads = Path(path) / HEADS_FILE
+    if heads.is_file():
+        return dict.fromkeys(names, str(heads))
+    index = _resolve(path, "model.safetensors.index.json")
+    if index is not None:
+        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        return {name: _resolve(path, weight_map[name]) for name in names if name in weight_map}
+    single = _resolve(path, "model.safetensors")
+    return {} if single is None else dict.fromkeys(names, single)
 
 
 def _resolve(path: str, file: str) -> str | None:

@@ -16,7 +16,9 @@ from general_preference.models.losses import token_log_probs
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.score import normalize_embedding
 
-LOG_PROB_CHUNK = 1024  # tokens whose (chunk, vocabulary) logits exist at a time
+# Parts in which token log-probs are computed: only one part's (tokens, vocabulary) logits exist at a time. A fixed
+# number, not a fixed size, because under ZeRO-3 every use of the LM head is a collective that all processes must join.
+LOG_PROB_PARTS = 16
 
 
 class Fp32Linear(nn.Linear):
@@ -158,10 +160,10 @@ class RewardModel(nn.Module):
         return torch.softmax(logits, dim=-1)
 
     def _log_probs(self, hidden: torch.Tensor, targets, owners: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum token log-probs per owner, chunk by chunk; the logits of a chunk are recomputed in backward."""
+        """Sum token log-probs per owner, part by part; the logits of a part are recomputed in backward."""
         sources, tokens, owner = targets
         sums = torch.zeros(owners, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        for chunk in torch.arange(len(sources), device=hidden.device).split(LOG_PROB_CHUNK):
+        for chunk in torch.arange(len(sources), device=hidden.device).tensor_split(LOG_PROB_PARTS):
             log_probs = checkpoint(self._chunk_log_probs, hidden[sources[chunk]], tokens[chunk], use_reentrant=False)
             sums = sums.index_add(0, owner[chunk], log_probs.to(sums.dtype))
         counts = torch.zeros_like(sums).index_add(0, owner, torch.ones_like(owner, dtype=sums.dtype))

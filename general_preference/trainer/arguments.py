@@ -17,6 +17,8 @@ from general_preference.errors import InputError
 from general_preference.models.losses import LanguageModelLossKind, PreferenceLossKind
 from general_preference.models.preference_config import HEADS, PreferenceConfig
 
+DEFAULT_MAX_LEN = 512
+
 
 def _flag(default, text: str, **metadata):
     return field(default=default, metadata={"help": text, **metadata})
@@ -99,7 +101,8 @@ class DataArguments:
         1.0, "share of --dataset to train on; the rest, with other prompts, is the set 'held_out'"
     )
     max_samples: int = _flag(1000000, "use at most so many comparisons of --dataset, drawn after the shuffle")
-    max_len: int = _flag(512, "tokens of prompt and one response together; prompts are cut first, at their oldest end")
+    max_len: int | None = _flag(None, "tokens of prompt and one response together; prompts are cut first, at their oldest end; "
+                                "default what a preference model in --pretrain was saved with, else 512")  # fmt: skip
     is_custom_dataset: bool = _flag(False, "require the custom format: instruction, chosen, reject")
     group_size: int = _flag(1, "neighbouring records that stay in one step")
     on_bad_record: str = _flag(
@@ -117,7 +120,7 @@ class DataArguments:
         for name in ("max_samples", "group_size", "preprocessing_workers"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.max_len < 8:
+        if self.max_len is not None and self.max_len < 8:
             raise InputError(f"--max_len {self.max_len} leaves no room for a prompt and a response: use at least 8")
         if self.group_size > 1 and self.dataset_probs and self.dataset.count(","):
             raise InputError(
@@ -254,7 +257,6 @@ class Arguments:
         for group in (self.data, self.loss, self.optimizer, self.output):
             group.check()
         model, engine, output = self.model, self.engine, self.output
-        model.preference(self.data.max_len)
         if model.flash_attn and model.attn_implementation not in ("auto", "flash_attention_2"):
             raise InputError(f"--flash_attn and --attn_implementation {model.attn_implementation} disagree: drop one")
         if model.load_in_4bit and model.lora_rank < 1:

@@ -84,7 +84,7 @@ class CheckpointStore:
         return folder if folder is not None and (folder / "state.json").is_file() else None
 
     def _prune(self, newest: Path) -> None:
-        found = [(int(path.name.removeprefix("step_")), path) for path in self.folder.glob("step_*") if path.is_dir()]
+        found = [(path.stat().st_mtime, path) for path in self.folder.glob("step_*") if path.is_dir()]
         total = 0
         for number, (_, path) in enumerate(sorted(found, reverse=True), 1):
             total += folder_bytes(path)
@@ -120,9 +120,10 @@ def keep_best(strategy: Strategy, tokenizer, folder: Path, state: RunState, loss
     `loss` must be reduced over all processes; the main process decides for all of them.
     """
     name = f"step_{state.step}"
+    state.best = [tuple(entry) for entry in state.best if (folder / entry[1] / "config.json").is_file()]
     ranked = sorted([*state.best, (loss, name)], key=lambda entry: entry[0])[:number]
     ranked = [tuple(entry) for entry in strategy.from_main(ranked)]
-    if (loss, name) in ranked or any(entry[1] == name for entry in ranked):
+    if any(kept == name for _, kept in ranked):
         publish_model(strategy, tokenizer, folder / name)
     dropped = [entry[1] for entry in state.best if entry[1] not in {kept for _, kept in ranked}]
     state.best = ranked

@@ -6,6 +6,7 @@ Knows neither DeepSpeed nor ranks (strategy.py) nor how rows are laid out (datas
 import dataclasses
 import json
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,7 @@ class RewardTrainer:
             rank=strategy.rank,
             seed=optimizer.seed,
             group_size=arguments.data.group_size,
+            groups=train_table["group"][:] if arguments.data.group_size > 1 else None,
         )
         self.steps = self.sampler.steps_per_epoch * optimizer.max_epochs
         self.folder = Path(arguments.output.save_path)
@@ -118,6 +120,10 @@ class RewardTrainer:
             "seed": optimizer.seed,
             "comparisons": len(train_table),
             "max_epochs": optimizer.max_epochs,
+            "world_size": strategy.world_size,
+            "zero_stage": arguments.engine.zero_stage,
+            "value_head_dim": model.preference.dim,
+            "lora_rank": arguments.model.lora_rank,
         }
         self.state = RunState(fixed=fixed)
         output = arguments.output
@@ -149,10 +155,10 @@ class RewardTrainer:
                 bar.update()
                 if self._evaluate_now(step):
                     window.check_finite()
-                    results = self._evaluate_all(step)
+                    results = window.pause(lambda: self._evaluate_all(self.state.step))
                 if output.save_steps > 0 and step % output.save_steps == 0:
                     window.check_finite()
-                    self.store.save(self.state)
+                    window.pause(lambda: self.store.save(self.state))
         if self.eval_sets and not results:  # a finished run that was continued: nothing was left to train
             results = {name: self.evaluate(name) for name in self.eval_sets}
         self._finish(results)
@@ -173,9 +179,10 @@ class RewardTrainer:
     def _log(self, window: "Window", step: int) -> dict[str, str]:
         """Reduce the window over all processes and write it; returns what the bar shows."""
         metrics = window.reduce(self.arguments)
+        norm = self.strategy.gradient_norm()
+        metrics |= {"train/grad_norm": norm} if norm == norm else {}  # NaN: the engine does not know it (ZeRO 0)
         metrics |= {
             "train/learning_rate": self.learning_rate,
-            "train/grad_norm": self.strategy.gradient_norm(),
             "train/epoch": step / self.sampler.steps_per_epoch,
         }
         if self.metrics is not None:
@@ -191,6 +198,11 @@ class RewardTrainer:
     def _evaluate_all(self, step: int) -> dict[str, dict]:
         self.cycles = {}
         results = {name: self.evaluate(name) for name in self.eval_sets}
+        bad = [name for name, row in results.items() if not math.isfinite(row["loss"])]
+        if bad:
+            raise NonFiniteLossError(
+                f"the evaluation loss on {bad[0]} is not finite after step {step}: lower --learning_rate"
+            )
         if self.metrics is not None:
             self.metrics.log(
                 step, {f"eval/{name}/{key}": value for name, row in results.items() for key, value in row.items()}
@@ -254,6 +266,7 @@ class RewardTrainer:
             batch_sampler=batches,
             collate_fn=collator or self.collator,
             num_workers=2 if on_gpu else 0,
+            generator=torch.Generator(),  # not the global one, whose draws belong to dropout
             pin_memory=on_gpu,
         )
 
@@ -307,6 +320,13 @@ class Window:
         metrics |= {"train/comparisons_per_second": prompts / seconds, "train/tokens_per_second": tokens / seconds}
         self._clear()
         return metrics
+
+    def pause(self, work):
+        """Do `work` without counting its time as training."""
+        before = time.perf_counter()
+        result = work()
+        self.started += time.perf_counter() - before
+        return result
 
     def check_finite(self) -> None:
         """Raise on every process if any loss of the window is NaN or infinite on any of them. Collective."""

@@ -51,8 +51,9 @@ class Strategy:
             )
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
         self.device = torch.device(accelerator.current_device_name())
-        if self.device.type == "cpu":
-            _build_cpu_collectives()
+        # On CPUs DeepSpeed would compile shared-memory collectives that only its inference layers use: a minute, a C++
+        # compiler, and a build lock that blocks every later run if the compilation is killed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its progress
             deepspeed.init_distributed(
                 dist_backend=accelerator.communication_backend_name(),
@@ -126,7 +127,11 @@ class Strategy:
             model.language_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             if reentrant:
                 model.language_model.enable_input_require_grads()
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        learnt = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        temperature = [parameter for name, parameter in learnt if name.startswith("temperature.")]
+        parameters = [{"params": [parameter for name, parameter in learnt if not name.startswith("temperature.")]}]
+        if temperature:  # decaying its logarithm would pull it towards 1
+            parameters.append({"params": temperature, "weight_decay": 0.0})
         options = {"lr": arguments.learning_rate, "betas": (0.9, 0.95), "weight_decay": arguments.l2}
         if self.engine_arguments.adam_offload and self.device.type != "cpu":
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles an operator when first used
@@ -202,7 +207,7 @@ class Strategy:
         return state
 
     def save_engine(self, folder: Path, client_state: dict) -> None:
-        """Write weights, optimizer, schedule and random states of all processes under `folder`. Collective."""
+        """Write weights, optimizer, schedule and the main process's random state under `folder`. Collective."""
         client_state = client_state | {"rng": torch.get_rng_state()}
         self.engine.save_checkpoint(str(folder), tag="engine", client_state=client_state, save_latest=False)
 
@@ -240,19 +245,6 @@ def _single_process_defaults() -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-
-
-def _build_cpu_collectives() -> None:
-    """Compile DeepSpeed's shared-memory collectives (cached); without a compiler, do without them."""
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.load()
-    except (RuntimeError, OSError, ImportError) as error:
-        logger.warning(
-            "DeepSpeed's CPU collectives cannot be compiled (%s): gloo is used alone", str(error).split("\n")[0]
-        )
-        deepspeed.ops.__compatible_ops__[builder.NAME] = False
 
 
 def _fast_bf16() -> bool:
