@@ -73,6 +73,8 @@ def train(arguments: Arguments, strategy) -> None:
     ckpt_path = Path(arguments.output.ckpt_path or folder / "checkpoint")
     if arguments.output.save_steps > 0 and ckpt_path.resolve() != folder.resolve():
         claims.append(strategy.main_first(lambda: claim_folder(ckpt_path, "--ckpt_path"), main_only=True))
+    if (folder / "config.json").is_file() and not arguments.output.load_checkpoint:
+        logger.warning("%s holds a finished run; its files are replaced as this one writes its own", folder)
     preference = strategy.main_first(lambda: resolve_preference(arguments))
     tokenizer = strategy.main_first(lambda: make_tokenizer(arguments))
     encoder = ComparisonTokenizer(tokenizer, preference.max_length, preference.input_format)
