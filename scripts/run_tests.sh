@@ -4,8 +4,9 @@
 #   bash scripts/run_tests.sh
 #   bash scripts/run_tests.sh -k score -x
 set -euo pipefail
-ALSO_NEEDED="pytest pytest_timeout hypothesis peft wandb"
+ALSO_NEEDED="pytest pytest_timeout hypothesis peft wandb ruff"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+python -m ruff check .
 exec python -m pytest "$@"

@@ -105,10 +105,13 @@ def draw_cycles(cycles: list[EmbeddedCycle], path: Path) -> bool:
     pyplot = _pyplot()
     if pyplot is None or not cycles:
         return False
-    figure, axes = pyplot.subplots(
-        1, len(cycles), figsize=(6.2 * len(cycles), 4.2), squeeze=False, constrained_layout=True
-    )
-    for axis, cycle in zip(axes[0], cycles, strict=True):
+    columns = min(2, len(cycles))
+    rows = -(-len(cycles) // columns)
+    size = (6.2 * columns, 4.2 * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, constrained_layout=True)
+    for axis in axes.flat[len(cycles) :]:
+        axis.axis("off")
+    for axis, cycle in zip(axes.flat, cycles, strict=False):
         if cycle.embeddings.shape[-1] == 1:
             _draw_line(axis, cycle)
         else:
@@ -154,12 +157,15 @@ def _draw_line(axis, cycle: EmbeddedCycle) -> None:
         following = rewards[(i + 1) % len(rewards)]
         _arrow(axis, (reward, 0), (following, 0), reward > following, bend=0.45)
         axis.plot(reward, 0, "o", color=_POINT, ms=8)
-        height = (0.30 + 0.12 * i) * (-1 if i % 2 else 1) * span
+        height = (0.35 + 0.13 * i) * (-1 if i % 2 else 1) * span
         line = {"arrowstyle": "-", "color": "0.85"}
         axis.annotate(cycle.members[i], (reward, 0), (reward, height), ha="center", fontsize=7.5, arrowprops=line)
     axis.set_title(f"{cycle.set}: one number per response", fontsize=10)
     axis.set(
-        xlim=(min(rewards) - 0.4 * span, max(rewards) + 0.4 * span), ylim=(-span, span), yticks=[], xlabel="reward"
+        xlim=(min(rewards) - 0.4 * span, max(rewards) + 0.4 * span),
+        ylim=(-1.1 * span, 1.1 * span),
+        yticks=[],
+        xlabel="reward",
     )
     for side in ("left", "right", "top"):
         axis.spines[side].set_visible(False)
