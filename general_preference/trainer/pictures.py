@@ -163,7 +163,7 @@ def _draw_line(axis, cycle: EmbeddedCycle) -> None:
     axis.set_title(f"{cycle.set}: one number per response", fontsize=10)
     axis.set(
         xlim=(min(rewards) - 0.4 * span, max(rewards) + 0.4 * span),
-        ylim=(-1.1 * span, 1.1 * span),
+        ylim=(-1.3 * span, 1.3 * span),
         yticks=[],
         xlabel="reward",
     )
