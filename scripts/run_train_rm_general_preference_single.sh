@@ -27,6 +27,7 @@ if [[ -z "${PRETRAIN:-}" ]]; then
   # A random start wants a higher learning rate and temperature than a pretrained model.
   arguments+=(--learning_rate 3e-3 --max_epochs 8 --max_len 256 --logging_steps 10 --eval_steps 152)
   [[ " $* " == *" --preference_head"[\ =]"bt "* ]] || arguments+=(--general_preference_tau 0.25)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # so small a model loses more to threads than it gains
   SAVE_PATH=${SAVE_PATH:-$ROOT/checkpoint/rm-tiny}
 else
   # The paper's settings; --learning_rate 2e-6 for 8B models. `--add_prompt_head false` goes without the gate.
