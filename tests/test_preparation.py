@@ -159,7 +159,8 @@ def test_blends_follow_the_probabilities():
     assert {row["id"] for row in mixed} == {row["id"] for row in few} | {row["id"] for row in many}
     share = sum(row["id"].startswith("few") for row in mixed) / len(mixed)
     assert 0.4 < share < 0.6, "the small set is repeated to keep its share"
-    assert len(blend([few, many], None, seed=0)) == 250
+    end_to_end, held_out = split_and_blend([few, many], None, 1.0, seed=0)
+    assert len(end_to_end) == 250 and len(set(end_to_end["id"])) == 250 and len(held_out) == 0
 
 
 def test_a_blend_repeats_nothing_that_is_held_out():

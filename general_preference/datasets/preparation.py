@@ -70,10 +70,8 @@ def load_tokenized(
     return tables, left_out
 
 
-def blend(tables: list[datasets.Dataset], probabilities: list[float] | None, seed: int) -> datasets.Dataset:
-    """One table from several: end to end, or drawn by probability until every set was seen whole."""
-    if probabilities is None or len(tables) == 1:
-        return datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
+def blend(tables: list[datasets.Dataset], probabilities: list[float], seed: int) -> datasets.Dataset:
+    """One table from several, drawn by probability until every set was seen whole."""
     if any(len(table) == 0 for table in tables):
         raise InputError(
             "--dataset_probs: a set has no comparison left to train on: raise --max_samples or drop the set"
