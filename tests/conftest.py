@@ -42,7 +42,16 @@ FAMILIES = {
     "llama": (LlamaConfig, COMMON | {"tie_word_embeddings": False}),
     "gemma": (GemmaConfig, COMMON | {"tie_word_embeddings": True}),
     "qwen2": (Qwen2Config, COMMON | {"tie_word_embeddings": False}),
-    "gpt2": (GPT2Config, {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "gpt2": (
+        GPT2Config,
+        {
+            "n_embd": HIDDEN,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 512,
+            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
+        },
+    ),
     "qwen3": (Qwen3Config, COMMON),
     "phi3": (Phi3Config, COMMON | {"pad_token_id": 0}),
     "gpt_neox": (GPTNeoXConfig, {k: v for k, v in COMMON.items() if k not in ("num_key_value_heads", "head_dim")}),

@@ -9,7 +9,9 @@ from general_preference.trainer.arguments import LossArguments
 from general_preference.trainer.reward_trainer import batch_loss
 from tests.conftest import FAMILIES, MAIN_FAMILIES, random_comparisons
 
-LOSS = LossArguments(add_pretrain_loss=True, ptx_loss_coef=0.3, margin_loss=True)
+# Products of queries and keys that a kernel call must save: none, so that blocks are always used, or more than there are.
+BLOCKS, DENSE = 0, 10**12
+WINDOWED = ("mistral_window", "gemma2", "gemma3")
 
 
 def relative(a, b):
@@ -21,11 +23,16 @@ def run(model, comparisons, shared, regularized=""):
     return batch, model(**batch.model_inputs())
 
 
+@pytest.mark.parametrize("call_cost", [BLOCKS, DENSE])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_prompts_equal_separate_sequences(make_model, family):
+def test_shared_prompts_equal_separate_sequences(make_model, monkeypatch, family, call_cost):
+    monkeypatch.setattr(attention, "_CALL_COST", call_cost)
     model = make_model(family)
     assert model.shares_prompts, "every family here can be masked exactly"
     comparisons = random_comparisons(6, model.config.vocab_size)
+    segments = Collator(0, True)(comparisons).segments
+    by_blocks = call_cost == BLOCKS and family not in WINDOWED
+    assert (attention.row_blocks(model.config, segments, True) is not None) == by_blocks
     with torch.no_grad():
         _, shared = run(model, comparisons, True, "both")
         _, separate = run(model, comparisons, False, "both")
@@ -34,10 +41,18 @@ def test_shared_prompts_equal_separate_sequences(make_model, family):
         assert relative(shared[name], separate[name]) < 1e-5, name
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("call_cost", [BLOCKS, DENSE])
 @pytest.mark.parametrize("family", MAIN_FAMILIES)
 @pytest.mark.parametrize("kind", ["vanilla", "reference_free"])
-def test_gradients_of_shared_prompts_equal_those_of_separate_sequences(make_model, family, kind):
+def test_gradients_of_shared_prompts_equal_those_of_separate_sequences(
+    make_model, monkeypatch, family, kind, call_cost, checkpointing
+):
+    monkeypatch.setattr(attention, "_CALL_COST", call_cost)
     model = make_model(family)
+    if checkpointing:
+        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # it checkpoints only then; no model here has dropout
     arguments = LossArguments(add_pretrain_loss=True, ptx_loss=kind, ptx_loss_coef=0.3, margin_loss=True)
     comparisons = random_comparisons(5, model.config.vocab_size, seed=1)
     gradients = []
@@ -136,6 +151,15 @@ def test_architectures_without_an_exact_mask_fall_back():
     assert attention.shares_prompts(Config)
     Config._attn_implementation = "flash_attention_2"
     assert not attention.shares_prompts(Config)
+
+
+def test_an_architecture_that_drops_the_blocks_is_noticed(make_model, monkeypatch):
+    monkeypatch.setattr(attention, "_CALL_COST", BLOCKS)
+    model = make_model("llama")
+    forward = model.language_model.base_model.forward
+    monkeypatch.setattr(model.language_model.base_model, "forward", lambda row_blocks, **rest: forward(**rest))
+    with pytest.raises(RuntimeError, match="llama did not hand the row blocks"):
+        run(model, random_comparisons(2, model.config.vocab_size), True)
 
 
 def test_the_self_check_notices_a_wrong_mask(make_model, monkeypatch):

@@ -7,12 +7,23 @@ equals running every response as a sequence of its own. A row with a single resp
 Architectures differ in what a layer may see, so the model's configuration is asked first (`shares_prompts`): plain
 full attention and sliding windows get an exact mask, everything else (recurrent layers, ALiBi, chunked attention,
 flash-attention kernels) is served with separate sequences and an ordinary padding mask.
+
+A mask over a whole row also pays for what it hides: one response's tokens against another's. Where rows are long, the
+kernel `BLOCKWISE` computes only the blocks that are seen (`RowBlocks`), which is what the CPU runs.
 """
 
+from dataclasses import dataclass
+
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 PADDING, PROMPT = -1, 0
+BLOCKWISE = "sdpa_blockwise"  # the name under which transformers knows the kernel of this file
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# What one more kernel call costs, in products of a query with a key: about 50 microseconds on a CPU core.
+_CALL_COST = 1_000_000
 # Architectures whose shared-prompt scores were compared with separate sequences (tests/test_packing.py and the
 # measurements in the README); others are checked once at run time by `RewardModel.verify_shared_prompts`.
 VERIFIED = {
@@ -34,7 +45,7 @@ VERIFIED = {
 
 def shares_prompts(config) -> bool:
     """Whether a mask can make shared prompts exact for this model configuration (with the sdpa or eager kernels)."""
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager", BLOCKWISE):
         return False
     if config.model_type in ("bloom", "mpt", "falcon") and getattr(config, "alibi", True):
         return False
@@ -68,6 +79,81 @@ def attention_mask(config, segments: torch.Tensor, positions: torch.Tensor, dtyp
     if layers == {"sliding_attention"}:
         return windowed
     return {"full_attention": _as_kernel_expects(config, visible, dtype), "sliding_attention": windowed}
+
+
+@dataclass
+class RowBlocks:
+    """The seen blocks of R shared rows: per row the prompt's length and every response's length and (r, p + r) mask.
+
+    `calls` counts the layers that used them, so that an architecture that drops them cannot go unnoticed.
+    """
+
+    rows: list[tuple[int, list[tuple[int, torch.Tensor]]]]
+    length: int
+    calls: int = 0
+
+
+def compute_blockwise(config) -> None:
+    """Let a compared architecture with plain full attention use the kernel of this file in place of sdpa."""
+    if (
+        config._attn_implementation == "sdpa"
+        and config.model_type in VERIFIED
+        and _layer_types(config) == {"full_attention"}
+    ):
+        config._attn_implementation = BLOCKWISE
+
+
+def row_blocks(config, segments: torch.Tensor, shared: bool) -> RowBlocks | None:
+    """The blocks of shared rows (R, L), where computing them alone is possible and cheaper than a dense mask.
+
+    On CPUs only: elsewhere many small kernels cost more than they save.
+    """
+    if not shared or config._attn_implementation != BLOCKWISE or segments.device.type != "cpu":
+        return None
+    rows, seen, calls = [], 0, 0
+    for row in segments.tolist():
+        lengths = [row.count(PROMPT)] + [row.count(number) for number in range(1, max(row) + 1)]
+        prompt, responses = lengths[0], lengths[1:]
+        seen += prompt**2 // 2 + sum(length * (prompt + length) for length in responses)
+        calls += len(lengths)
+        rows.append((prompt, responses))
+    saved = segments.numel() * segments.shape[1] - seen
+    if saved * config.hidden_size < calls * _CALL_COST:
+        return None
+    masks = {(p, r): torch.ones(r, p + r, dtype=torch.bool).tril(p) for p, responses in rows for r in responses}
+    blocks = [(p, [(r, masks[p, r][None, None]) for r in responses]) for p, responses in rows]
+    return RowBlocks(blocks, segments.shape[1])
+
+
+def blockwise_attention(module, query, key, value, attention_mask, *, row_blocks: RowBlocks | None = None, **options):
+    """transformers' sdpa attention, block by block where `row_blocks` describe the rows.
+
+    Args:
+        query, key, value: (R, heads, L, head size). attention_mask: used only without blocks.
+
+    Returns:
+        ((R, L, heads, head size), None); the outputs of padding are zeros.
+    """
+    if row_blocks is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    row_blocks.calls += 1
+    rows = []
+    for row, (prompt, responses) in enumerate(row_blocks.rows):
+        q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
+        parts = [sdpa_attention_forward(module, *(x[:, :, :prompt] for x in (q, k, v)), None, **options)[0]]
+        start = prompt
+        for length, mask in responses:
+            own = slice(start, start + length)
+            seen_k, seen_v = (torch.cat([x[:, :, :prompt], x[:, :, own]], dim=2) for x in (k, v))
+            parts.append(sdpa_attention_forward(module, q[:, :, own], seen_k, seen_v, mask, **options)[0])
+            start += length
+        parts.append(parts[0].new_zeros(1, row_blocks.length - start, *parts[0].shape[2:]))
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows), None
+
+
+AttentionInterface.register(BLOCKWISE, blockwise_attention)
+AttentionMaskInterface.register(BLOCKWISE, sdpa_mask)
 
 
 def _layer_types(config) -> set[str]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from general_preference.models.attention import attention_mask, shares_prompts
+from general_preference.models.attention import attention_mask, compute_blockwise, row_blocks, shares_prompts
 from general_preference.models.losses import token_log_probs
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.score import normalize_embedding
@@ -60,6 +60,7 @@ class RewardModel(nn.Module):
         self.value_head = Fp32Linear(hidden, preference.dim)
         self.prompt_head = Fp32Linear(hidden, preference.planes) if preference.prompt_gate else None
         self.temperature = Temperature(preference.temperature) if preference.learnable_temperature else None
+        compute_blockwise(self.config)
         self.shares_prompts = shares_prompts(self.config)
 
     @classmethod
@@ -130,11 +131,7 @@ class RewardModel(nn.Module):
             embeddings: (N, D). temperature: (1,), learnt or fixed. gates: (G, P), only if the model has a gate.
             log_probs, counts: (N + G,) summed log-prob in nats and tokens per owner, only with `targets`.
         """
-        mask = attention_mask(self.config, segments, position_ids, self.dtype, shared)
-        # Plain right-padded rows count their own positions; some architectures (ALiBi) take no position_ids at all.
-        positions = {"position_ids": position_ids} if shared else {}
-        backbone = self.language_model.base_model
-        hidden = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
+        hidden = self._hidden_states(input_ids, position_ids, segments, shared)
         hidden = hidden.reshape(-1, hidden.shape[-1])
 
         embeddings = self.value_head(hidden[response_ends])
@@ -151,6 +148,20 @@ class RewardModel(nn.Module):
             owners = len(response_ends) + len(prompt_ends)
             output["log_probs"], output["counts"] = self._log_probs(hidden, targets, owners)
         return output
+
+    def _hidden_states(self, input_ids, position_ids, segments, shared: bool) -> torch.Tensor:
+        """(R, L, hidden) last hidden states of the rows."""
+        backbone = self.language_model.base_model
+        blocks = row_blocks(self.config, segments, shared)
+        if blocks is not None:
+            output = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, row_blocks=blocks)
+            if blocks.calls < self.config.num_hidden_layers:
+                raise RuntimeError(f"{self.config.model_type} did not hand the row blocks to its attention layers")
+            return output.last_hidden_state
+        mask = attention_mask(self.config, segments, position_ids, self.dtype, shared)
+        # Plain right-padded rows count their own positions; some architectures (ALiBi) take no position_ids at all.
+        positions = {"position_ids": position_ids} if shared else {}
+        return backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
 
     def gate(self, prompt_hidden_state: torch.Tensor) -> torch.Tensor:
         """Weights of the planes (..., P), >= 0, from the hidden state (..., hidden) of the prompt's last token."""

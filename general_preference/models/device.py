@@ -1,0 +1,50 @@
+"""Where a model runs and in which precision: the one place outside the training engine that chooses a device."""
+
+import torch
+
+from general_preference.errors import InputError
+
+
+def choose_device(wanted: str | torch.device = "auto", index: int = 0) -> torch.device:
+    """The device to run on.
+
+    Args:
+        wanted: "auto" (a CUDA or ROCm GPU, else Apple's mps, else the CPU), or a device such as "cuda:1" or "cpu".
+        index: which GPU "auto" and a bare "cuda" mean, for the processes of one machine.
+
+    Raises:
+        InputError: no such device here.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        wanted = "cuda" if gpus else ("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device {wanted!r} is none: use auto, cuda, cuda:N, mps or cpu") from error
+    if device.type == "cuda":
+        device = torch.device("cuda", index % max(gpus, 1) if device.index is None else device.index)
+        if device.index >= gpus:
+            raise InputError(f"device {wanted} was asked for, but this machine has {gpus} GPU(s): use auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device mps was asked for, but this machine has none: use auto or cpu")
+    return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is arithmetic of the device and not an emulation many times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return True
+
+
+def inference_dtype(device: torch.device, bf16: bool | None) -> torch.dtype:
+    """The backbone's dtype: as asked for, else bfloat16 on GPUs that are fast at it, and fp32 elsewhere.
+
+    On CPUs the default stays fp32 even where bfloat16 instructions exist: scores are then the same on every machine.
+    """
+    if bf16 is None:
+        bf16 = device.type == "cuda" and has_fast_bf16(device)
+    return torch.bfloat16 if bf16 else torch.float32
