@@ -24,6 +24,7 @@ from general_preference.datasets.tokenization import ComparisonTokenizer, load_t
 from general_preference.errors import InputError
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.pretrained import get_reward_model, saved_preference
+from general_preference.processes import is_main_process
 from general_preference.trainer.arguments import DEFAULT_MAX_LEN, Arguments, parse_arguments
 
 logger = logging.getLogger("train")
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.check()
         from general_preference.trainer.reward_trainer import NonFiniteLossError
-        from general_preference.trainer.strategy import Strategy, is_main_process
+        from general_preference.trainer.strategy import Strategy
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

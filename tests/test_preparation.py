@@ -15,7 +15,8 @@ from general_preference.datasets.preparation import (
     summarize,
 )
 from general_preference.datasets.sources import Source, load_source, parse_sources
-from general_preference.datasets.tokenization import ComparisonTokenizer, tokenize
+from general_preference.datasets.tables import tokenize
+from general_preference.datasets.tokenization import ComparisonTokenizer
 from general_preference.errors import InputError
 
 RECORDS = [{"prompt": f"question {i // 2}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]

@@ -84,7 +84,7 @@ class Collator:
     regularized: str = ""
 
     def __call__(self, comparisons: list[dict]) -> Batch:
-        """Comparisons with the columns of `tokenization.TOKENIZED` and optionally `weight` (default 1)."""
+        """Comparisons with the columns of `tables.TOKENIZED` and optionally `weight` (default 1)."""
         rows, response_ends, prompt_ends = [], [], []
         for comparison in comparisons:
             prompt, responses = comparison["prompt_ids"], comparison["response_ids"]

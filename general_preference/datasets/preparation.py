@@ -11,7 +11,8 @@ import datasets
 import torch
 
 from general_preference.datasets.sources import Source, load_source
-from general_preference.datasets.tokenization import COUNTS, ComparisonTokenizer, tokenize
+from general_preference.datasets.tables import COUNTS, tokenize
+from general_preference.datasets.tokenization import ComparisonTokenizer
 from general_preference.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -6,12 +6,12 @@
     {..., "chosen_probability": 0.8}                                       soft label for any of the above
     {"prompt": ..., "responses": [...], "preferences": [[winner, loser], [i, j, probability], ...]}    a group
 
-A message is {"role": str, "content": str}. Optional in every shape: "id". Anything else is refused with what was found
-and what was expected.
+A message is {"role": str, "content": str}. Optional in every shape: "id" and "subset". Anything else is refused with
+what was found and what was expected.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from general_preference.errors import InputError
 
@@ -27,13 +27,15 @@ class Comparison:
     preferences: (first, second, probability): indices into `responses`; `first` is the preferred side, with
                  probability in [0.5, 1] (0.5 is a tie)
     margin:      how much the preferred side should win by, in units of the score
+    id, subset:  names for people: which record it is, and which part of the set it belongs to
     """
 
     prompt: list[Message]
     responses: list[list[Message]]
     preferences: list[tuple[int, int, float]]
     margin: float = 0.0
-    id: str = field(default="")
+    id: str = ""
+    subset: str = ""
 
 
 def parse_record(record: object, custom: bool = False) -> Comparison:
@@ -59,7 +61,8 @@ def parse_record(record: object, custom: bool = False) -> Comparison:
     margin = record.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
         raise InputError(f"'margin' is {_describe(margin)}, expected a finite number")
-    return Comparison(prompt, responses, preferences, float(margin), str(record.get("id", "")))
+    names = (str(record.get(key, "")) for key in ("id", "subset"))
+    return Comparison(prompt, responses, preferences, float(margin), *names)
 
 
 def _parse_pair(record: dict) -> tuple[list[Message], list[list[Message]]]:
@@ -71,16 +74,17 @@ def _parse_pair(record: dict) -> tuple[list[Message], list[list[Message]]]:
             )
     chosen, rejected = record["chosen"], record[other]
     if "instruction" in record:
-        prompt = _prompt(record["instruction"], "instruction")
-        return prompt, [_response(_unwrap(chosen), "chosen", prompt), _response(_unwrap(rejected), other, prompt)]
+        prompt = parse_prompt(record["instruction"], "instruction")
+        named = ((_unwrap(chosen), "chosen"), (_unwrap(rejected), other))
+        return prompt, [parse_response(value, name, prompt) for value, name in named]
     if "prompt" in record:
-        prompt = _prompt(record["prompt"], "prompt")
-        return prompt, [_response(chosen, "chosen", prompt), _response(rejected, other, prompt)]
+        prompt = parse_prompt(record["prompt"], "prompt")
+        return prompt, [parse_response(chosen, "chosen", prompt), parse_response(rejected, other, prompt)]
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise InputError(
             "'chosen' and 'rejected' are text without a 'prompt': expected the key 'prompt', or lists of messages"
         )
-    chosen, rejected = _messages(chosen, "chosen"), _messages(rejected, "rejected")
+    chosen, rejected = parse_messages(chosen, "chosen"), parse_messages(rejected, "rejected")
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
@@ -95,10 +99,10 @@ def _parse_group(record: dict):
     for key in ("prompt", "preferences"):
         if key not in record:
             raise InputError(f"a group needs the key '{key}', found {_keys(record)}")
-    prompt = _prompt(record["prompt"], "prompt")
+    prompt = parse_prompt(record["prompt"], "prompt")
     if not isinstance(record["responses"], list) or len(record["responses"]) < 2:
         raise InputError(f"'responses' is {_describe(record['responses'])}, expected a list of at least two")
-    responses = [_response(value, f"responses[{i}]", prompt) for i, value in enumerate(record["responses"])]
+    responses = [parse_response(value, f"responses[{i}]", prompt) for i, value in enumerate(record["responses"])]
     if not isinstance(record["preferences"], list) or not record["preferences"]:
         raise InputError(f"'preferences' is {_describe(record['preferences'])}, expected [[winner, loser], ...]")
     return prompt, responses, [_preference(value, len(responses)) for value in record["preferences"]]
@@ -129,18 +133,20 @@ def _probability(value: object, name: str) -> float:
     return float(value)
 
 
-def _prompt(value: object, name: str) -> list[Message]:
+def parse_prompt(value: object, name: str = "prompt") -> list[Message]:
+    """Text or messages -> messages. InputError calls the value `name`."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
-    return _messages(value, name)
+    return parse_messages(value, name)
 
 
-def _response(value: object, name: str, prompt: list[Message]) -> list[Message]:
+def parse_response(value: object, name: str, prompt: list[Message]) -> list[Message]:
+    """Text or messages, with or without `prompt` in front -> the messages after it. InputError calls it `name`."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     if not isinstance(value, list):
         raise InputError(f"'{name}' is {_describe(value)}, expected text or a list of messages")
-    messages = _messages(value, name)
+    messages = parse_messages(value, name)
     repeats_prompt = len(messages) > len(prompt) and messages[: len(prompt)] == prompt
     return messages[len(prompt) :] if repeats_prompt else messages
 
@@ -149,7 +155,22 @@ def _unwrap(value: object) -> object:
     return value["response"] if isinstance(value, dict) and "response" in value else value
 
 
-def _messages(value: object, name: str) -> list[Message]:
+def parse_conversation(value: object, name: str) -> tuple[list[Message], list[Message]]:
+    """Messages that end in an assistant's turn -> (those before it, that turn). InputError calls the value `name`."""
+    messages = parse_messages(value, name)
+    if all(message["role"] != "assistant" for message in messages):
+        raise InputError(f"{name} has no assistant turn, which is what gets scored: {_describe(value)}")
+    if messages[-1]["role"] != "assistant":
+        raise InputError(
+            f"{name} ends with a {messages[-1]['role']} turn, expected the assistant's: {_describe(value)}"
+        )
+    if len(messages) == 1:
+        raise InputError(f"{name} has no turn before the assistant's, expected a prompt: {_describe(value)}")
+    return messages[:-1], messages[-1:]
+
+
+def parse_messages(value: object, name: str) -> list[Message]:
+    """A non-empty list of {"role": text, "content": text}, other keys left out. InputError calls the value `name`."""
     if not isinstance(value, list) or not value:
         raise InputError(f"'{name}' is {_describe(value)}, expected a list of messages {{'role', 'content'}}")
     for message in value:

@@ -5,7 +5,6 @@ path, size and modification time of a file, so an edited file is read again.
 """
 
 import csv
-import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -19,12 +18,13 @@ from general_preference.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-READER_VERSION = 2  # part of the cache key: raise it when the meaning of a row changes
+READER_VERSION = 3  # part of the cache key: raise it when the meaning of a row changes
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _MESSAGE = {"role": datasets.Value("string"), "content": datasets.Value("string")}
 ROW = datasets.Features(
     {
         "id": datasets.Value("string"),
+        "subset": datasets.Value("string"),
         "prompt": datasets.List(_MESSAGE),
         "responses": datasets.List(datasets.List(_MESSAGE)),
         "first": datasets.List(datasets.Value("int32")),
@@ -153,10 +153,11 @@ def _row(place: str, record: object, problem: str, custom: bool) -> dict:
             problem = f"{place}: {error}"
     if problem:
         nothing = {name: [] for name in ("prompt", "responses", "first", "second", "label")}
-        return nothing | {"id": place, "margin": 0.0, "problem": problem}
+        return nothing | {"id": place, "subset": "", "margin": 0.0, "problem": problem}
     first, second, label = (list(column) for column in zip(*found.preferences, strict=True))
     return {
         "id": found.id or place,
+        "subset": found.subset,
         "prompt": found.prompt,
         "responses": found.responses,
         "first": first,
@@ -251,8 +252,3 @@ def _from_hub(path: str) -> datasets.Dataset:
         raise InputError(
             f"no local path {path}, and the hub dataset cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
-
-
-def stable_hash(*parts: object) -> str:
-    """A short fingerprint of JSON-serialisable parts, the same in every process."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,15 +1,12 @@
-"""The only file that knows DeepSpeed, ranks and devices. The loop above it reads like the algorithm.
+"""The only file that knows DeepSpeed. The loop above it reads like the algorithm.
 
-Runs under any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (deepspeed, torchrun,
-Slurm), and without one as a single process. nccl on GPUs, gloo on CPUs.
+nccl between GPUs, gloo between CPUs; ranks and launchers are the business of processes.py.
 """
 
 import contextlib
 import io
 import logging
 import os
-import socket
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,19 +17,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: keeps DeepSpeed from probing for other devices
 
 import deepspeed
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from general_preference.errors import InputError
+from general_preference.models.device import has_fast_bf16
 from general_preference.models.reward_model import RewardModel
+from general_preference.processes import Processes, single_process_defaults
 from general_preference.trainer.arguments import EngineArguments, OptimizerArguments
 
 logger = logging.getLogger(__name__)
 
 
-class Strategy:
+class Strategy(Processes):
     """Processes, device and the DeepSpeed engine of one run."""
 
     def __init__(self, engine: EngineArguments, optimizer: OptimizerArguments):
@@ -43,14 +41,12 @@ class Strategy:
         """
         self.engine_arguments, self.optimizer_arguments = engine, optimizer
         deepspeed.utils.logger.setLevel(logging.WARNING)
-        _single_process_defaults()
+        single_process_defaults()
         accelerator = get_accelerator()
-        if engine.bf16 and not _fast_bf16():
-            raise InputError(
-                f"--bf16: this {accelerator.device_name()} device has no bfloat16 arithmetic: drop the flag (fp32)"
-            )
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
         self.device = torch.device(accelerator.current_device_name())
+        if engine.bf16 and not has_fast_bf16(self.device):
+            raise InputError(f"--bf16: this {self.device.type} device has no bfloat16 arithmetic: drop the flag (fp32)")
         # On CPUs DeepSpeed would compile shared-memory collectives that only its inference layers use: a minute, a C++
         # compiler, and a build lock that blocks every later run if the compilation is killed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -60,9 +56,8 @@ class Strategy:
                 timeout=timedelta(seconds=engine.dist_timeout),
                 verbose=False,
             )
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        super().__init__()
         set_seed(optimizer.seed)
-        self.is_main = self.rank == 0
         self.engine: Any = None
 
     @property
@@ -70,28 +65,6 @@ class Strategy:
         """Comparisons per optimizer step, over all processes."""
         arguments = self.optimizer_arguments
         return arguments.micro_train_batch_size * arguments.accumulated_gradient * self.world_size
-
-    def main_first(self, work: Callable[[], Any], main_only: bool = False) -> Any:
-        """Run `work` on the first process of each node, then (from its caches) on the others.
-
-        An InputError on any of them is raised on all, so that every process leaves with the same message.
-
-        Args:
-            main_only: only the very first process runs `work`; the others get None.
-        """
-        goes_first = self.is_main if main_only else os.environ["LOCAL_RANK"] == "0"
-        result, problem = None, None
-        if goes_first:
-            try:
-                result = work()
-            except InputError as error:
-                problem = str(error)
-        problems = [None] * self.world_size
-        dist.all_gather_object(problems, problem)
-        for found in problems:
-            if found is not None:
-                raise InputError(found)
-        return result if goes_first or main_only else work()
 
     def config(self) -> dict:
         """The DeepSpeed configuration that the flags describe."""
@@ -175,27 +148,6 @@ class Strategy:
         """Learning rate of the next step."""
         return float(self.engine.get_lr()[0])
 
-    def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:
-        """Add up a tensor over all processes, in place; the same result on each."""
-        dist.all_reduce(sums)
-        return sums
-
-    def gather_objects(self, value: Any) -> list:
-        """One picklable value of each process, on all of them."""
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def from_main(self, value: Any) -> Any:
-        """The main process's value, on all processes: for decisions that every process must take alike."""
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
-
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        dist.barrier()
-
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """All tensors of the model, whole, on the CPU of the main process; an empty dict on the others. Collective."""
         state = {}
@@ -218,39 +170,3 @@ class Strategy:
             raise InputError(f"checkpoint {folder} cannot be loaded: remove it, or drop --load_checkpoint")
         torch.set_rng_state(client_state.pop("rng"))
         return client_state
-
-    def close(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def is_main_process() -> bool:
-    """Whether the environment makes this the first process; usable before any `Strategy` exists."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _single_process_defaults() -> None:
-    """Without a launcher, be a world of one on a free port, so that two runs on a machine do not meet."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        os.environ.setdefault("LOCAL_RANK", "0")
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
-def _fast_bf16() -> bool:
-    """Whether bfloat16 is arithmetic of the device and not an emulation many times slower than fp32."""
-    if get_accelerator().device_name() == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if get_accelerator().device_name() == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return get_accelerator().is_bf16_supported()

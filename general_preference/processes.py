@@ -1,0 +1,102 @@
+"""The processes of one run: ranks, and the few things they must agree on. No engine, no device.
+
+Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT will do (torchrun, deepspeed, Slurm);
+without one the run is a world of one process. Training joins through DeepSpeed (trainer/strategy.py), everything else
+through `Processes.join`.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from general_preference.errors import InputError
+
+
+class Processes:
+    """Ranks and collectives of an initialised process group."""
+
+    def __init__(self):
+        """Read the ranks of the group that the launcher's environment and `torch.distributed` describe."""
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.is_main = self.rank == 0
+
+    @classmethod
+    def join(cls, timeout: float = 86400.0) -> "Processes":
+        """Join the other processes over gloo; `timeout` is in seconds, long because ranks finish at different times."""
+        single_process_defaults()
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        return cls()
+
+    def main_first(self, work: Callable[[], Any], main_only: bool = False) -> Any:
+        """Run `work` on the first process of each node, then (from its caches) on the others.
+
+        An InputError on any of them is raised on all, so that every process leaves with the same message.
+
+        Args:
+            main_only: only the very first process runs `work`; the others get None.
+        """
+        goes_first = self.is_main if main_only else self.local_rank == 0
+        result, problem = None, None
+        if goes_first:
+            try:
+                result = work()
+            except InputError as error:
+                problem = str(error)
+        for found in self.gather_objects(problem):
+            if found is not None:
+                raise InputError(found)
+        return result if goes_first or main_only else work()
+
+    def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:
+        """Add up a tensor over all processes, in place; the same result on each."""
+        dist.all_reduce(sums)
+        return sums
+
+    def gather_objects(self, value: Any) -> list:
+        """One picklable value of each process, on all of them."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, on all processes: for decisions that every process must take alike."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def is_main_process() -> bool:
+    """Whether the environment makes this the first process; usable before any process has joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def single_process_defaults() -> None:
+    """Without a launcher, be a world of one on a free port, so that two runs on a machine do not meet."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
