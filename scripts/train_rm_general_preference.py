@@ -186,17 +186,18 @@ def make_model(arguments: Arguments, preference: PreferenceConfig, strategy):
     )
     check_positions(model, preference.max_length)
     model.freeze_unused(language_model_head=arguments.loss.add_pretrain_loss)
+    model.card.datasets = [source.path for source in parse_sources(arguments.data.dataset)]
     return model
 
 
 def check_positions(model, max_length: int) -> None:
     """Refuse sequences longer than a model's learned positions; warn where rotary ones only get worse."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is None or max_length <= limit:
-        return
-    if getattr(model.config, "rope_parameters", None) is None:
+    limit = model.learned_positions
+    if limit is not None and max_length > limit:
         raise InputError(f"--max_len {max_length} exceeds the model's {limit} positions: use at most {limit}")
-    logger.warning("--max_len %d exceeds the %d positions this model was made for", max_length, limit)
+    trained = getattr(model.config, "max_position_embeddings", None)
+    if trained is not None and max_length > trained:
+        logger.warning("--max_len %d exceeds the %d positions this model was made for", max_length, trained)
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from general_preference.trainer.arguments import LossArguments
 from general_preference.trainer.reward_trainer import batch_loss
 from tests.conftest import FAMILIES, MAIN_FAMILIES, random_comparisons
 
-# Products of queries and keys that a kernel call must save: none, so that blocks are always used, or more than there are.
+# What a kernel call must save, in products of queries and keys: nothing, so that blocks are always used, or too much.
 BLOCKS, DENSE = 0, 10**12
 WINDOWED = ("mistral_window", "gemma2", "gemma3")
 
@@ -36,7 +36,8 @@ def test_shared_prompts_equal_separate_sequences(make_model, monkeypatch, family
     with torch.no_grad():
         _, shared = run(model, comparisons, True, "both")
         _, separate = run(model, comparisons, False, "both")
-    assert shared.keys() == separate.keys() == {"embeddings", "temperature", "gates", "log_probs", "counts"}
+    names = {"embeddings", "prompt_hidden_states", "temperature", "gates", "log_probs", "counts"}
+    assert shared.keys() == separate.keys() == names
     for name in shared:
         assert relative(shared[name], separate[name]) < 1e-5, name
 

@@ -1,4 +1,4 @@
-"""Preference models on disk: making one from a language model, loading a trained one, saving.
+"""Preference models from disk or hub: making one from a language model, loading a trained one.
 
 A folder keeps the published tensor names (`model.*`, `lm_head.weight`, `value_head.weight`, `prompt_head.weight`) and a
 `preference` object in config.json. A LoRA run's folder holds the adapter, the heads and the same config.json. Only
@@ -13,18 +13,19 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file, is_flash_attn_2_available
 
 from general_preference.errors import InputError
 from general_preference.models.attention import VERIFIED
+from general_preference.models.model_card import read_card_facts
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.reward_model import RewardModel
 
 logger = logging.getLogger(__name__)
 
 HEADS_FILE = "preference_heads.safetensors"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 HEAD_NAMES = ("value_head.weight", "prompt_head.weight")
 
 
@@ -89,6 +90,7 @@ def get_reward_model(
             backbone, lora_rank, lora_alpha, target_modules or "all-linear", lora_dropout, load_in_4bit
         )
     model = RewardModel(backbone, preference)
+    model.card.base_model = str(model_name_or_path)
     model.initialize_heads(seed)
     if saved is not None:
         keep = [name for name, new in zip(HEAD_NAMES, (init_value_head, init_prompt_head), strict=True) if not new]
@@ -103,8 +105,12 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    preference: PreferenceConfig | None = None,
 ) -> RewardModel:
     """Load a trained preference model (full, sharded or LoRA adapter) from a folder or hub name.
+
+    Args:
+        preference: the head, if the caller has read it already (`saved_preference`).
 
     Returns:
         the model in eval mode, its head as the checkpoint describes it.
@@ -112,43 +118,14 @@ def load_reward_model(
     Raises:
         InputError: no such model, a plain language model without heads, or weights that cannot be read.
     """
-    preference = saved_preference(path, trust_remote_code)
     if preference is None:
-        raise InputError(
-            f"{path} has no value_head: it is a plain language model. Train it first, or pass a trained folder"
-        )
+        preference = trained_preference(path, trust_remote_code)
     backbone = _load_backbone(path, dtype, attn_implementation, trust_remote_code)
     model = RewardModel(backbone, preference)
     _copy_heads(model, _read_tensors(path, HEAD_NAMES))
+    model.card = read_card_facts(_resolve(path, "README.md"))
     _check_sharing(model)
     return model.eval()
-
-
-def save_reward_model(model: RewardModel, path: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """Write `model` to the folder `path`: config.json with the `preference` object, safetensors, the LoRA adapter.
-
-    Args:
-        state_dict: the model's full tensors when they are not in the module itself (ZeRO-3); default its own.
-    """
-    state_dict = model.state_dict() if state_dict is None else state_dict
-    prefix = "backbone."
-    backbone = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    heads = {name: state_dict[name].contiguous() for name in HEAD_NAMES if name in state_dict}
-    preference = model.preference
-    if model.temperature is not None:
-        learnt = state_dict["temperature.log_value"].float().exp().item()
-        preference = dataclasses.replace(preference, temperature=learnt)
-
-    language_model = model.language_model
-    language_model.config.preference = preference.to_dict()
-    # The base model's generation settings mean nothing here, and inconsistent ones would refuse to be saved.
-    language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
-    if language_model is model.backbone:
-        model.backbone.save_pretrained(path, state_dict={**backbone, **heads})
-    else:
-        model.backbone.save_pretrained(path, state_dict=backbone)
-        language_model.config.save_pretrained(path)
-        save_file(heads, str(Path(path) / HEADS_FILE), metadata={"format": "pt"})
 
 
 def saved_preference(path: str, trust_remote_code: bool = False) -> PreferenceConfig | None:
@@ -160,6 +137,31 @@ def saved_preference(path: str, trust_remote_code: bool = False) -> PreferenceCo
     if "value_head.weight" not in shapes:
         return None
     return PreferenceConfig.from_shapes(shapes["value_head.weight"], shapes.get("prompt_head.weight"))
+
+
+def trained_preference(
+    path: str, trust_remote_code: bool = False, temperature: float | None = None
+) -> PreferenceConfig:
+    """The head of a trained model; `temperature` is used where the checkpoint records none (published weights).
+
+    Raises:
+        InputError: no such model, a plain language model without heads, or another temperature is recorded.
+    """
+    preference = saved_preference(path, trust_remote_code)
+    if preference is None:
+        pickles = [name for name in PICKLES if _resolve(path, name)]
+        if pickles:
+            raise InputError(
+                f"{path} holds its weights as pickle ({pickles[0]}), which is never loaded: convert it to safetensors"
+            )
+        raise InputError(
+            f"{path} has no value_head: it is a plain language model. Train it first, or pass a trained folder"
+        )
+    recorded = bool(getattr(load_config(path, trust_remote_code), "preference", None))
+    if recorded or temperature is None:
+        preference.check(str(path), temperature=temperature)
+        return preference
+    return dataclasses.replace(preference, temperature=temperature)
 
 
 def load_config(path: str, trust_remote_code: bool = False):
@@ -193,9 +195,9 @@ def _load_backbone(
     """The causal LM at `path`, with its LoRA adapter if the folder holds one."""
     if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise InputError("flash attention was asked for, but flash-attn is not installed or finds no GPU: use sdpa")
-    adapter = Path(path) / "adapter_config.json"
-    if adapter.is_file():
-        return _load_adapter(adapter, dtype, attn_implementation, trust_remote_code, load_in_4bit)
+    adapter = _resolve(path, "adapter_config.json")
+    if adapter is not None:
+        return _load_adapter(path, adapter, dtype, attn_implementation, trust_remote_code, load_in_4bit)
     options = {"quantization_config": _four_bit()} if load_in_4bit else {}
     config = load_config(path, trust_remote_code)
     verbosity = transformers.logging.get_verbosity()
@@ -212,7 +214,7 @@ def _load_backbone(
             **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"cannot load the model {path}: {_first_line(error)}") from error
+        raise InputError(f"cannot load the model {path}: {_reason(path, error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     missing = [name for name in info["missing_keys"] if "lm_head" not in name and "embed_out" not in name]
@@ -223,21 +225,22 @@ def _load_backbone(
     return model
 
 
-def _load_adapter(adapter: Path, dtype, attn_implementation, trust_remote_code: bool, load_in_4bit: bool):
-    """A base model under the LoRA adapter whose adapter_config.json this is."""
-    folder = adapter.parent
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError(f"{folder} has no adapter_model.safetensors: adapters in other formats are not loaded")
+def _load_adapter(path: str, config: str, dtype, attn_implementation, trust_remote_code: bool, load_in_4bit: bool):
+    """A base model under the LoRA adapter at `path`, whose adapter_config.json is the local file `config`."""
+    weights = _resolve(path, "adapter_model.safetensors")
+    if weights is None:
+        raise InputError(f"{path} has no adapter_model.safetensors: adapters in other formats are not loaded")
     try:
         from peft import PeftModel  # only LoRA folders need peft
 
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
         model = _load_backbone(base, dtype, attn_implementation, trust_remote_code, load_in_4bit)
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True, use_safetensors=True)
+        folder = str(Path(weights).parent)  # of the hub's snapshot, if it came from there
+        return PeftModel.from_pretrained(model, folder, is_trainable=True, use_safetensors=True)
     except ImportError as error:
-        raise InputError(f"{folder} is a LoRA adapter and needs the package peft: pip install peft") from error
+        raise InputError(f"{path} is a LoRA adapter and needs the package peft: pip install peft") from error
     except (SafetensorError, KeyError, RuntimeError, OSError, ValueError) as error:
-        raise InputError(f"cannot load the adapter {folder}: {_first_line(error)}") from error
+        raise InputError(f"cannot load the adapter {path}: {_reason(path, error)}") from error
 
 
 def _four_bit():
@@ -302,14 +305,14 @@ def _read_tensors(path: str, names) -> dict[str, torch.Tensor]:
                     found[name] = tensors.get_tensor(name)
         return found
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"cannot read the weights of {path}: {_first_line(error)}") from error
+        raise InputError(f"cannot read the weights of {path}: {_reason(path, error)}") from error
 
 
 def _files_of(path: str, names) -> dict[str, str]:
     """Which file holds each of the named tensors, as far as the checkpoint says."""
-    heads = Path(path) / HEADS_FILE
-    if heads.is_file():
-        return dict.fromkeys(names, str(heads))
+    heads = _resolve(path, HEADS_FILE)
+    if heads is not None:
+        return dict.fromkeys(names, heads)
     index = _resolve(path, "model.safetensors.index.json")
     if index is not None:
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
@@ -331,6 +334,17 @@ def _copy_heads(model: RewardModel, tensors: dict[str, torch.Tensor]) -> None:
         if weight.shape != tensor.shape:
             raise InputError(f"{name} has shape {tuple(tensor.shape)}, but the head needs {tuple(weight.shape)}")
         weight.data.copy_(tensor)
+
+
+def _reason(path: str, error: Exception) -> str:
+    """Why weights could not be loaded: the damaged file, if there is one, else what the library says."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as damage:
+            return f"{file.name} is damaged or cut short ({_first_line(damage)})"
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

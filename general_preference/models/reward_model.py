@@ -1,7 +1,7 @@
 """The model that is learnt: a causal language model, an embedding head on responses, and a gate on prompts.
 
 One forward pass takes a batch of rows (datasets/packing.py lays them out) and returns the embeddings of all responses
-and the gates of all prompts, whatever the head. Loading and saving live in `pretrained.py` beside this file.
+and the gates of all prompts, whatever the head. Loading and saving live in `pretrained.py` and `saving.py`.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from general_preference.models.attention import attention_mask, compute_blockwise, row_blocks, shares_prompts
 from general_preference.models.losses import token_log_probs
+from general_preference.models.model_card import CardFacts
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.score import normalize_embedding
 
@@ -56,6 +57,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.preference = preference
+        self.card = CardFacts()  # what the saved README.md tells beside the head
         hidden = self.config.hidden_size
         self.value_head = Fp32Linear(hidden, preference.dim)
         self.prompt_head = Fp32Linear(hidden, preference.planes) if preference.prompt_gate else None
@@ -70,11 +72,17 @@ class RewardModel(nn.Module):
 
         return load_reward_model(path, **kwargs)
 
-    def save_pretrained(self, path: str, state_dict: dict | None = None) -> None:
-        """Write a folder that loads with its path alone; see `pretrained.save_reward_model`."""
-        from general_preference.models.pretrained import save_reward_model
+    def save_pretrained(self, path: str, state_dict: dict | None = None, **kwargs) -> None:
+        """Write a folder that loads with its path alone; see `saving.save_reward_model`."""
+        from general_preference.models.saving import save_reward_model
 
-        save_reward_model(self, path, state_dict)
+        save_reward_model(self, path, state_dict, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """Upload the model and its card to the hub, as transformers' models do; see `saving.push_reward_model`."""
+        from general_preference.models.saving import push_reward_model
+
+        return push_reward_model(self, repo_id, **kwargs)
 
     @property
     def language_model(self) -> nn.Module:
@@ -90,6 +98,12 @@ class RewardModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """Floating-point type of the backbone."""
         return self.language_model.get_input_embeddings().weight.dtype
+
+    @property
+    def learned_positions(self) -> int | None:
+        """Tokens that fit a table of learned positions; None where positions are computed (rotary, ALiBi)."""
+        rotary = getattr(self.config, "rope_parameters", None) is not None
+        return None if rotary else getattr(self.config, "max_position_embeddings", None)
 
     def initialize_heads(self, seed: int) -> None:
         """Fill the heads with N(0, 1 / hidden), the same values for the same seed on every process and ZeRO stage."""
@@ -128,7 +142,8 @@ class RewardModel(nn.Module):
                 token `tokens[t]`, whose log-prob is added to owner `owners[t]` in [0, N + G). None: no regulariser.
 
         Returns:
-            embeddings: (N, D). temperature: (1,), learnt or fixed. gates: (G, P), only if the model has a gate.
+            embeddings: (N, D). temperature: (1,), learnt or fixed. prompt_hidden_states: (G, hidden).
+            gates: (G, P), only if the model has a gate.
             log_probs, counts: (N + G,) summed log-prob in nats and tokens per owner, only with `targets`.
         """
         hidden = self._hidden_states(input_ids, position_ids, segments, shared)
@@ -137,13 +152,13 @@ class RewardModel(nn.Module):
         embeddings = self.value_head(hidden[response_ends])
         if self.preference.normalize:
             embeddings = normalize_embedding(embeddings)
-        output = {"embeddings": embeddings}
+        output = {"embeddings": embeddings, "prompt_hidden_states": hidden[prompt_ends]}
         if self.temperature is None:
             output["temperature"] = torch.full((1,), self.preference.temperature, device=hidden.device)
         else:
             output["temperature"] = self.temperature()
         if self.prompt_head is not None:
-            output["gates"] = self.gate(hidden[prompt_ends])
+            output["gates"] = self.gate(output["prompt_hidden_states"])
         if targets is not None:
             owners = len(response_ends) + len(prompt_ends)
             output["log_probs"], output["counts"] = self._log_probs(hidden, targets, owners)

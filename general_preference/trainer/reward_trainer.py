@@ -207,6 +207,7 @@ class RewardTrainer:
             self.metrics.log(
                 step, {f"eval/{name}/{key}": value for name, row in results.items() for key, value in row.items()}
             )
+        self.strategy.model.card.results = results
         number = self.arguments.output.save_best_model
         if number:
             count = sum(row["n"] for row in results.values())
@@ -245,6 +246,7 @@ class RewardTrainer:
 
     def _finish(self, results: dict[str, dict]) -> None:
         """Save the model first; then what describes it."""
+        self.strategy.model.card.results = results
         publish_model(self.strategy, self.tokenizer, self.folder)
         if self.metrics is None:
             return

@@ -1,0 +1,145 @@
+"""The README.md of a saved model: the metadata block the hub expects, and what a reader needs to use the model.
+
+Metadata names only what exists on the hub; local folders and files appear in the text, by their last name.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from yaml import YAMLError
+
+from general_preference.models.preference_config import PreferenceConfig
+
+LIBRARY = "general-preference"
+_HEADS = {"bt": "Bradley-Terry reward model", "gpm": "General Preference Model", "hybrid": "Hybrid preference model"}
+_METRICS = ("accuracy", "loss", "n")
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ description }}
+
+## Use
+
+```python
+from general_preference import GPMPipeline
+
+rm = GPMPipeline("path or hub name of this model")
+rm.compare(prompt, first, second)       # P(first is preferred)
+rm.rank(prompt, responses)              # indices, best first
+```
+
+## Training
+
+Base model: {{ base }}. Comparisons: {{ data }}.
+
+{{ evaluation }}
+
+## Source
+
+Zhang et al., *Beyond Bradley-Terry Models: A General Preference Model for Language Model Alignment*, ICML 2025,
+[arXiv 2410.02197](https://arxiv.org/abs/2410.02197).
+"""
+
+
+@dataclass
+class CardFacts:
+    """Where a model comes from and how well it does.
+
+    base_model: hub name or folder. datasets: hub names or files it was trained on. results: {set: {metric: value}} of
+    held-out comparisons, as `statistics.preference_statistics` names them.
+    """
+
+    base_model: str | None = None
+    datasets: list[str] = field(default_factory=list)
+    results: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def model_card(preference: PreferenceConfig, facts: CardFacts, tags: list[str] | None = None) -> ModelCard:
+    """The card of a model with this head; `tags` are added to its own."""
+    planes = f"D = {preference.dim}{', prompt gate' if preference.prompt_gate else ''}"
+    title = _HEADS[preference.head] + ("" if preference.head == "bt" else f" ({planes})")
+    data = ModelCardData(
+        base_model=_on_hub(facts.base_model),
+        datasets=[name for name in map(_on_hub, facts.datasets) if name] or None,
+        eval_results=_eval_results(facts.results) or None,
+        model_name=title,
+        library_name=LIBRARY,
+        pipeline_tag="text-classification",
+        tags=["reward-model", "preference-model", preference.head, "arxiv:2410.02197", *(tags or [])],
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        title=title,
+        description=_description(preference),
+        base=_shown(facts.base_model),
+        data=", ".join(map(_shown, facts.datasets)) or "not recorded",
+        evaluation=_table(facts.results),
+    )
+
+
+def read_card_facts(readme: str | Path | None) -> CardFacts:
+    """What a card written by `model_card` says in its metadata; nothing if there is no such card."""
+    try:
+        data = ModelCard.load(readme, ignore_metadata_errors=True).data if readme else None
+    except (OSError, ValueError, YAMLError, HFValidationError):
+        return CardFacts()
+    if data is None or data.library_name != LIBRARY:
+        return CardFacts()
+    results: dict[str, dict[str, float]] = {}
+    for result in data.eval_results or []:
+        results.setdefault(result.dataset_name, {})[result.metric_type] = result.metric_value
+    return CardFacts(data.base_model, data.datasets or [], results)
+
+
+def _description(preference: PreferenceConfig) -> str:
+    if preference.head == "bt":
+        return "Gives each response one number; P(first is preferred) = sigmoid((first - second) / temperature)."
+    also = " and a scalar reward" if preference.head == "hybrid" else ""
+    return (
+        f"Embeds each response in {preference.planes} plane(s){also} and compares two embeddings with a skew-symmetric "
+        "operator, so its preferences may be cyclic. P(first is preferred) = sigmoid(score / "
+        f"{preference.temperature:.4g})."
+    )
+
+
+def _on_hub(name: str | None) -> str | None:
+    """`name` if it can be a hub name and is no local path, without a split (`owner/name@split`)."""
+    name = (name or "").partition("@")[0]
+    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists() else None
+
+
+def _shown(name: str | None) -> str:
+    if not name:
+        return "not recorded"
+    return f"`{_on_hub(name) or Path(name).name}`"
+
+
+def _eval_results(results: dict[str, dict[str, float]]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-classification",
+            task_name="Preference prediction",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=metric,
+            metric_value=row[metric],
+        )
+        for name, row in results.items()
+        for metric in _METRICS
+        if metric in row
+    ]
+
+
+def _table(results: dict[str, dict[str, float]]) -> str:
+    if not results:
+        return "No evaluation was recorded."
+    rows = [f"| {name} | {row.get('accuracy', 0):.4f} | {row.get('loss', 0):.4f} | {row.get('n', 0)} |"
+            for name, row in results.items()]  # fmt: skip
+    return "\n".join(["| held-out comparisons | accuracy | loss | n |", "|---|---:|---:|---:|", *rows])
