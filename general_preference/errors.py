@@ -1,9 +1,12 @@
-"""The one exception that means "what you gave cannot be used", as opposed to a fault in this package.
+"""Exceptions that are messages to people, as opposed to a fault in this package.
 
-Its message is one line that says what was found, where, and what to do. The training script prints it and exits with
-code 2; in a notebook it is an ordinary ValueError.
+Each message is one line that says what was found, where, and what to do; the scripts print it and exit.
 """
 
 
 class InputError(ValueError):
-    """A path, record, flag or checkpoint that cannot be used as given."""
+    """A path, record, flag or checkpoint that cannot be used as given. Exit code 2; in a notebook a ValueError."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and the comparisons. Exit code 1."""

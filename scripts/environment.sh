@@ -2,12 +2,16 @@
 #
 # Uses the active Python if it has all packages; otherwise makes ROOT/.venv and installs requirements.txt there, once.
 # Sets: PATH (the environment), PYTHONPATH (this checkout), GPUS (their number), NPROC, LAUNCH (the start of a command).
-# Reads: PYTHON (which interpreter makes .venv, default python3), NPROC, MASTER_PORT, ALSO_NEEDED (more packages).
+# Reads: PYTHON (which interpreter makes .venv, default python3), NPROC, MASTER_PORT, ALSO_NEEDED (more packages),
+# LAUNCHER (what starts several processes: deepspeed, the default, or torchrun, which does without DeepSpeed).
 
+LAUNCHER=${LAUNCHER:-deepspeed}
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 has_everything() {
-  "$1" - torch transformers safetensors datasets deepspeed matplotlib tqdm ${ALSO_NEEDED:-} <<'PY' 2>/dev/null
+  local needed=(torch transformers safetensors datasets matplotlib tqdm ${ALSO_NEEDED:-})
+  [[ $LAUNCHER == deepspeed ]] && needed+=(deepspeed)
+  "$1" - "${needed[@]}" <<'PY' 2>/dev/null
 import sys
 from importlib.util import find_spec
 sys.exit(any(find_spec(name) is None for name in sys.argv[1:]) or sys.version_info < (3, 10))
@@ -50,7 +54,9 @@ if ((GPUS == 0)); then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NPROC - 1) / NPROC))}
   fi
 fi
-if ((NPROC > 1)); then
+if ((NPROC > 1)) && [[ $LAUNCHER == torchrun ]]; then
+  LAUNCH=(torchrun --standalone --nproc_per_node "$NPROC")
+elif ((NPROC > 1)); then
   MASTER_PORT=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
   LAUNCH=(deepspeed --master_port "$MASTER_PORT")
   # DeepSpeed's --num_gpus ignores CUDA_VISIBLE_DEVICES: name the devices where that is set.

@@ -13,6 +13,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from general_preference.command_line import exit_code, format_table, quiet_other_libraries
 from general_preference.datasets.preparation import (
     load_tokenized,
     parse_probabilities,
@@ -22,9 +23,9 @@ from general_preference.datasets.preparation import (
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError
+from general_preference.files import claim_folder, replace_text
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.pretrained import get_reward_model, saved_preference
-from general_preference.processes import is_main_process
 from general_preference.trainer.arguments import DEFAULT_MAX_LEN, Arguments, parse_arguments
 
 logger = logging.getLogger("train")
@@ -33,44 +34,20 @@ logger = logging.getLogger("train")
 def main(argv: list[str] | None = None) -> int:
     """Parse, train, and turn what can go wrong into one line and an exit code."""
     arguments = parse_arguments(argv)
-    # Imported late: --help and refused flags should not wait for DeepSpeed.
-    try:
-        arguments.check()
-        from general_preference.trainer.reward_trainer import NonFiniteLossError
-        from general_preference.trainer.strategy import Strategy
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    main_process = is_main_process()
-    quiet_other_libraries(main_process)
-    strategy = None
-    try:
-        strategy = Strategy(arguments.engine, arguments.optimizer)
-        train(arguments, strategy)
-    except InputError as error:
-        if main_process:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except NonFiniteLossError as error:
-        if main_process:
-            print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        if main_process:
-            print("\ninterrupted; metrics and checkpoints written so far stay where they are", file=sys.stderr)
-        return 130
-    strategy.close()
-    return 0
+    return exit_code(lambda: train(arguments), kept="metrics and checkpoints written so far stay where they are")
 
 
-def train(arguments: Arguments, strategy) -> None:
+def train(arguments: Arguments) -> None:
     """The run, from paths to a saved model."""
-    from general_preference.trainer.checkpoint import claim_folder, replace_text
-    from general_preference.trainer.metrics import format_table
+    arguments.check()
+    quiet_other_libraries()
+    # Imported late: --help and refused flags should not wait for DeepSpeed.
     from general_preference.trainer.reward_trainer import RewardTrainer
+    from general_preference.trainer.strategy import Strategy
 
+    strategy = Strategy(arguments.engine, arguments.optimizer)
     folder = Path(arguments.output.save_path)
-    claims = [strategy.main_first(lambda: claim_folder(folder), main_only=True)]
+    claims = [strategy.main_first(lambda: claim_folder(folder, "--save_path"), main_only=True)]
     ckpt_path = Path(arguments.output.ckpt_path or folder / "checkpoint")
     if arguments.output.save_steps > 0 and ckpt_path.resolve() != folder.resolve():
         claims.append(strategy.main_first(lambda: claim_folder(ckpt_path, "--ckpt_path"), main_only=True))
@@ -99,6 +76,7 @@ def train(arguments: Arguments, strategy) -> None:
         if results:
             print(f"\nHeld-out comparisons\n{format_table(results)}")
         print(f"\nModel, metrics and pictures: {folder}")
+    strategy.close()
 
 
 def resolve_preference(arguments: Arguments) -> PreferenceConfig:
@@ -203,19 +181,6 @@ def check_positions(model, max_length: int) -> None:
 def versions() -> dict[str, str]:
     """Versions of what computes, for arguments.json."""
     return {name: version(name) for name in ("torch", "transformers", "deepspeed", "datasets")}
-
-
-def quiet_other_libraries(main_process: bool) -> None:
-    """Log to the terminal from the main process; progress bars of loading and tokenising there alone."""
-    import datasets
-    import transformers
-
-    logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    for name in ("httpx", "accelerate", "DeepSpeed", "torch", "datasets", "fsspec", "filelock"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if not main_process or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -325,14 +325,14 @@ def test_two_runs_cannot_share_a_folder_and_nan_stops_a_run(base, tmp_path, mode
     import fcntl
 
     from general_preference.errors import InputError
-    from general_preference.trainer.checkpoint import claim_folder
+    from general_preference.files import claim_folder
 
     time.sleep(0.2)
     with pytest.raises(InputError, match="being written by another run"):
-        claim_folder(folder)
+        claim_folder(folder, "--save_path")
     said = first.communicate(timeout=300)[1]
     assert first.returncode == 1
     line = next(line for line in said.splitlines() if line.startswith("error: "))
     assert "not finite at step" in line and "/train.jsonl, line " in line
     assert "Traceback" not in said and not (folder / "config.json").exists()
-    fcntl.flock(claim_folder(folder), fcntl.LOCK_UN)  # the folder is free again
+    fcntl.flock(claim_folder(folder, "--save_path"), fcntl.LOCK_UN)  # the folder is free again

@@ -161,12 +161,12 @@ def _preferences(comparisons: list[dict]) -> dict[str, torch.Tensor]:
         owner += [index] * count
         label += comparison["label"]
         margin += [comparison["margin"]] * count
-        weight += [comparison.get("weight", 1.0) / count] * count
+        weight += [comparison.get("weight", 1.0) / max(count, 1)] * count
         offset += len(comparison["response_ids"])
     return {
-        "first": torch.tensor(first),
-        "second": torch.tensor(second),
-        "owner": torch.tensor(owner),
+        "first": torch.tensor(first, dtype=torch.long),
+        "second": torch.tensor(second, dtype=torch.long),
+        "owner": torch.tensor(owner, dtype=torch.long),
         "label": torch.tensor(label, dtype=torch.float32),
         "margin": torch.tensor(margin, dtype=torch.float32),
         "weight": torch.tensor(weight, dtype=torch.float32),

@@ -1,6 +1,6 @@
 """The README.md of a saved model: the metadata block the hub expects, and what a reader needs to use the model.
 
-Metadata names only what exists on the hub; local folders and files appear in the text, by their last name.
+Metadata names only what exists on the hub; local folders and files appear in the text, by their last names.
 """
 
 import re
@@ -118,7 +118,9 @@ def _on_hub(name: str | None) -> str | None:
 def _shown(name: str | None) -> str:
     if not name:
         return "not recorded"
-    return f"`{_on_hub(name) or Path(name).name}`"
+    # Of a file also its folder: data is often called train.jsonl.
+    path = Path(name)
+    return f"`{_on_hub(name) or '/'.join(path.parts[-2:] if path.suffix else path.parts[-1:])}`"
 
 
 def _eval_results(results: dict[str, dict[str, float]]) -> list[EvalResult]:

@@ -179,6 +179,15 @@ def load_config(path: str, trust_remote_code: bool = False):
         raise InputError(f"cannot read the model configuration of {path}: {_first_line(error)}") from error
 
 
+def checkpoint_identity(path: str) -> list:
+    """What changes when the checkpoint at `path` does: names, sizes and times of its files, or its hub snapshot."""
+    if not Path(path).is_dir():
+        return [_resolve(path, "config.json")]
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in (".json", ".safetensors", ".jinja"))
+    written = {"arguments.json", "data_summary.json", "eval_metrics.json"}  # by training, beside the model
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.name not in written]
+
+
 def _preference_from_flags(is_general_preference: bool, dim: int | None, gate: bool) -> PreferenceConfig:
     if not is_general_preference:
         return PreferenceConfig("bt", 1 if dim is None else dim, gate)

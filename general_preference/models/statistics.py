@@ -4,6 +4,8 @@ Every number is kept as a sum (float64) so that a mean over any number of proces
 `preference_statistics`. Nothing here averages averages.
 """
 
+import math
+
 import torch
 
 CALIBRATION_BINS = 15
@@ -68,6 +70,24 @@ def preference_statistics(sums: torch.Tensor) -> dict[str, float]:
         "margin": values["margin"] / n,
         "calibration_error": float((confidence - outcome).abs().sum() / n),
     }
+
+
+def calibration_bins(sums: torch.Tensor) -> list[tuple[float, float, int]]:
+    """(mean confidence, share that came out so, count) of every bin that holds something, from `preference_sums`."""
+    bins = sums[len(_FIELDS) :].view(3, CALIBRATION_BINS).T.tolist()
+    return [(confidence / count, outcome / count, int(count)) for count, confidence, outcome in bins if count]
+
+
+def wilson_interval(share: float, count: int, deviations: float = 1.959964) -> tuple[float, float]:
+    """Confidence interval of a share of `count` independent trials; 1.96 standard deviations are 95 %.
+
+    Source: Wilson 1927. Unlike share +- 1.96 * error it stays in [0, 1] and holds for few trials and shares near 1.
+    """
+    square = deviations**2
+    centre = share + square / (2 * count)
+    half = deviations * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
+    low, high = ((centre + sign * half) / (1 + square / count) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
 
 
 def empty_sums(device: torch.device | str = "cpu") -> torch.Tensor:

@@ -6,13 +6,11 @@ reads the command line.
 
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
+from general_preference.command_line import flag, parse_flags
 from general_preference.errors import InputError
 from general_preference.models.losses import LanguageModelLossKind, PreferenceLossKind
 from general_preference.models.preference_config import HEADS, PreferenceConfig
@@ -20,50 +18,46 @@ from general_preference.models.preference_config import HEADS, PreferenceConfig
 DEFAULT_MAX_LEN = 512
 
 
-def _flag(default, text: str, **metadata):
-    return field(default=default, metadata={"help": text, **metadata})
-
-
 @dataclass
 class ModelArguments:
     """What is trained: the backbone, its head, and adapters."""
 
-    pretrain: str = _flag(
+    pretrain: str = flag(
         "google/gemma-2b-it", "base language model, or an earlier preference model: folder or hub name"
     )
-    preference_head: str | None = _flag(
+    preference_head: str | None = flag(
         None, "bt (one number), gpm (planes) or hybrid (planes and a number); default gpm with --is_general_preference, else bt",
         choices=list(HEADS),
     )  # fmt: skip
-    is_general_preference: bool = _flag(False, "train a General Preference Model; same as --preference_head gpm")
-    value_head_dim: int | None = _flag(
+    is_general_preference: bool = flag(False, "train a General Preference Model; same as --preference_head gpm")
+    value_head_dim: int | None = flag(
         None, "size D of an embedding: even for gpm (default 2), odd for hybrid (default 3), 1 for bt"
     )
-    add_prompt_head: bool = _flag(False, "weigh the planes by a gate that reads the prompt's last token")
-    gate: str | None = _flag(None, "softmax (default): gate weights sum to 1; scaled_softmax: to the number of planes",
+    add_prompt_head: bool = flag(False, "weigh the planes by a gate that reads the prompt's last token")
+    gate: str | None = flag(None, "softmax (default): gate weights sum to 1; scaled_softmax: to the number of planes",
                       choices=["softmax", "scaled_softmax"])  # fmt: skip
-    normalize: bool | None = _flag(
+    normalize: bool | None = flag(
         None, "L2-normalise the planes of an embedding; default on for gpm and hybrid, never for bt"
     )
-    general_preference_tau: float | None = _flag(
+    general_preference_tau: float | None = flag(
         None, "temperature tau of P = sigmoid(score / tau); default 0.1 for gpm and hybrid, 1 for bt", aliases=["--tau"]
     )
-    learnable_temperature: bool = _flag(
+    learnable_temperature: bool = flag(
         False, "optimise the temperature, starting at --general_preference_tau; saved with the model"
     )
-    input_format: str | None = _flag(None, "chat, or released (the published checkpoints'); default what the model was saved with, else chat",
+    input_format: str | None = flag(None, "chat, or released (the published checkpoints'); default what the model was saved with, else chat",
                                      choices=["chat", "released"])  # fmt: skip
-    attn_implementation: str = _flag("auto", "attention kernel; auto takes the best one the architecture has",
+    attn_implementation: str = flag("auto", "attention kernel; auto takes the best one the architecture has",
                                      choices=["auto", "sdpa", "eager", "flash_attention_2"])  # fmt: skip
-    flash_attn: bool = _flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
-    disable_fast_tokenizer: bool = _flag(False, "use the slow (Python) tokenizer where a model has both")
-    input_template: str | None = _flag(None, "format string for prompts, '{}' is the user's text; replaces the tokenizer's chat template "
+    flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
+    disable_fast_tokenizer: bool = flag(False, "use the slow (Python) tokenizer where a model has both")
+    input_template: str | None = flag(None, "format string for prompts, '{}' is the user's text; replaces the tokenizer's chat template "
                                        "(a tokenizer without one gets 'Human:\\n{}\\nAssistant:\\n')")  # fmt: skip
-    trust_remote_code: bool = _flag(False, "run code that comes with the model")
-    load_in_4bit: bool = _flag(False, "4-bit backbone under LoRA (bitsandbytes, GPU)")
-    lora_rank: int = _flag(0, "rank of LoRA adapters on the backbone; 0 trains the whole backbone")
-    lora_alpha: int = _flag(16, "LoRA scale numerator")
-    lora_dropout: float = _flag(0.0, "LoRA dropout")
+    trust_remote_code: bool = flag(False, "run code that comes with the model")
+    load_in_4bit: bool = flag(False, "4-bit backbone under LoRA (bitsandbytes, GPU)")
+    lora_rank: int = flag(0, "rank of LoRA adapters on the backbone; 0 trains the whole backbone")
+    lora_alpha: int = flag(16, "LoRA scale numerator")
+    lora_dropout: float = flag(0.0, "LoRA dropout")
     target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "modules that get adapters: names, or all-linear"}
     )
@@ -90,26 +84,26 @@ class ModelArguments:
 class DataArguments:
     """What it is trained and evaluated on."""
 
-    dataset: str | None = _flag(
+    dataset: str | None = flag(
         None, "comparisons to train on: files (json, jsonl, csv, parquet), folders or hub names, separated by commas"
     )
-    dataset_probs: str | None = _flag(
+    dataset_probs: str | None = flag(
         None, "probability of each set, as in 0.4,0.6: sets are drawn until each was seen whole; default end to end"
     )
-    eval_dataset: str | None = _flag(None, "sets to evaluate on: path,path or name=path,name=path")
-    train_split_ratio: float = _flag(
+    eval_dataset: str | None = flag(None, "sets to evaluate on: path,path or name=path,name=path")
+    train_split_ratio: float = flag(
         1.0, "share of --dataset to train on; the rest, with other prompts, is the set 'held_out'"
     )
-    max_samples: int = _flag(1000000, "use at most so many comparisons of --dataset, drawn after the shuffle")
-    max_len: int | None = _flag(None, "tokens of prompt and one response together; prompts are cut first, at their oldest end; "
+    max_samples: int = flag(1000000, "use at most so many comparisons of --dataset, drawn after the shuffle")
+    max_len: int | None = flag(None, "tokens of prompt and one response together; prompts are cut first, at their oldest end; "
                                 "default what a preference model in --pretrain was saved with, else 512")  # fmt: skip
-    is_custom_dataset: bool = _flag(False, "require the custom format: instruction, chosen, reject")
-    group_size: int = _flag(1, "neighbouring records that stay in one step")
-    on_bad_record: str = _flag(
+    is_custom_dataset: bool = flag(False, "require the custom format: instruction, chosen, reject")
+    group_size: int = flag(1, "neighbouring records that stay in one step")
+    on_bad_record: str = flag(
         "stop", "a record that does not fit: stop the run, or skip and count it", choices=["stop", "skip"]
     )
-    preprocessing_workers: int = _flag(min(8, os.cpu_count() or 1), "processes that tokenise")
-    return_prompt_length: bool = _flag(False, "log the mean prompt length of each step (train/prompt_length, tokens)")
+    preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenise")
+    return_prompt_length: bool = flag(False, "log the mean prompt length of each step (train/prompt_length, tokens)")
 
     def check(self) -> None:
         """InputError for values that cannot be used together."""
@@ -132,18 +126,18 @@ class DataArguments:
 class LossArguments:
     """What is minimised: (1 - c) * preference + c * regulariser."""
 
-    loss: PreferenceLossKind = _flag(
+    loss: PreferenceLossKind = flag(
         "logistic", "logistic: cross-entropy with sigmoid(score / tau); regression: squared distance to a target"
     )
-    margin_loss: bool = _flag(False, "use the records' margin: the preferred side should win by so much (logistic)")
-    regression_target_margin: float = _flag(10.0, "target of score / tau under --loss regression")
-    add_pretrain_loss: bool = _flag(False, "add a language-model regulariser on chosen responses")
-    ptx_loss_coef: float = _flag(0.1, "its share c in [0, 1]")
-    ptx_loss: LanguageModelLossKind = _flag("vanilla", "which regulariser")
-    ptx_response_only: bool = _flag(False, "regularise the response's tokens alone; default the whole chosen sequence")
-    reward_scaler_beta: float = _flag(2.0, "beta of the regularisers mean, sum and reference_free")
-    reward_margin: float = _flag(1.0, "margin of the reference_free regulariser")
-    compute_fp32_loss: bool = _flag(
+    margin_loss: bool = flag(False, "use the records' margin: the preferred side should win by so much (logistic)")
+    regression_target_margin: float = flag(10.0, "target of score / tau under --loss regression")
+    add_pretrain_loss: bool = flag(False, "add a language-model regulariser on chosen responses")
+    ptx_loss_coef: float = flag(0.1, "its share c in [0, 1]")
+    ptx_loss: LanguageModelLossKind = flag("vanilla", "which regulariser")
+    ptx_response_only: bool = flag(False, "regularise the response's tokens alone; default the whole chosen sequence")
+    reward_scaler_beta: float = flag(2.0, "beta of the regularisers mean, sum and reference_free")
+    reward_margin: float = flag(1.0, "margin of the reference_free regulariser")
+    compute_fp32_loss: bool = flag(
         False, "compute heads, scores and losses in fp32: always so here, whatever the backbone's dtype"
     )
 
@@ -163,18 +157,16 @@ class LossArguments:
 class OptimizerArguments:
     """How weights move, and in what portions comparisons reach them."""
 
-    learning_rate: float = _flag(1e-5, "peak learning rate of AdamW (betas 0.9, 0.95)")
-    l2: float = _flag(0.0, "weight decay")
-    max_norm: float = _flag(1.0, "clip the global gradient norm here; 0 does not clip")
-    max_epochs: int = _flag(1, "passes over the training set")
-    warmup_ratio: float = _flag(
+    learning_rate: float = flag(1e-5, "peak learning rate of AdamW (betas 0.9, 0.95)")
+    l2: float = flag(0.0, "weight decay")
+    max_norm: float = flag(1.0, "clip the global gradient norm here; 0 does not clip")
+    max_epochs: int = flag(1, "passes over the training set")
+    warmup_ratio: float = flag(
         0.03, "share of the steps in which the learning rate rises; then it falls to zero on a cosine"
     )
-    micro_train_batch_size: int = _flag(8, "comparisons per process and forward pass")
-    accumulated_gradient: int = _flag(
-        1, "micro-batches per step; global batch = micro-batch * accumulation * processes"
-    )
-    seed: int = _flag(42, "seed of heads, shuffles and dropout")
+    micro_train_batch_size: int = flag(8, "comparisons per process and forward pass")
+    accumulated_gradient: int = flag(1, "micro-batches per step; global batch = micro-batch * accumulation * processes")
+    seed: int = flag(42, "seed of heads, shuffles and dropout")
 
     def check(self) -> None:
         """InputError for values out of range."""
@@ -190,39 +182,39 @@ class OptimizerArguments:
 class EngineArguments:
     """DeepSpeed, precision and memory."""
 
-    zero_stage: int = _flag(
+    zero_stage: int = flag(
         2, "ZeRO stage: what is partitioned over processes (1 optimizer, 2 gradients, 3 weights)", choices=[0, 1, 2, 3]
     )
-    bf16: bool = _flag(False, "train the backbone in bfloat16; default fp32")
-    gradient_checkpointing: bool = _flag(
+    bf16: bool = flag(False, "train the backbone in bfloat16; default fp32")
+    gradient_checkpointing: bool = flag(
         False, "recompute activations in backward: less memory, about a third more time"
     )
-    gradient_checkpointing_use_reentrant: bool = _flag(False, "the older, re-entrant kind of checkpointing")
-    adam_offload: bool = _flag(False, "keep optimizer states in main memory")
-    zpg: int = _flag(1, "ZeRO++ secondary partition size (processes per node), ZeRO 3")
-    grad_accum_dtype: str | None = _flag(None, "dtype in which gradients accumulate", choices=["fp32", "bf16", "fp16"])
-    disable_trace_cache: bool = _flag(False, "ZeRO 3: do not rely on modules running in the same order every step")
-    local_rank: int = _flag(-1, "set by launchers")
-    dist_timeout: int = _flag(1800, "seconds a process waits for the others before the run ends with an error")
+    gradient_checkpointing_use_reentrant: bool = flag(False, "the older, re-entrant kind of checkpointing")
+    adam_offload: bool = flag(False, "keep optimizer states in main memory")
+    zpg: int = flag(1, "ZeRO++ secondary partition size (processes per node), ZeRO 3")
+    grad_accum_dtype: str | None = flag(None, "dtype in which gradients accumulate", choices=["fp32", "bf16", "fp16"])
+    disable_trace_cache: bool = flag(False, "ZeRO 3: do not rely on modules running in the same order every step")
+    local_rank: int = flag(-1, "set by launchers")
+    dist_timeout: int = flag(1800, "seconds a process waits for the others before the run ends with an error")
 
 
 @dataclass
 class OutputArguments:
     """What is written, when, and where."""
 
-    save_path: str = _flag("./checkpoint/rm", "folder of the run: model, metrics, pictures, arguments")
-    save_steps: int = _flag(-1, "write a resumable checkpoint every so many steps; -1 never")
-    ckpt_path: str | None = _flag(None, "folder of resumable checkpoints; default SAVE_PATH/checkpoint")
-    max_ckpt_num: int = _flag(3, "resumable checkpoints to keep, newest first")
-    max_ckpt_mem: float = _flag(1000, "GB that resumable checkpoints may take together; the newest always stays")
-    load_checkpoint: bool = _flag(False, "continue from the newest checkpoint in --ckpt_path, if there is one")
-    logging_steps: int = _flag(1, "log every so many steps")
-    eval_steps: int = _flag(-1, "evaluate every so many steps; -1 after each epoch")
-    save_best_model: int | None = _flag(None, "keep the N models with the lowest evaluation loss under SAVE_PATH/best")
-    use_wandb: str | None = _flag(None, "log to wandb as well: an API key, online (already logged in) or offline")
-    wandb_org: str | None = _flag(None, "wandb entity")
-    wandb_group: str | None = _flag(None, "wandb group")
-    wandb_project: str = _flag("train_rm_general_preference", "wandb project")
+    save_path: str = flag("./checkpoint/rm", "folder of the run: model, metrics, pictures, arguments")
+    save_steps: int = flag(-1, "write a resumable checkpoint every so many steps; -1 never")
+    ckpt_path: str | None = flag(None, "folder of resumable checkpoints; default SAVE_PATH/checkpoint")
+    max_ckpt_num: int = flag(3, "resumable checkpoints to keep, newest first")
+    max_ckpt_mem: float = flag(1000, "GB that resumable checkpoints may take together; the newest always stays")
+    load_checkpoint: bool = flag(False, "continue from the newest checkpoint in --ckpt_path, if there is one")
+    logging_steps: int = flag(1, "log every so many steps")
+    eval_steps: int = flag(-1, "evaluate every so many steps; -1 after each epoch")
+    save_best_model: int | None = flag(None, "keep the N models with the lowest evaluation loss under SAVE_PATH/best")
+    use_wandb: str | None = flag(None, "log to wandb as well: an API key, online (already logged in) or offline")
+    wandb_org: str | None = flag(None, "wandb entity")
+    wandb_group: str | None = flag(None, "wandb group")
+    wandb_project: str = flag("train_rm_general_preference", "wandb project")
     wandb_run_name: str = field(
         default_factory=lambda: datetime.now().strftime("rm_%m%dT%H:%M"),
         metadata={"help": "wandb run; default rm_DATE"},
@@ -286,11 +278,7 @@ class Arguments:
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """Read the command line. Unknown flags and values of the wrong type end the program with code 2, as argparse does."""
     groups = (ModelArguments, DataArguments, LossArguments, OptimizerArguments, EngineArguments, OutputArguments)
-    parser = HfArgumentParser(groups, allow_abbrev=False, description="Train a preference model. Every flag: --help.")
-    argv = sys.argv[1:] if argv is None else argv
-    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
-        parser.error(f"unknown flags: {' '.join(unknown)} (--help lists all)")
+    parsed = parse_flags(groups, argv, "Train a preference model. Every flag: --help.")
     arguments = Arguments(*parsed)
     targets = arguments.model.target_modules
     arguments.model.target_modules = targets[0] if targets == ["all-linear"] else targets

@@ -5,16 +5,14 @@ checkpoint is `step_N/engine` (DeepSpeed: weights, optimizer, schedule, random s
 best models, what the run was started with); `latest` names the newest and moves last.
 """
 
-import errno
-import fcntl
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from general_preference.errors import InputError
+from general_preference.files import replace_text
 from general_preference.trainer.strategy import Strategy
 
 logger = logging.getLogger(__name__)
@@ -133,39 +131,6 @@ def keep_best(strategy: Strategy, tokenizer, folder: Path, state: RunState, loss
         replace_text(
             folder / "best.json", json.dumps([{"loss": value, "model": kept} for value, kept in ranked], indent=2)
         )
-
-
-def claim_folder(folder: Path, flag: str = "--save_path"):
-    """Make the folder that `flag` names and hold it for this process; the returned file object is the claim.
-
-    Raises:
-        InputError: the folder cannot be made or written, or another running process holds it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        claim = (folder / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"{flag} {folder} cannot be written ({error.strerror}): choose another folder") from error
-    try:
-        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise InputError(
-                f"{flag} {folder} is being written by another run: wait for it, or choose another"
-            ) from None
-        logger.debug("%s does not support locks", folder)
-    return claim
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def folder_bytes(folder: Path) -> int:

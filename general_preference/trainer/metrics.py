@@ -1,4 +1,4 @@
-"""Numbers of a run: one JSON line per logged step, wandb when asked, and a table for people.
+"""Numbers of a run: one JSON line per logged step, and wandb when asked.
 
 Metrics are a flat dict handed to one `MetricsLogger`; "train/..." and "eval/<set>/..." are the key families.
 """
@@ -14,7 +14,6 @@ from general_preference.trainer.arguments import OutputArguments
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-_COLUMNS = ("n", "accuracy", "ties", "loss", "probability", "margin", "calibration_error")
 
 
 class MetricsLogger:
@@ -78,20 +77,3 @@ def read_metrics(path: Path) -> list[dict]:
             except ValueError:
                 break
     return rows
-
-
-def format_table(results: dict[str, dict]) -> str:
-    """Evaluation results {set: {accuracy, loss, n, ...}} as an aligned text table, one row per set."""
-    columns = [name for name in _COLUMNS if any(name in row for row in results.values())]
-    header = ["set", *(name.replace("calibration_error", "calibration") for name in columns)]
-    rows = [[name, *(_cell(row.get(column)) for column in columns)] for name, row in results.items()]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-             for row in [header, ["-" * width for width in widths], *rows]]  # fmt: skip
-    return "\n".join("  ".join(line) for line in lines)
-
-
-def _cell(value: float | int | None) -> str:
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -1,10 +1,8 @@
 """Pictures of a run: the training curves, and where the members of a held-out cycle lie.
 
-Both go to PNG files in the run's folder. matplotlib draws without a display; where it is not installed the pictures
-are left out with one log line.
+Both go to PNG files in the run's folder.
 """
 
-import logging
 import math
 import textwrap
 from dataclasses import dataclass
@@ -15,8 +13,7 @@ import torch
 from general_preference.datasets.packing import Batch
 from general_preference.models.cycles import find_cycle
 from general_preference.models.score import preference_score
-
-logger = logging.getLogger(__name__)
+from general_preference.plotting import load_pyplot
 
 MEMBER_CHARACTERS = 90  # of a response beside its point
 _RIGHT, _WRONG, _POINT = "#2a7f62", "#c0392b", "#1f3b5c"
@@ -58,21 +55,9 @@ def _response_text(batch: Batch, end: int, tokenizer) -> str:
     return textwrap.fill(textwrap.shorten(text, MEMBER_CHARACTERS, placeholder=" …"), 30)
 
 
-def _pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        logger.warning("matplotlib is not installed: pictures are left out (pip install matplotlib)")
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def draw_training_curves(rows: list[dict], path: Path) -> bool:
     """Loss and accuracy over steps, from the rows of metrics.jsonl; False if not drawn."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     if pyplot is None or not rows:
         return False
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
@@ -102,7 +87,7 @@ def draw_cycles(cycles: list[EmbeddedCycle], path: Path) -> bool:
 
     An arrow points from the preferred member to the other: green where the model agrees, red where it does not.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     if pyplot is None or not cycles:
         return False
     columns = min(2, len(cycles))

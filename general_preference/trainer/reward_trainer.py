@@ -18,20 +18,18 @@ from tqdm import tqdm
 from general_preference.datasets.packing import Batch, Collator
 from general_preference.datasets.preparation import Comparisons
 from general_preference.datasets.sampler import StepSampler, evaluation_batches
+from general_preference.errors import NonFiniteLossError
+from general_preference.files import replace_text
 from general_preference.models.losses import preference_loss, regularizer
 from general_preference.models.score import preference_score
 from general_preference.models.statistics import empty_sums, preference_statistics, preference_sums
 from general_preference.trainer.arguments import Arguments, LossArguments
-from general_preference.trainer.checkpoint import CheckpointStore, RunState, keep_best, publish_model, replace_text
+from general_preference.trainer.checkpoint import CheckpointStore, RunState, keep_best, publish_model
 from general_preference.trainer.metrics import METRICS_FILE, MetricsLogger, read_metrics
 from general_preference.trainer.pictures import EmbeddedCycle, draw_cycles, draw_training_curves, embedded_cycle
 from general_preference.trainer.strategy import Strategy
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the comparisons."""
 
 
 @dataclass

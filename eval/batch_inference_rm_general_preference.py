@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""Run a preference model over your own comparisons: a score for each, a summary, a picture.
+
+    python eval/batch_inference_rm_general_preference.py --pretrain MODEL --dataset FILE --output_path results.jsonl
+    torchrun --nproc_per_node 8 eval/batch_inference_rm_general_preference.py ...       the same on several devices
+
+Writes OUTPUT (one JSON line per comparison, in the order of the data), OUTPUT's name with .summary.json (accuracy with
+its 95 % interval, loss, calibration, per subset) and .reliability.png. Started again after a stop, it continues where
+it was. Exit codes: 0 done, 2 what was given cannot be used (one line says why), 130 interrupted.
+"""
+
+import logging
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import torch
+
+from general_preference import GPMPipeline
+from general_preference.command_line import exit_code, flag, format_table, parse_flags, quiet_other_libraries
+from general_preference.datasets.preparation import load_tokenized, parse_probabilities
+from general_preference.datasets.sources import parse_sources
+from general_preference.datasets.tokenization import stable_hash
+from general_preference.errors import InputError
+from general_preference.inference.batch_inference import Summary, score_table
+from general_preference.inference.pictures import draw_reliability
+from general_preference.inference.results import ResultStore
+from general_preference.models.device import choose_device
+from general_preference.models.pretrained import checkpoint_identity
+from general_preference.processes import Processes
+
+logger = logging.getLogger("batch_inference")
+
+
+@dataclass
+class BatchArguments:
+    """Model, comparisons, and where the results go. The paper's flags keep their names and meaning."""
+
+    pretrain: str | None = flag(None, "trained preference model: folder or hub name")
+    dataset: str | None = flag(
+        None, "comparisons: files (json, jsonl, csv, parquet), folders or hub names, separated by commas"
+    )
+    output_path: str = flag("./results.jsonl", "file of the results, one JSON object a line")
+    dataset_probs: str | None = flag(
+        None, "share of each set, as in 0.4,0.6: sets alternate so, each comparison once; default end to end"
+    )
+    max_samples: int = flag(
+        1000000, "score at most so many comparisons: drawn by --seed, or the first with --dataset_probs"
+    )
+    seed: int = flag(42, "seed of the draw of --max_samples")
+    is_custom_dataset: bool = flag(False, "require the custom format: instruction, chosen, reject")
+    on_bad_record: str = flag(
+        "stop", "a record that does not fit: stop the run, or skip and count it", choices=["stop", "skip"]
+    )
+    preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenise")
+    max_len: int | None = flag(
+        None, "tokens of prompt and one response together; default what the model was trained with"
+    )
+    is_general_preference: bool | None = flag(None, "what the model is expected to be; a contradiction is an error")
+    value_head_dim: int | None = flag(None, "the size D the model is expected to have; a contradiction is an error")
+    add_prompt_head: bool | None = flag(
+        None, "whether the model is expected to have a gate; a contradiction is an error"
+    )
+    general_preference_tau: float | None = flag(
+        None, "temperature of published weights, which record none (default 0.1); otherwise the model's own",
+        aliases=["--tau"],
+    )  # fmt: skip
+    bf16: bool | None = flag(None, "bfloat16 backbone; default on GPUs that compute it fast")
+    flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
+    attn_implementation: str = flag("auto", "attention kernel; auto takes the best one the architecture has",
+                                    choices=["auto", "sdpa", "eager", "flash_attention_2"])  # fmt: skip
+    disable_fast_tokenizer: bool = flag(False, "use the slow (Python) tokenizer where a model has both")
+    trust_remote_code: bool = flag(False, "run code that comes with the model")
+    device: str = flag("auto", "auto (one GPU per process, else mps or the CPU), cuda:N, mps or cpu")
+    micro_batch_size: int | None = flag(None, "comparisons in one call at most; default as many as --batch_tokens hold")
+    batch_tokens: int | None = flag(None, "tokens in one call at most, padding included; default fits the device")
+    save_embeddings: bool = flag(False, "also write each response's embedding and each prompt's gate")
+    overwrite: bool = flag(False, "replace results of another model, other data or other settings in --output_path")
+    local_rank: int = flag(-1, "set by launchers")
+
+    def check(self) -> None:
+        """InputError for what cannot work, before anything is loaded."""
+        for name in ("pretrain", "dataset"):
+            if not getattr(self, name):
+                raise InputError(f"--{name} is missing")
+        for name in ("max_samples", "micro_batch_size", "batch_tokens", "preprocessing_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value} must be at least 1")
+        if Path(self.output_path).is_dir():
+            raise InputError(f"--output_path {self.output_path} is a folder: name a file in it")
+        if self.flash_attn and self.attn_implementation not in ("auto", "flash_attention_2"):
+            raise InputError(f"--flash_attn and --attn_implementation {self.attn_implementation} disagree: drop one")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, and turn what can go wrong into one line and an exit code."""
+    (arguments,) = parse_flags(
+        (BatchArguments,), argv, "Score comparisons with a preference model. Every flag: --help."
+    )
+    return exit_code(lambda: run(arguments), kept="finished rows are kept: the same command continues")
+
+
+def run(arguments: BatchArguments) -> None:
+    """From paths to results."""
+    arguments.check()
+    quiet_other_libraries()
+    processes = Processes.join()
+    rm = processes.main_first(lambda: load_pipeline(arguments, processes.local_rank))
+    table, left_out = processes.main_first(lambda: load_table(arguments, rm))
+    store = ResultStore(Path(arguments.output_path), len(table), processes.rank)
+    made_with = processes.main_first(lambda: settings(arguments, rm, table))
+    processes.main_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)
+    finished = store.finished()
+    lengths = table["length"][:]
+    remaining = [index for index in range(len(table)) if index not in finished]
+    remaining.sort(key=lambda index: (-lengths[index], index))
+    logger.info(
+        "%d comparisons%s%s; %s D=%d on %s, %d process(es)",
+        len(table), f", {left_out} left out" if left_out else "", f", {len(finished)} done before" if finished else "",
+        rm.preference.head, rm.value_head_dim, rm.device, processes.world_size,
+    )  # fmt: skip
+    processes.barrier()  # nobody writes before everybody has read what is finished
+    score_table(
+        rm,
+        table,
+        remaining[processes.rank :: processes.world_size],
+        store,
+        batch_size=arguments.micro_batch_size,
+        save_embeddings=arguments.save_embeddings,
+        progress=processes.is_main,
+    )
+    store.close()
+    processes.barrier()
+    if processes.is_main:
+        report(arguments, rm, store, left_out)
+    processes.close()
+
+
+def load_pipeline(arguments: BatchArguments, local_rank: int) -> GPMPipeline:
+    """The model on this process's device."""
+    return GPMPipeline(
+        arguments.pretrain,
+        device=choose_device(arguments.device, local_rank),
+        value_head_dim=arguments.value_head_dim,
+        is_general_preference=arguments.is_general_preference,
+        bf16=arguments.bf16,
+        max_length=arguments.max_len,
+        tau=arguments.general_preference_tau,
+        add_prompt_head=arguments.add_prompt_head,
+        attn_implementation="flash_attention_2" if arguments.flash_attn else arguments.attn_implementation,
+        batch_tokens=arguments.batch_tokens,
+        disable_fast_tokenizer=arguments.disable_fast_tokenizer,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def load_table(arguments: BatchArguments, rm: GPMPipeline) -> tuple[datasets.Dataset, int]:
+    """(tokenised comparisons in the order of the results, records left out). Without subsets, sets are the subsets."""
+    sources = parse_sources(arguments.dataset)
+    probabilities = parse_probabilities(arguments.dataset_probs, len(sources))
+    tables, left_out = load_tokenized(
+        sources,
+        rm.encoder,
+        custom=arguments.is_custom_dataset,
+        skip_bad=arguments.on_bad_record == "skip",
+        workers=arguments.preprocessing_workers,
+    )
+    if len(tables) > 1:
+        for number, (source, table) in enumerate(zip(sources, tables, strict=True)):
+            subsets = [subset or source.name for subset in table["subset"]]
+            tables[number] = table.remove_columns("subset").add_column("subset", subsets)
+    whole = datasets.concatenate_datasets(tables)
+    order = _order([len(table) for table in tables], probabilities, arguments.max_samples, arguments.seed)
+    return whole.select(order), sum(left_out.values())
+
+
+def _order(sizes: list[int], probabilities: list[float] | None, limit: int, seed: int) -> list[int]:
+    """Row indices of the concatenated sets: each at most once, alternating by `probabilities`, at most `limit`."""
+    total = sum(sizes)
+    if probabilities is None:
+        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit]
+        return drawn.sort().values.tolist() if limit < total else list(range(total))
+    # The k-th row of a set is due at (k + 1) / probability: every beginning of the order has the shares asked for.
+    due = [(k + 1) / share for size, share in zip(sizes, probabilities, strict=True) for k in range(size)]
+    return sorted(range(total), key=lambda index: (due[index], index))[:limit]
+
+
+def settings(arguments: BatchArguments, rm: GPMPipeline, table: datasets.Dataset) -> dict:
+    """What every result row depends on: rows made with other settings are never mixed with these."""
+    names = ("pretrain", "dataset", "dataset_probs", "max_samples", "seed", "save_embeddings")
+    chosen = {name: getattr(arguments, name) for name in names}
+    return chosen | {
+        "max_len": rm.max_length,
+        "tau": rm.tau,
+        "dtype": str(rm.model.dtype).removeprefix("torch."),
+        "model_files": stable_hash(checkpoint_identity(arguments.pretrain)),
+        "comparisons": table._fingerprint,  # follows the files' sizes and times, the tokenizer, and the draw
+    }
+
+
+def report(arguments: BatchArguments, rm: GPMPipeline, store: ResultStore, left_out: int) -> None:
+    """Merge the rows, sum them up, draw, print."""
+    store.merge()
+    summary = Summary(rm.tau).add(store.rows())
+    results = summary.results()
+    store.finish({"preference": asdict(rm.preference), "left_out": left_out, "results": results})
+    picture = store.output.with_name(store.output.stem + ".reliability.png")
+    drawn = draw_reliability(summary.reliability(), results, picture)
+    shown = results if len(results) > 2 else {"all": results["all"]}
+    print(f"\n{format_table(shown)}\n\nResults: {store.output}\nSummary: {store.summary}")
+    if drawn:
+        print(f"Picture: {picture}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

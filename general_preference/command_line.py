@@ -1,0 +1,90 @@
+"""What the command-line scripts share: flags from dataclasses, quiet logs, tables, and errors as exit codes."""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import field
+
+from transformers import HfArgumentParser
+
+from general_preference.errors import InputError, NonFiniteLossError
+from general_preference.processes import is_main_process
+
+# key: title of its column
+_COLUMNS = {
+    **{name: name for name in ("n", "accuracy", "interval", "ties", "loss", "probability", "margin")},
+    "calibration_error": "calibration",
+    "cyclic_share": "cyclic share",
+}
+
+
+def flag(default, text: str, **metadata):
+    """A dataclass field that is a flag: its default, its help text, and `choices` or `aliases`."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def parse_flags(groups: tuple[type, ...], argv: list[str] | None, description: str) -> list:
+    """One filled dataclass per group. Unknown flags and values of the wrong type exit with code 2, as argparse does."""
+    parser = HfArgumentParser(groups, allow_abbrev=False, description=description)
+    argv = sys.argv[1:] if argv is None else argv
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        parser.error(f"unknown flags: {' '.join(unknown)} (--help lists all)")
+    return parsed
+
+
+def exit_code(work: Callable[[], None], kept: str) -> int:
+    """Run `work`; 0 done, 1 the run failed, 2 what was given cannot be used, 130 interrupted. One line says why.
+
+    Args:
+        kept: what stays where it is after Ctrl-C.
+    """
+    main_process = is_main_process()
+    try:
+        work()
+        return 0
+    except (InputError, NonFiniteLossError) as error:
+        message, code = f"error: {error}", 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        message, code = f"\ninterrupted; {kept}", 130
+    if main_process:
+        print(message, file=sys.stderr)
+    return code
+
+
+def quiet_other_libraries() -> None:
+    """Log to the terminal from the main process; progress bars of loading and tokenising there alone."""
+    import datasets
+    import transformers
+
+    main_process = is_main_process()
+    logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    for name in ("httpx", "accelerate", "DeepSpeed", "torch", "datasets", "fsspec", "filelock"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not main_process or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+
+
+def format_table(results: dict[str, dict]) -> str:
+    """Evaluation results {set: {accuracy, loss, n, ...}} as an aligned text table, one row per set."""
+    results = {name: _with_interval(row) for name, row in results.items()}
+    columns = [name for name in _COLUMNS if any(name in row for row in results.values())]
+    header = ["set", *(_COLUMNS[name] for name in columns)]
+    rows = [[name, *(_cell(row.get(column)) for column in columns)] for name, row in results.items()]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+             for row in [header, ["-" * width for width in widths], *rows]]  # fmt: skip
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def _with_interval(row: dict) -> dict:
+    if "accuracy_low" not in row:
+        return row
+    return row | {"interval": f"{row['accuracy_low']:.3f}-{row['accuracy_high']:.3f}"}
+
+
+def _cell(value: float | int | str | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

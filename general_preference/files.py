@@ -1,0 +1,50 @@
+"""Files and folders that survive a stop: claimed by one run, replaced whole, never half-written."""
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from general_preference.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def claim_folder(folder: Path, flag: str):
+    """Make the folder that `flag` names and hold it for this process; the returned file object is the claim.
+
+    Raises:
+        InputError: the folder cannot be made or written, or another running process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        claim = (folder / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"{flag} {folder} cannot be written ({error.strerror}): choose another folder") from error
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise InputError(
+                f"{flag} {folder} is being written by another run: wait for it, or choose another"
+            ) from None
+        logger.debug("%s does not support locks", folder)
+    return claim
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new one, never a part."""
+    replace_lines(path, [text])
+
+
+def replace_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a file line by line (without their line ends) so that a reader sees all of it or nothing new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,123 @@
+"""A model over a table of comparisons: one result row each, and what the rows add up to.
+
+What a user's file (eval/) and a benchmark (rewardbench_eval/) have in common.
+"""
+
+import math
+from collections.abc import Iterable
+
+import datasets
+import torch
+from tqdm import tqdm
+
+from general_preference.inference.embedding import EmbeddedPrompt, embed
+from general_preference.inference.pipeline import GPMPipeline
+from general_preference.inference.ranking import hodge
+from general_preference.inference.results import ResultStore
+from general_preference.models.losses import preference_loss
+from general_preference.models.score import preference_probability
+from general_preference.models.statistics import (
+    calibration_bins,
+    empty_sums,
+    preference_statistics,
+    preference_sums,
+    wilson_interval,
+)
+
+WINDOW = 512  # comparisons in memory at a time
+ALL = "all"
+
+
+def score_table(
+    rm: GPMPipeline,
+    table: datasets.Dataset,
+    indices: list[int],
+    store: ResultStore,
+    *,
+    batch_size: int | None = None,
+    save_embeddings: bool = False,
+    progress: bool = True,
+) -> None:
+    """Score the comparisons `indices` of a tokenised table and put each row on disk as soon as it is done.
+
+    Similar lengths come together, the longest first; `batch_size` bounds the comparisons of a call.
+    """
+    lengths = table["length"][:]
+    order = sorted(indices, key=lambda index: (-lengths[index], index))
+    with tqdm(total=len(order), desc="scoring", unit="cmp", disable=not progress, mininterval=1) as bar:
+        for start in range(0, len(order), WINDOW):
+            window = order[start : start + WINDOW]
+            rows = [table[index] for index in window]
+            found = embed(rm.model, rows, batch_tokens=rm.batch_tokens, batch_size=batch_size, padding=rm.padding)
+            for position, embedded in found:
+                store.append(window[position], result_row(rows[position], embedded, rm.tau, save_embeddings))
+                bar.update()
+
+
+def result_row(comparison: dict, embedded: EmbeddedPrompt, tau: float, save_embeddings: bool = False) -> dict:
+    """What is written about one comparison.
+
+    A pair gives `score` and `probability` of response 0 (chosen) over response 1 (rejected), and `label`, the stated
+    probability of that. A comparison with more responses or preferences gives lists, one entry per stated preference,
+    each [preferred, other, label] in `preferences`; with K >= 3 responses also `cyclic_share` of their scores.
+    """
+    scores = embedded.scores()
+    row = {"id": comparison["id"]} | ({"subset": comparison["subset"]} if comparison["subset"] else {})
+    stated = list(zip(comparison["first"], comparison["second"], comparison["label"], strict=True))
+    if len(scores) == 2 and len(stated) == 1:
+        first, _, label = stated[0]
+        score = scores[0, 1]
+        row |= {"score": score.item(), "probability": preference_probability(score, tau).item()}
+        row["label"] = label if first == 0 else 1 - label
+    else:
+        chosen = torch.stack([scores[first, second] for first, second, _ in stated])
+        row |= {"score": chosen.tolist(), "probability": preference_probability(chosen, tau).tolist()}
+        row["preferences"] = [list(preference) for preference in stated]
+        if len(scores) > 2:
+            row["cyclic_share"] = hodge(scores).cyclic_share
+    if save_embeddings:
+        row["embeddings"] = embedded.embeddings.tolist()
+        row |= {"gate": embedded.gate.tolist()} if embedded.gate is not None else {}
+    return row
+
+
+class Summary:
+    """Statistics of result rows: over all of them and over each subset."""
+
+    def __init__(self, tau: float):
+        self.tau = tau
+        self.sums: dict[str, torch.Tensor] = {ALL: empty_sums()}
+        self.cyclic: dict[str, list[float]] = {ALL: []}
+
+    def add(self, rows: Iterable[dict]) -> "Summary":
+        """Take in rows that `result_row` made."""
+        for row in rows:
+            pair = "preferences" not in row
+            score = torch.tensor([row["score"]] if pair else row["score"], dtype=torch.float64)
+            label = torch.tensor([row["label"]] if pair else [label for *_, label in row["preferences"]]).double()
+            sums = preference_sums(score, label, preference_loss(score, temperature=self.tau, label=label), self.tau)
+            for name in dict.fromkeys((ALL, row.get("subset") or ALL)):
+                self.sums[name] = self.sums.get(name, empty_sums()) + sums
+                if "cyclic_share" in row:
+                    self.cyclic.setdefault(name, []).append(row["cyclic_share"])
+        return self
+
+    def results(self) -> dict[str, dict]:
+        """{subset: statistics}, "all" last: those of `statistics.preference_statistics`, and
+
+        accuracy_low, accuracy_high: 95 % interval of the accuracy, as if preferences were independent
+        groups, cyclic_share:        comparisons with three responses or more, and the mean share of their squared
+                                     scores that no ranking can explain
+        """
+        results = {}
+        for name in [*sorted(self.sums.keys() - {ALL}), ALL]:
+            row = preference_statistics(self.sums[name])
+            row["accuracy_low"], row["accuracy_high"] = wilson_interval(row["accuracy"], row["n"])
+            cyclic = self.cyclic.get(name)
+            row |= {"groups": len(cyclic), "cyclic_share": math.fsum(cyclic) / len(cyclic)} if cyclic else {}
+            results[name] = row
+        return results
+
+    def reliability(self) -> list[tuple[float, float, int]]:
+        """Bins of the reliability diagram over all rows, see `statistics.calibration_bins`."""
+        return calibration_bins(self.sums[ALL])

@@ -1,0 +1,150 @@
+"""Tokenised comparisons in, embeddings out: calls of bounded size, similar lengths together, any number of responses.
+
+The collation and the forward pass are those of training (`Collator`, `RewardModel.forward`), so a pair gets the same
+score here as in the trainer's evaluation.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from general_preference.datasets.packing import Collator
+from general_preference.models.reward_model import RewardModel
+from general_preference.models.score import preference_matrix
+
+# Tokens of one forward call, padding included. Small calls are the fast ones on CPUs; a GPU wants to be filled, but a
+# row as long as this also has a mask of this size squared.
+CPU_TOKENS, GPU_TOKENS = 4096, 16384
+
+
+@dataclass
+class EmbeddedPrompt:
+    """What the model makes of a prompt and its K responses, on the CPU.
+
+    embeddings: (K, D) in fp32. prompt_hidden_state: (hidden,). gate: (P,) or None.
+    """
+
+    embeddings: torch.Tensor
+    prompt_hidden_state: torch.Tensor
+    gate: torch.Tensor | None
+
+    def scores(self) -> torch.Tensor:
+        """(K, K) scores, row over column, exactly antisymmetric."""
+        return preference_matrix(self.embeddings, self.gate)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some responses of one comparison, as `rows` rows of `length` tokens."""
+
+    index: int
+    start: int
+    stop: int
+    rows: int
+    length: int
+
+
+def embed(
+    model: RewardModel,
+    comparisons: Sequence[dict],
+    *,
+    batch_tokens: int | None = None,
+    batch_size: int | None = None,
+    padding: bool = True,
+    progress: str | None = None,
+) -> Iterator[tuple[int, EmbeddedPrompt]]:
+    """Embed every comparison; each comes out as soon as it is done, the longest first.
+
+    Args:
+        comparisons: dicts with `prompt_ids` and `response_ids` (K lists of ids), as the tokenizer makes them.
+        batch_tokens: upper bound of tokens in one call (a single longer sequence is a call of its own).
+        batch_size: upper bound of comparisons in one call; None for no bound.
+        padding: whether rows of different length may share a call; the result is the same.
+        progress: title of a progress bar, which appears when the work takes more than a moment; None for none.
+
+    Yields:
+        (index into `comparisons`, EmbeddedPrompt).
+    """
+    device = model.value_head.weight.device
+    limit = batch_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
+    shared = model.shares_prompts
+    collate = Collator(pad_id=0, shared=shared)
+    parts = [part for index, row in enumerate(comparisons) for part in _split(index, row, limit, shared)]
+    calls = _calls(parts, limit, batch_size, padding)
+    remaining = {part.index: 0 for part in parts}
+    for part in parts:
+        remaining[part.index] += 1
+    pieces: dict[int, list[tuple[int, EmbeddedPrompt]]] = {}
+    tokens = sum(part.rows * part.length for part in parts)
+    with tqdm(total=tokens, desc=progress, unit="tok", unit_scale=True, delay=2, disable=progress is None) as bar:
+        for call in calls:
+            for part, piece in zip(call, _run(model, collate, comparisons, call, device), strict=True):
+                pieces.setdefault(part.index, []).append((part.start, piece))
+                remaining[part.index] -= 1
+                if remaining[part.index] == 0:
+                    yield part.index, _join(pieces.pop(part.index))
+            bar.update(sum(part.rows * part.length for part in call))
+
+
+def _split(index: int, comparison: dict, limit: int, shared: bool) -> Iterator[_Part]:
+    """The parts of one comparison: as many responses in each as fit into `limit` tokens, at least one."""
+    prompt, lengths = len(comparison["prompt_ids"]), [len(ids) for ids in comparison["response_ids"]]
+    start = 0
+    while start < len(lengths):
+        stop, total, longest = start, 0, 0
+        while stop < len(lengths):
+            grown, top = total + lengths[stop], max(longest, lengths[stop])
+            size = prompt + grown if shared else (stop + 1 - start) * (prompt + top)
+            if stop > start and size > limit:
+                break
+            stop, total, longest = stop + 1, grown, top
+        yield (
+            _Part(index, start, stop, 1, prompt + total)
+            if shared
+            else _Part(index, start, stop, stop - start, prompt + longest)
+        )
+        start = stop
+
+
+def _calls(parts: list[_Part], limit: int, batch_size: int | None, padding: bool) -> list[list[_Part]]:
+    """Parts of similar length together, the longest first: what memory needs shows in the first call."""
+    calls: list[list[_Part]] = []
+    rows = 0
+    for part in sorted(parts, key=lambda part: (-part.length, part.index, part.start)):
+        full = not calls or (rows + part.rows) * calls[-1][0].length > limit
+        full = full or (batch_size is not None and len(calls[-1]) >= batch_size)
+        if full or (not padding and part.length != calls[-1][0].length):
+            calls.append([])
+            rows = 0
+        calls[-1].append(part)
+        rows += part.rows
+    return calls
+
+
+@torch.no_grad()
+def _run(model: RewardModel, collate: Collator, comparisons, call: list[_Part], device) -> list[EmbeddedPrompt]:
+    rows = [
+        {
+            "prompt_ids": comparisons[part.index]["prompt_ids"],
+            "response_ids": comparisons[part.index]["response_ids"][part.start : part.stop],
+            "first": [],
+            "second": [],
+            "label": [],
+            "margin": 0.0,
+        }
+        for part in call
+    ]
+    output = model(**collate(rows).to(device).model_inputs())
+    embeddings = output["embeddings"].float().cpu().split([part.stop - part.start for part in call])
+    states = output["prompt_hidden_states"].cpu()
+    gates = output["gates"].float().cpu() if "gates" in output else [None] * len(call)
+    return [EmbeddedPrompt(*found) for found in zip(embeddings, states, gates, strict=True)]
+
+
+def _join(pieces: list[tuple[int, EmbeddedPrompt]]) -> EmbeddedPrompt:
+    """All responses of a comparison; one gate for all, so that its scores stay antisymmetric."""
+    ordered = [piece for _, piece in sorted(pieces, key=lambda entry: entry[0])]
+    embeddings = torch.cat([piece.embeddings for piece in ordered])
+    return EmbeddedPrompt(embeddings, ordered[0].prompt_hidden_state, ordered[0].gate)

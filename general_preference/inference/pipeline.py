@@ -1,0 +1,257 @@
+"""GPMPipeline: a trained preference model in a notebook. Needs torch and transformers, nothing else.
+
+rm = GPMPipeline("path or hub name")
+rm.compare(prompt, first, second)             P(first is preferred)
+rm.preference_matrix(prompt, responses)       (K, K) probabilities from K forward passes
+rm.rank(prompt, responses)                    indices, best first
+rm([conversation, ...], return_prompt=True)   embeddings and prompt hidden states, as in the paper's example
+"""
+
+import json
+import logging
+
+import torch
+
+from general_preference.datasets.records import Message, parse_conversation, parse_prompt, parse_response
+from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
+from general_preference.errors import InputError
+from general_preference.inference import ranking
+from general_preference.inference.embedding import EmbeddedPrompt, embed
+from general_preference.models.device import choose_device, has_fast_bf16, inference_dtype
+from general_preference.models.pretrained import load_reward_model, trained_preference
+from general_preference.models.reward_model import RewardModel
+from general_preference.models.score import preference_probability, preference_score
+
+logger = logging.getLogger(__name__)
+
+RELEASED_MAX_LENGTH = 4096  # tokens; what the published checkpoints are run with, they record none
+MIN_LENGTH = 8
+
+Prompt = str | list[Message]
+Response = str | list[Message]
+
+
+class GPMPipeline:
+    """Scores, compares and ranks responses with a trained preference model (GPM, Bradley-Terry or hybrid).
+
+    Head, D, gate, normalisation, temperature and input format come from the checkpoint. The attributes `model`,
+    `tokenizer`, `device`, `value_head_dim`, `add_prompt_head`, `tau` and `max_length` are for reading.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        device: str | torch.device = "auto",
+        value_head_dim: int | None = None,
+        is_general_preference: bool | None = None,
+        bf16: bool | None = None,
+        truncation: bool = True,
+        max_length: int | None = None,
+        padding: bool = True,
+        tau: float | None = None,
+        *,
+        add_prompt_head: bool | None = None,
+        attn_implementation: str = "auto",
+        batch_tokens: int | None = None,
+        disable_fast_tokenizer: bool = False,
+        trust_remote_code: bool = False,
+    ):
+        """Load a model folder (full, sharded or LoRA adapter) or hub name.
+
+        Args:
+            device: "auto" takes a GPU if there is one, then mps, then the CPU.
+            value_head_dim, is_general_preference, add_prompt_head, tau: what the checkpoint is expected to say; None
+                expects nothing. `tau` sets the temperature of published weights, which record none.
+            bf16: the backbone's dtype; None is bf16 on GPUs that compute it fast, else fp32. Scores are fp32.
+            truncation: cut prompt + response to `max_length` tokens (prompts first, from their oldest side).
+            max_length: default what the model was trained with.
+            padding: let rows of different length share a call. Scores do not depend on it.
+            attn_implementation: "auto", "sdpa", "eager" or "flash_attention_2".
+            batch_tokens: tokens of one forward call; None fits the device.
+
+        Raises:
+            InputError (a ValueError): no such model, no heads, damaged weights, or an argument that contradicts the
+                checkpoint; the message names both values.
+        """
+        path = str(model_name_or_path)
+        preference = trained_preference(path, trust_remote_code, temperature=tau)
+        preference.check(path, dim=value_head_dim, prompt_gate=add_prompt_head)
+        if is_general_preference is not None and is_general_preference != (preference.head != "bt"):
+            raise InputError(
+                f"{path} was saved with head = {preference.head!r}, but is_general_preference = "
+                f"{is_general_preference} was asked for: drop the argument"
+            )
+        if batch_tokens is not None and batch_tokens < 1:
+            raise InputError(f"batch_tokens {batch_tokens} must be at least 1")
+        self.device = choose_device(device)
+        if bf16 and not has_fast_bf16(self.device):
+            logger.warning("bf16 on this %s is emulated and many times slower than fp32", self.device.type)
+        self.tokenizer = load_tokenizer(path, use_fast=not disable_fast_tokenizer, trust_remote_code=trust_remote_code)
+        self.model: RewardModel = load_reward_model(
+            path,
+            dtype=inference_dtype(self.device, bf16),
+            attn_implementation=None if attn_implementation == "auto" else attn_implementation,
+            trust_remote_code=trust_remote_code,
+            preference=preference,
+        ).to(self.device)
+        self.preference = preference
+        self.value_head_dim, self.add_prompt_head = preference.dim, preference.prompt_gate
+        self.padding, self.batch_tokens = padding, batch_tokens
+        self.max_length = self._length_limit(max_length) if truncation else None
+        self.encoder = ComparisonTokenizer(self.tokenizer, self.max_length, preference.input_format)
+
+    @property
+    def tau(self) -> float:
+        """The temperature of P(first preferred) = sigmoid(score / tau)."""
+        return self.preference.temperature
+
+    def __call__(self, samples: list[list[Message]], return_prompt: bool = False):
+        """Embed conversations that end in the assistant's turn to be scored.
+
+        Args:
+            samples: B conversations, each a list of {"role", "content"}. Those with the same prompt share its forward.
+            return_prompt: also return the hidden state that the prompt gate reads.
+
+        Returns:
+            embeddings (B, D), or rewards (B,) of a Bradley-Terry model, in fp32 on `device`; with `return_prompt` a
+            pair of them and the prompt hidden states (B, hidden).
+
+        Raises:
+            InputError (a ValueError): no conversations, or one that cannot be scored; the message names it.
+        """
+        if not isinstance(samples, list | tuple) or not samples:
+            raise InputError(f"expected a list of conversations, found {_name(samples)}")
+        if isinstance(samples[0], dict):
+            raise InputError("expected a list of conversations, found one conversation: wrap it in a list")
+        split = [parse_conversation(sample, f"conversation {index}") for index, sample in enumerate(samples)]
+        groups: dict[str, list[int]] = {}
+        for index, (prompt, _) in enumerate(split):
+            groups.setdefault(json.dumps(prompt), []).append(index)
+        members = list(groups.values())
+        found = self.embed(
+            [split[group[0]][0] for group in members], [[split[i][1] for i in group] for group in members]
+        )
+        order = torch.tensor([index for group in members for index in group]).argsort()
+        embeddings = torch.cat([one.embeddings for one in found])[order].to(self.device)
+        rewards = embeddings.squeeze(-1) if self.value_head_dim == 1 else embeddings
+        if not return_prompt:
+            return rewards
+        states = [one.prompt_hidden_state for one, group in zip(found, members, strict=True) for _ in group]
+        return rewards, torch.stack(states)[order].to(self.device)
+
+    def compare(self, prompt: Prompt, first: Response, second: Response) -> float:
+        """P(first is preferred to second) in [0, 1]; compare(p, a, b) + compare(p, b, a) = 1.
+
+        Args:
+            prompt: text of a user, or messages (a system message and several turns are fine).
+            first, second: text of an assistant, or messages that follow the prompt.
+        """
+        return self.preference_matrix(prompt, [first, second])[0, 1].item()
+
+    def score_matrix(self, prompt: Prompt, responses: list[Response]) -> torch.Tensor:
+        """(K, K) scores, row over column, in fp32 on the CPU: exactly antisymmetric, logits times `tau`."""
+        return self._embed_one(prompt, responses).scores()
+
+    def preference_matrix(self, prompt: Prompt, responses: list[Response]) -> torch.Tensor:
+        """(K, K) probabilities that the row's response is preferred to the column's; 0.5 on the diagonal.
+
+        K responses are embedded behind one copy of the prompt: the cost is K responses, not K * K comparisons.
+        """
+        return preference_probability(self.score_matrix(prompt, responses), self.tau)
+
+    def rank(self, prompt: Prompt, responses: list[Response], method: str = "borda") -> list[int]:
+        """Indices of the responses, best first; ties keep the order given.
+
+        Args:
+            method: "borda" (mean probability against the others), "copeland" (victories) or "nash" (weight in the
+                best mixed strategy); see `inference/ranking.py`, which also finds cycles.
+        """
+        return ranking.rank(self.preference_matrix(prompt, responses), method)
+
+    def embed(self, prompts: list[Prompt], responses: list[list[Response]]) -> list[EmbeddedPrompt]:
+        """Embed many prompts with their responses; a progress bar shows on long work.
+
+        Args:
+            prompts: B prompts. responses: for each of them K >= 1 responses (K may differ).
+
+        Returns:
+            B EmbeddedPrompt, whose `scores()` are (K, K).
+
+        Raises:
+            InputError (a ValueError): something that cannot be scored; the message names it.
+        """
+        if len(prompts) != len(responses):
+            raise InputError(f"{len(prompts)} prompts, but {len(responses)} lists of responses: give one for each")
+        rows = [self._encode(*each) for each in zip(range(len(prompts)), prompts, responses, strict=True)]
+        progress = "embedding"
+        found = embed(self.model, rows, batch_tokens=self.batch_tokens, padding=self.padding, progress=progress)
+        return [embedded for _, embedded in sorted(found, key=lambda entry: entry[0])]
+
+    def _embed_one(self, prompt: Prompt, responses: list[Response]) -> EmbeddedPrompt:
+        return self.embed([prompt], [responses])[0]
+
+    def _encode(self, index: int, prompt: Prompt, responses: list[Response]) -> dict:
+        """Token ids of one prompt and its responses; errors name the item (and the prompt, where there are several)."""
+        if not isinstance(responses, list | tuple) or not responses:
+            raise InputError(f"the responses to prompt {index} are {_name(responses)}, expected a list of at least one")
+        messages = parse_prompt(prompt, f"prompt {index}")
+        parsed = [
+            parse_response(response, f"response {number} to prompt {index}", messages)
+            for number, response in enumerate(responses)
+        ]
+        try:
+            row = self.encoder.encode([messages], [parsed])[0]
+        except InputError as error:
+            raise InputError(f"prompt {index}: {error}") from error
+        if not row["prompt_ids"]:
+            raise InputError(f"prompt {index} has no tokens; expected some text before the responses")
+        longest, limit = len(row["prompt_ids"]) + max(map(len, row["response_ids"])), self.model.learned_positions
+        if limit is not None and longest > limit:
+            raise InputError(f"prompt {index} with a response has {longest} tokens, the model {limit} positions")
+        return row
+
+    def _length_limit(self, max_length: int | None) -> int | None:
+        positions = self.model.learned_positions
+        if max_length is not None and max_length < MIN_LENGTH:
+            raise InputError(f"max_length {max_length} leaves no room for a prompt and a response: use at least 8")
+        if max_length is not None and positions is not None and max_length > positions:
+            raise InputError(f"max_length {max_length} exceeds the model's {positions} positions")
+        released = RELEASED_MAX_LENGTH if self.preference.input_format == "released" else None
+        limit = max_length or self.preference.max_length or released
+        return limit if positions is None else min(limit or positions, positions)
+
+
+def generate_high_dim_result_with_prompt(
+    model: RewardModel,
+    value_head_dim: int,
+    chosen_reward: torch.Tensor,
+    rejected_reward: torch.Tensor,
+    prompt_hidden_states: torch.Tensor | None,
+) -> torch.Tensor:
+    """Scores of B pairs from what `GPMPipeline.__call__` returns; positive where `chosen_reward` is preferred.
+
+    Args:
+        value_head_dim: D, as the model has it.
+        chosen_reward, rejected_reward: embeddings (B, D), or rewards (B,) for D = 1.
+        prompt_hidden_states: (B, hidden), read by the gate; may be None for a model without one.
+
+    Returns:
+        (B,) scores in fp32.
+
+    Raises:
+        InputError (a ValueError): sizes that do not fit the model, or no prompt hidden states for its gate.
+    """
+    if value_head_dim != model.preference.dim:
+        raise InputError(f"value_head_dim is {value_head_dim}, but the model has D = {model.preference.dim}")
+    first, second = (reward.reshape(-1, value_head_dim) for reward in (chosen_reward, rejected_reward))
+    gate = None
+    if model.preference.prompt_gate:
+        if prompt_hidden_states is None:
+            raise InputError("this model's gate reads the prompt: pass the prompt hidden states (return_prompt=True)")
+        with torch.no_grad():
+            gate = model.gate(prompt_hidden_states.reshape(len(first), -1))
+    return preference_score(first, second, gate)
+
+
+def _name(value: object) -> str:
+    return "an empty list" if isinstance(value, list | tuple) and not value else repr(value)[:60]

@@ -1,0 +1,173 @@
+"""From a preference matrix to winners, rankings and cycles.
+
+A matrix of K responses holds P(i is preferred to j) in row i, column j; P + P^T = 1. Where preferences are cyclic
+there is no ranking to discover, only ways to choose one; each function says which.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from general_preference.errors import InputError
+from general_preference.models.cycles import simple_cycles
+
+_TOLERANCE = 1e-6  # of probabilities that should add up to 1, and of the linear programme
+
+Matrix = torch.Tensor | Sequence[Sequence[float]]
+
+
+@dataclass
+class HodgeSplit:
+    """A score matrix as the sum of a transitive and a cyclic part, which are orthogonal.
+
+    potential:        (K,) the numbers whose differences fit the scores best, with mean 0
+    transitive:       (K, K) their differences
+    cyclic:           (K, K) what no numbers can explain; every row sums to 0
+    transitive_share, cyclic_share: parts of the squared scores, together 1; all ties count as transitive
+    """
+
+    potential: torch.Tensor
+    transitive: torch.Tensor
+    cyclic: torch.Tensor
+    transitive_share: float
+    cyclic_share: float
+
+
+def borda(probabilities: Matrix) -> torch.Tensor:
+    """(K,) mean probability of winning against the others, in [0, 1]; 0.5 for a single response.
+
+    Equal for all members of a symmetric cycle. The Borda winner is who is preferred most often to an opponent drawn at
+    random. Source: de Borda (1781); as a target for pairwise preferences, Heckel et al. 2019 (arXiv 1606.08842).
+    """
+    matrix = _checked(probabilities)
+    others = len(matrix) - 1
+    if others == 0:
+        return torch.full((1,), 0.5, dtype=matrix.dtype)
+    return (matrix.sum(dim=1) - matrix.diagonal()) / others
+
+
+def copeland(probabilities: Matrix) -> torch.Tensor:
+    """(K,) share of the others that a response beats with P > 0.5, a tie counting one half; 0.5 for a single response.
+
+    Source: Copeland (1951); Saari and Merlin 1996 ("The Copeland method").
+    """
+    matrix = _checked(probabilities)
+    victories = (matrix > 0.5).double() + 0.5 * (matrix == 0.5).double()
+    victories.fill_diagonal_(0.5)
+    return borda(victories)
+
+
+def nash(probabilities: Matrix) -> torch.Tensor:
+    """(K,) weights of the von Neumann winner: the mixed strategy that no response beats more often than not.
+
+    It maximises the least expected win, min_j sum_i w_i (P_ij - 1/2), which is 0 at the optimum of this symmetric game.
+    A response that beats all others gets weight 1; the members of a cycle share it. Where several strategies are
+    optimal, the mean over those that favour each response most, so that tied responses get equal weights.
+
+    Needs scipy. Source: Fishburn 1984 (maximal lotteries); Dudik et al. 2015 (arXiv 1502.06362, von Neumann winner);
+    for language models, Munos et al. 2024 (arXiv 2312.00886).
+
+    Raises:
+        InputError: not a preference matrix. RuntimeError: the linear programme found no solution.
+    """
+    from scipy.optimize import linprog  # only here: scoring needs no scipy
+
+    payoff = (_checked(probabilities) - 0.5).numpy()
+    count = len(payoff)
+    favourites = []
+    for favoured in range(count):
+        objective = [-float(index == favoured) for index in range(count)]
+        # Every opponent j: sum_i w_i payoff_ij >= 0. The tolerance keeps the programme feasible after rounding.
+        found = linprog(objective, A_ub=-payoff.T, b_ub=[_TOLERANCE] * count, A_eq=[[1.0] * count], b_eq=[1.0])
+        if found.status != 0:
+            raise RuntimeError(f"no mixed strategy found for this preference matrix: {found.message}")
+        if -found.fun > 10 * _TOLERANCE * count:
+            favourites.append(torch.from_numpy(found.x))
+    weights = torch.stack(favourites).mean(dim=0).clamp(min=0)
+    return weights / weights.sum()
+
+
+METHODS: dict[str, Callable[[Matrix], torch.Tensor]] = {"borda": borda, "copeland": copeland, "nash": nash}
+
+
+def rank(probabilities: Matrix, method: str = "borda") -> list[int]:
+    """Response indices, best first; `borda` breaks the ties of `copeland` and `nash`, the order given what is left.
+
+    Raises:
+        InputError: unknown method, or not a preference matrix.
+    """
+    if method not in METHODS:
+        raise InputError(f"unknown ranking method {method!r}: choose {', '.join(METHODS)}")
+    matrix = _checked(probabilities)
+    values, second = METHODS[method](matrix), borda(matrix)
+
+    def merit(index: int) -> tuple[float, float]:
+        return round(values[index].item(), 6), round(second[index].item(), 6)
+
+    return sorted(range(len(matrix)), key=merit, reverse=True)
+
+
+def hodge(scores: Matrix) -> HodgeSplit:
+    """Split a score matrix (K, K) into its transitive and its cyclic part.
+
+    The potential is the row mean, the least-squares fit of differences to the scores; the rest is cyclic. A
+    Bradley-Terry model's scores are transitive, those of a perfect cycle are cyclic.
+
+    Source: Jiang, Lim, Yao, Ye 2011 (HodgeRank, arXiv 0811.1067), for a complete graph with equal weights.
+
+    Raises:
+        InputError: not a square antisymmetric matrix.
+    """
+    matrix = _square(scores)
+    if (matrix + matrix.T).abs().max() > _TOLERANCE * max(1.0, matrix.abs().max().item()):
+        raise InputError("scores are not antisymmetric: expected score[i][j] = -score[j][i]")
+    potential = matrix.mean(dim=1)
+    transitive = potential[:, None] - potential[None, :]
+    cyclic = matrix - transitive
+    total = matrix.square().sum().item()
+    share = min(1.0, cyclic.square().sum().item() / total) if total > 0 else 0.0
+    return HodgeSplit(potential, transitive, cyclic, 1.0 - share, share)
+
+
+def cycles(probabilities: Matrix, longest: int = 3) -> list[list[int]]:
+    """Cycles of the relation P > 0.5, the most decided first (by the smallest probability along the cycle).
+
+    Args:
+        longest: members of the longest cycle looked for; the search takes K ** longest steps. Without ties there is
+            a cycle of three wherever there is one at all (Moon 1968, "Topics on Tournaments").
+
+    Returns:
+        lists of response indices, each preferred to the next and the last to the first.
+    """
+    matrix = _checked(probabilities)
+    if longest < 3:
+        raise InputError(f"a cycle has at least 3 members, not {longest}")
+    edges = [(i, j) for i, j in (matrix > 0.5).nonzero().tolist()]
+
+    def weakest(cycle: list[int]) -> float:
+        return min(matrix[i, j].item() for i, j in zip(cycle, [*cycle[1:], cycle[0]], strict=True))
+
+    return sorted(simple_cycles(edges, longest), key=weakest, reverse=True)
+
+
+def _checked(probabilities: Matrix) -> torch.Tensor:
+    matrix = _square(probabilities)
+    if matrix.min() < -_TOLERANCE or matrix.max() > 1 + _TOLERANCE:
+        raise InputError("a preference matrix holds probabilities from 0 to 1")
+    if (matrix + matrix.T - 1).abs().max() > _TOLERANCE:
+        raise InputError("not a preference matrix: expected P[i][j] + P[j][i] = 1")
+    return matrix
+
+
+def _square(values: Matrix) -> torch.Tensor:
+    """A finite square matrix with at least one row, in float64 on the CPU."""
+    try:
+        matrix = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"not a matrix of numbers: {error}") from error
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) == 0:
+        raise InputError(f"expected a square matrix with at least one row, found shape {tuple(matrix.shape)}")
+    if not torch.isfinite(matrix).all():
+        raise InputError("the matrix holds values that are not finite")
+    return matrix
