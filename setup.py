@@ -22,6 +22,7 @@ setup(
         "transformers>=5",
         "safetensors",
         "datasets>=4",
+        "scipy",
         "tqdm",
     ],
     extras_require={

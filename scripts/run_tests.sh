@@ -4,7 +4,7 @@
 #   bash scripts/run_tests.sh
 #   bash scripts/run_tests.sh -k score -x
 set -euo pipefail
-ALSO_NEEDED="pytest pytest_timeout hypothesis peft wandb ruff"
+ALSO_NEEDED="scipy pytest pytest_timeout hypothesis peft wandb ruff"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline

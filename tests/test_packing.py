@@ -32,7 +32,7 @@ def test_shared_prompts_equal_separate_sequences(make_model, monkeypatch, family
     comparisons = random_comparisons(6, model.config.vocab_size)
     segments = Collator(0, True)(comparisons).segments
     by_blocks = call_cost == BLOCKS and family not in WINDOWED
-    assert (attention.row_blocks(model.config, segments, True) is not None) == by_blocks
+    assert (attention.row_blocks(model.config, segments, model.dtype, True) is not None) == by_blocks
     with torch.no_grad():
         _, shared = run(model, comparisons, True, "both")
         _, separate = run(model, comparisons, False, "both")

@@ -44,7 +44,7 @@ def score_table(
     """
     lengths = table["length"][:]
     order = sorted(indices, key=lambda index: (-lengths[index], index))
-    with tqdm(total=len(order), desc="scoring", unit="cmp", disable=not progress, mininterval=1) as bar:
+    with tqdm(total=len(order), desc="scoring", unit="cmp", disable=not (progress and order), mininterval=1) as bar:
         for start in range(0, len(order), WINDOW):
             window = order[start : start + WINDOW]
             rows = [table[index] for index in window]

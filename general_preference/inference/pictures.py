@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from general_preference.models.statistics import wilson_interval
 from general_preference.plotting import load_pyplot
 
 _POINT, _BAR = "#1f3b5c", "#9db4cc"
@@ -27,11 +28,13 @@ def draw_reliability(bins: list[tuple[float, float, int]], results: dict[str, di
     total = sum(counts)
     left.bar(confidence, [count / total for count in counts], width=0.028, color=_BAR, label="share of preferences")
     left.plot([0.5, 1], [0.5, 1], color="0.6", lw=1, ls="--", label="calibrated")
+    low, high = zip(*(wilson_interval(share, count) for _, share, count in bins), strict=True)
+    left.vlines(confidence, low, high, color="0.6", lw=1)
     left.plot(confidence, outcome, "o-", color=_POINT, ms=5, lw=1.2, label="share that came out so")
     error = results[names[-1]]["calibration_error"]
-    left.set(xlim=(0.48, 1.02), ylim=(0, 1.05), xlabel="probability of the response the model prefers")
+    left.set(xlim=(0.48, 1.02), ylim=(0, 1.15), xlabel="probability of the response the model prefers")
     left.set_title(f"reliability, calibration error {error:.3f}, n = {total}", fontsize=10)
-    left.legend(fontsize=8, frameon=False, loc="upper left")
+    left.legend(fontsize=8, frameon=False, loc="upper center", ncols=3)
 
     accuracy = [results[name]["accuracy"] for name in names]
     low = [max(0.0, value - results[name]["accuracy_low"]) for name, value in zip(names, accuracy, strict=True)]

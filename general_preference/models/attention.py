@@ -83,7 +83,9 @@ def attention_mask(config, segments: torch.Tensor, positions: torch.Tensor, dtyp
 
 @dataclass
 class RowBlocks:
-    """The seen blocks of R shared rows: per row the prompt's length and every response's length and (r, p + r) mask.
+    """The seen blocks of R shared rows: per row the prompt's length, and every response's length r and mask.
+
+    A mask is (1, 1, r, p + r): a response's tokens against the prompt's and its own.
 
     `calls` counts the layers that used them, so that an architecture that drops them cannot go unnoticed.
     """
@@ -103,7 +105,7 @@ def compute_blockwise(config) -> None:
         config._attn_implementation = BLOCKWISE
 
 
-def row_blocks(config, segments: torch.Tensor, shared: bool) -> RowBlocks | None:
+def row_blocks(config, segments: torch.Tensor, dtype: torch.dtype, shared: bool) -> RowBlocks | None:
     """The blocks of shared rows (R, L), where computing them alone is possible and cheaper than a dense mask.
 
     On CPUs only: elsewhere many small kernels cost more than they save.
@@ -120,8 +122,10 @@ def row_blocks(config, segments: torch.Tensor, shared: bool) -> RowBlocks | None
     saved = segments.numel() * segments.shape[1] - seen
     if saved * config.hidden_size < calls * _CALL_COST:
         return None
-    masks = {(p, r): torch.ones(r, p + r, dtype=torch.bool).tril(p) for p, responses in rows for r in responses}
-    blocks = [(p, [(r, masks[p, r][None, None]) for r in responses]) for p, responses in rows]
+    sizes = {(prompt, length) for prompt, responses in rows for length in responses}
+    # Additive, as the kernel wants them: a boolean mask would be converted anew in every layer.
+    masks = {(p, r): torch.full((1, 1, r, p + r), -torch.inf, dtype=dtype).triu(p + 1) for p, r in sizes}
+    blocks = [(prompt, [(length, masks[prompt, length]) for length in responses]) for prompt, responses in rows]
     return RowBlocks(blocks, segments.shape[1])
 
 

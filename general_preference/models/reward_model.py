@@ -167,9 +167,16 @@ class RewardModel(nn.Module):
     def _hidden_states(self, input_ids, position_ids, segments, shared: bool) -> torch.Tensor:
         """(R, L, hidden) last hidden states of the rows."""
         backbone = self.language_model.base_model
-        blocks = row_blocks(self.config, segments, shared)
+        blocks = row_blocks(self.config, segments, self.dtype, shared)
         if blocks is not None:
-            output = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, row_blocks=blocks)
+            unused = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # or the backbone would build a dense causal mask
+            output = backbone(
+                input_ids=input_ids,
+                attention_mask=unused,
+                position_ids=position_ids,
+                use_cache=False,
+                row_blocks=blocks,
+            )
             if blocks.calls < self.config.num_hidden_layers:
                 raise RuntimeError(f"{self.config.model_type} did not hand the row blocks to its attention layers")
             return output.last_hidden_state
