@@ -107,19 +107,31 @@ def run(arguments: BatchArguments) -> None:
     """From paths to results."""
     arguments.check()
     quiet_other_libraries()
-    processes = Processes.join()
-    rm = processes.main_first(lambda: load_pipeline(arguments, processes.local_rank))
-    table, left_out = processes.main_first(lambda: load_table(arguments, rm))
-    store = ResultStore(Path(arguments.output_path), len(table), processes.rank)
-    made_with = processes.main_first(lambda: settings(arguments, rm, table))
-    processes.main_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)
-    finished = store.finished()
-    lengths = table["length"][:]
+    with Processes.join() as processes:
+        rm = processes.main_first(lambda: load_pipeline(arguments, processes.local_rank))
+        table, left_out = processes.main_first(lambda: load_table(arguments, rm))
+        store = ResultStore(Path(arguments.output_path), len(table), processes.rank)
+        made_with = processes.main_first(lambda: settings(arguments, rm, table))
+        processes.main_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)
+        try:
+            score_remaining(arguments, rm, table, store, processes)
+            if processes.is_main:
+                store.merge()
+                report(arguments, rm, store, left_out)
+        finally:
+            store.close()
+
+
+def score_remaining(
+    arguments: BatchArguments, rm: GPMPipeline, table, store: ResultStore, processes: Processes
+) -> None:
+    """This process's share of the comparisons that have no row yet; returns when all processes are done."""
+    finished, lengths = store.finished(), table["length"][:]
     remaining = [index for index in range(len(table)) if index not in finished]
     remaining.sort(key=lambda index: (-lengths[index], index))
     logger.info(
-        "%d comparisons%s%s; %s D=%d on %s, %d process(es)",
-        len(table), f", {left_out} left out" if left_out else "", f", {len(finished)} done before" if finished else "",
+        "%d comparisons%s; %s D=%d on %s, %d process(es)",
+        len(table), f", {len(finished)} done before" if finished else "",
         rm.preference.head, rm.value_head_dim, rm.device, processes.world_size,
     )  # fmt: skip
     processes.barrier()  # nobody writes before everybody has read what is finished
@@ -132,11 +144,7 @@ def run(arguments: BatchArguments) -> None:
         save_embeddings=arguments.save_embeddings,
         progress=processes.is_main,
     )
-    store.close()
     processes.barrier()
-    if processes.is_main:
-        report(arguments, rm, store, left_out)
-    processes.close()
 
 
 def load_pipeline(arguments: BatchArguments, local_rank: int) -> GPMPipeline:
@@ -202,15 +210,15 @@ def settings(arguments: BatchArguments, rm: GPMPipeline, table: datasets.Dataset
 
 
 def report(arguments: BatchArguments, rm: GPMPipeline, store: ResultStore, left_out: int) -> None:
-    """Merge the rows, sum them up, draw, print."""
-    store.merge()
+    """Sum the rows up, draw, print."""
     summary = Summary(rm.tau).add(store.rows())
     results = summary.results()
     store.finish({"preference": asdict(rm.preference), "left_out": left_out, "results": results})
     picture = store.output.with_name(store.output.stem + ".reliability.png")
     drawn = draw_reliability(summary.reliability(), results, picture)
     shown = results if len(results) > 2 else {"all": results["all"]}
-    print(f"\n{format_table(shown)}\n\nResults: {store.output}\nSummary: {store.summary}")
+    omitted = f"\n{left_out} records were left out" if left_out else ""
+    print(f"\n{format_table(shown)}{omitted}\n\nResults: {store.output}\nSummary: {store.summary}")
     if drawn:
         print(f"Picture: {picture}")
 

@@ -74,6 +74,12 @@ class Processes:
         """Wait until every process is here."""
         dist.barrier()
 
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():

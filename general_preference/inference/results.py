@@ -25,7 +25,7 @@ class ResultStore:
         self.parts = output.with_name(output.name + ".parts")
         self.summary = output.with_name(output.stem + ".summary.json")
         self._part = self.parts / f"part-{rank}.jsonl"
-        self._file = None
+        self._file = self._claim = None
 
     def claim(self, settings: dict, overwrite: bool) -> None:
         """Take the output for this run and get its parts ready. On the main process, before the others look.
@@ -65,12 +65,13 @@ class ResultStore:
         self._file.flush()
 
     def close(self) -> None:
-        """Nothing more to append from this process."""
-        if self._file is not None:
-            self._file.close()
+        """Nothing more comes from this process; the output is free for another run."""
+        for held in (self._file, self._claim):
+            if held is not None:
+                held.close()
 
     def merge(self) -> None:
-        """Parts -> the output, in order. On the main process, when all processes have closed."""
+        """Parts -> the output, in order. On the main process, when no process has more to append."""
         if self.output.exists():
             return
         lines: list[str | None] = [None] * self.count
@@ -91,7 +92,6 @@ class ResultStore:
         """Write the summary beside the output and drop the parts. On the main process."""
         settings = json.loads((self.parts / "settings.json").read_text(encoding="utf-8"))
         replace_text(self.summary, json.dumps({"settings": settings} | summary, indent=2))
-        self._claim.close()
         shutil.rmtree(self.parts)
 
     def _settings(self) -> dict | None:

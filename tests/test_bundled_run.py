@@ -1,0 +1,119 @@
+"""What the README's first command trains, used as a reader would: loaded in a fresh process, over its test sets."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "scripts" / "run_train_rm_general_preference_single.sh"
+EVALUATE = ROOT / "eval" / "batch_inference_rm_general_preference.sh"
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+LOOK = """
+import json, sys
+from general_preference import GPMPipeline
+from general_preference.inference import ranking
+found = []
+rm = GPMPipeline(sys.argv[1])
+for line in open(sys.argv[2], encoding="utf-8"):
+    group = json.loads(line)
+    prompt, responses = group["prompt"], group["responses"]
+    matrix = rm.preference_matrix(prompt, responses)
+    found.append({
+        "stated": [matrix[winner, loser].item() for winner, loser in group["preferences"]],
+        "cycles": ranking.cycles(matrix, longest=max(3, len(responses))),
+        "rank": {method: rm.rank(prompt, responses, method) for method in ranking.METHODS},
+        "nash": ranking.nash(matrix).tolist(),
+        "borda": ranking.borda(matrix).tolist(),
+        "cyclic_share": ranking.hodge(rm.score_matrix(prompt, responses)).cyclic_share,
+    })
+print(json.dumps(found))
+"""
+
+
+def run(*command, **extra) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | extra
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder of the run that the launcher makes without any setting."""
+    folder = tmp_path_factory.mktemp("bundled") / "gpm"
+    run("bash", TRAIN, SAVE_PATH=str(folder))
+    return folder
+
+
+def look(folder, file) -> list[dict]:
+    return json.loads(run(sys.executable, "-c", LOOK, folder, file).stdout)
+
+
+def test_held_out_cycles_are_cycles(trained):
+    groups = look(trained, ROOT / "data" / "cyclic" / "test.jsonl")
+    stated = [probability for group in groups for probability in group["stated"]]
+    assert sum(probability > 0.5 for probability in stated) / len(stated) > 0.97
+    assert sum(group["cyclic_share"] for group in groups) / len(groups) > 0.9
+    threes = [group for group in groups if len(group["borda"]) == 3]
+    assert len(threes) > 10
+    for group in threes:
+        if min(group["stated"]) > 0.75:  # a cycle that was learnt
+            assert len(group["cycles"]) == 1 and group["cyclic_share"] > 0.8
+            assert all(0.1 < weight < 0.7 for weight in group["nash"]), "it mixes the members"
+            assert all(abs(value - 0.5) < 0.15 for value in group["borda"]), "it ties them"
+    assert sum(min(group["stated"]) > 0.75 for group in threes) > 0.9 * len(threes)
+
+
+def test_held_out_rankings_are_rankings(trained):
+    groups = look(trained, ROOT / "data" / "transitive" / "test.jsonl")
+    without = [group for group in groups if not group["cycles"]]
+    assert len(without) > 0.9 * len(groups)
+    for group in without:
+        assert group["rank"]["copeland"] == group["rank"]["borda"]
+        assert max(group["nash"]) > 0.99 and group["nash"].index(max(group["nash"])) == group["rank"]["borda"][0]
+
+
+def test_bradley_terry_has_no_cycles(tmp_path):
+    run(
+        "bash",
+        TRAIN,
+        "--preference_head",
+        "bt",
+        "--max_epochs",
+        "1",
+        "--eval_steps",
+        "-1",
+        SAVE_PATH=str(tmp_path / "bt"),
+    )
+    for group in look(tmp_path / "bt", ROOT / "data" / "cyclic" / "test.jsonl"):
+        assert group["cyclic_share"] < 1e-9 and group["cycles"] == []
+        assert group["rank"]["borda"] == group["rank"]["copeland"] == group["rank"]["nash"]
+
+
+def test_batch_inference_repeats_the_trainers_evaluation(trained, tmp_path):
+    """On two processes, through the launcher, over the three test sets."""
+    output = tmp_path / "results.jsonl"
+    done = run("bash", EVALUATE, PRETRAIN=str(trained), OUTPUT_PATH=str(output), NPROC="2")
+    evaluated = json.loads((trained / "eval_metrics.json").read_text())
+    found = json.loads((tmp_path / "results.summary.json").read_text())["results"]
+    for name, row in evaluated.items():
+        for key, value in row.items():
+            assert found[f"{name}/test"][key] == pytest.approx(value, abs=1e-6), (name, key)
+    assert len(output.read_text().splitlines()) == 245 and f"{found['all']['accuracy']:.4f}" in done.stdout
+
+
+def test_the_example_runs_with_and_without_a_trained_model(trained, tmp_path):
+    example = ROOT / "gpm_example_usage.py"
+    found = run(sys.executable, example, trained).stdout
+    assert "score of 1 over 2 [" in found and "rank by nash" in found
+    for name in ("general_preference", "scripts", "data"):  # a checkout without a checkpoint folder
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(example, tmp_path)
+    made = run(sys.executable, tmp_path / example.name, PYTHONPATH=str(tmp_path))
+    assert "making an untrained one" in made.stdout and "rank by nash" in made.stdout
