@@ -18,21 +18,21 @@ LOOK = """
 import json, sys
 from general_preference import GPMPipeline
 from general_preference.inference import ranking
-found = []
-rm = GPMPipeline(sys.argv[1])
-for line in open(sys.argv[2], encoding="utf-8"):
-    group = json.loads(line)
+
+def look(group):
     prompt, responses = group["prompt"], group["responses"]
     matrix = rm.preference_matrix(prompt, responses)
-    found.append({
+    return {
         "stated": [matrix[winner, loser].item() for winner, loser in group["preferences"]],
         "cycles": ranking.cycles(matrix, longest=max(3, len(responses))),
         "rank": {method: rm.rank(prompt, responses, method) for method in ranking.METHODS},
         "nash": ranking.nash(matrix).tolist(),
         "borda": ranking.borda(matrix).tolist(),
         "cyclic_share": ranking.hodge(rm.score_matrix(prompt, responses)).cyclic_share,
-    })
-print(json.dumps(found))
+    }
+
+rm = GPMPipeline(sys.argv[1])
+print(json.dumps([[look(json.loads(line)) for line in open(file, encoding="utf-8")] for file in sys.argv[2:]]))
 """
 
 
@@ -51,12 +51,18 @@ def trained(tmp_path_factory):
     return folder
 
 
-def look(folder, file) -> list[dict]:
-    return json.loads(run(sys.executable, "-c", LOOK, folder, file).stdout)
+def look(folder, *kinds: str) -> list[list[dict]]:
+    files = [ROOT / "data" / kind / "test.jsonl" for kind in kinds]
+    return json.loads(run(sys.executable, "-c", LOOK, folder, *files).stdout)
 
 
-def test_held_out_cycles_are_cycles(trained):
-    groups = look(trained, ROOT / "data" / "cyclic" / "test.jsonl")
+@pytest.fixture(scope="module")
+def looked(trained):
+    return look(trained, "cyclic", "transitive")
+
+
+def test_held_out_cycles_are_cycles(looked):
+    groups = looked[0]
     stated = [probability for group in groups for probability in group["stated"]]
     assert sum(probability > 0.5 for probability in stated) / len(stated) > 0.97
     assert sum(group["cyclic_share"] for group in groups) / len(groups) > 0.9
@@ -70,8 +76,8 @@ def test_held_out_cycles_are_cycles(trained):
     assert sum(min(group["stated"]) > 0.75 for group in threes) > 0.9 * len(threes)
 
 
-def test_held_out_rankings_are_rankings(trained):
-    groups = look(trained, ROOT / "data" / "transitive" / "test.jsonl")
+def test_held_out_rankings_are_rankings(looked):
+    groups = looked[1]
     without = [group for group in groups if not group["cycles"]]
     assert len(without) > 0.9 * len(groups)
     for group in without:
@@ -80,18 +86,9 @@ def test_held_out_rankings_are_rankings(trained):
 
 
 def test_bradley_terry_has_no_cycles(tmp_path):
-    run(
-        "bash",
-        TRAIN,
-        "--preference_head",
-        "bt",
-        "--max_epochs",
-        "1",
-        "--eval_steps",
-        "-1",
-        SAVE_PATH=str(tmp_path / "bt"),
-    )
-    for group in look(tmp_path / "bt", ROOT / "data" / "cyclic" / "test.jsonl"):
+    short = ["--max_epochs", "1", "--eval_steps", "-1", "--max_samples", "200"]
+    run("bash", TRAIN, "--preference_head", "bt", *short, SAVE_PATH=str(tmp_path / "bt"))
+    for group in look(tmp_path / "bt", "cyclic")[0]:
         assert group["cyclic_share"] < 1e-9 and group["cycles"] == []
         assert group["rank"]["borda"] == group["rank"]["copeland"] == group["rank"]["nash"]
 
