@@ -20,11 +20,11 @@ import torch
 
 from general_preference import GPMPipeline
 from general_preference.command_line import exit_code, flag, format_table, parse_flags, quiet_other_libraries
-from general_preference.datasets.preparation import load_tokenized, parse_probabilities
+from general_preference.datasets.preparation import Summary, load_tokenized, parse_probabilities, summarize
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import stable_hash
 from general_preference.errors import InputError
-from general_preference.inference.batch_inference import Summary, score_table
+from general_preference.inference.batch_inference import ResultSummary, score_table
 from general_preference.inference.pictures import draw_reliability
 from general_preference.inference.results import ResultStore
 from general_preference.models.device import choose_device
@@ -109,7 +109,9 @@ def run(arguments: BatchArguments) -> None:
     quiet_other_libraries()
     with Processes.join() as processes:
         rm = processes.main_first(lambda: load_pipeline(arguments, processes.local_rank))
-        table, left_out = processes.main_first(lambda: load_table(arguments, rm))
+        table, read = processes.main_first(lambda: load_table(arguments, rm))
+        for one in read:
+            logger.info("%s", one)
         store = ResultStore(Path(arguments.output_path), len(table), processes.rank)
         made_with = processes.main_first(lambda: settings(arguments, rm, table))
         processes.main_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)
@@ -117,7 +119,7 @@ def run(arguments: BatchArguments) -> None:
             score_remaining(arguments, rm, table, store, processes)
             if processes.is_main:
                 store.merge()
-                report(arguments, rm, store, left_out)
+                report(rm, store, read)
         finally:
             store.close()
 
@@ -165,8 +167,8 @@ def load_pipeline(arguments: BatchArguments, local_rank: int) -> GPMPipeline:
     )
 
 
-def load_table(arguments: BatchArguments, rm: GPMPipeline) -> tuple[datasets.Dataset, int]:
-    """(tokenised comparisons in the order of the results, records left out). Without subsets, sets are the subsets."""
+def load_table(arguments: BatchArguments, rm: GPMPipeline) -> tuple[datasets.Dataset, list[Summary]]:
+    """(tokenised comparisons in the order of the results, what each set held). Without subsets, sets are subsets."""
     sources = parse_sources(arguments.dataset)
     probabilities = parse_probabilities(arguments.dataset_probs, len(sources))
     tables, left_out = load_tokenized(
@@ -176,13 +178,14 @@ def load_table(arguments: BatchArguments, rm: GPMPipeline) -> tuple[datasets.Dat
         skip_bad=arguments.on_bad_record == "skip",
         workers=arguments.preprocessing_workers,
     )
+    read = [summarize(source.name, table, left_out[source.name]) for source, table in zip(sources, tables, strict=True)]
     if len(tables) > 1:
         for number, (source, table) in enumerate(zip(sources, tables, strict=True)):
             subsets = [subset or source.name for subset in table["subset"]]
             tables[number] = table.remove_columns("subset").add_column("subset", subsets)
     whole = datasets.concatenate_datasets(tables)
     order = _order([len(table) for table in tables], probabilities, arguments.max_samples, arguments.seed)
-    return whole.select(order), sum(left_out.values())
+    return whole.select(order), read
 
 
 def _order(sizes: list[int], probabilities: list[float] | None, limit: int, seed: int) -> list[int]:
@@ -209,16 +212,16 @@ def settings(arguments: BatchArguments, rm: GPMPipeline, table: datasets.Dataset
     }
 
 
-def report(arguments: BatchArguments, rm: GPMPipeline, store: ResultStore, left_out: int) -> None:
+def report(rm: GPMPipeline, store: ResultStore, read: list[Summary]) -> None:
     """Sum the rows up, draw, print."""
-    summary = Summary(rm.tau).add(store.rows())
+    summary = ResultSummary(rm.tau).add(store.rows())
     results = summary.results()
-    store.finish({"preference": asdict(rm.preference), "left_out": left_out, "results": results})
+    data = [asdict(one) for one in read]
+    store.finish({"preference": asdict(rm.preference), "data": data, "results": results})
     picture = store.output.with_name(store.output.stem + ".reliability.png")
     drawn = draw_reliability(summary.reliability(), results, picture)
     shown = results if len(results) > 2 else {"all": results["all"]}
-    omitted = f"\n{left_out} records were left out" if left_out else ""
-    print(f"\n{format_table(shown)}{omitted}\n\nResults: {store.output}\nSummary: {store.summary}")
+    print(f"\n{format_table(shown)}\n\nResults: {store.output}\nSummary: {store.summary}")
     if drawn:
         print(f"Picture: {picture}")
 

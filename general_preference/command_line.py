@@ -7,7 +7,7 @@ from dataclasses import field
 
 from transformers import HfArgumentParser
 
-from general_preference.errors import InputError, NonFiniteLossError
+from general_preference.errors import InputError, NonFiniteError
 from general_preference.processes import is_main_process
 
 # key: title of its column
@@ -43,12 +43,12 @@ def exit_code(work: Callable[[], None], kept: str) -> int:
     try:
         work()
         return 0
-    except (InputError, NonFiniteLossError) as error:
+    except (InputError, NonFiniteError) as error:
         message, code = f"error: {error}", 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         message, code = f"\ninterrupted; {kept}", 130
     if main_process:
-        print(message, file=sys.stderr)
+        sys.stderr.write(message + "\n")
     return code
 
 

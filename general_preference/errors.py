@@ -8,5 +8,5 @@ class InputError(ValueError):
     """A path, record, flag or checkpoint that cannot be used as given. Exit code 2; in a notebook a ValueError."""
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the comparisons. Exit code 1."""
+class NonFiniteError(RuntimeError):
+    """A loss or score became NaN or infinite; the message names the comparisons. Exit code 1."""

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from eval.batch_inference_rm_general_preference import _order, main
 from general_preference import GPMPipeline
-from general_preference.inference.batch_inference import Summary, result_row
+from general_preference.inference.batch_inference import ResultSummary, result_row
 from general_preference.inference.embedding import EmbeddedPrompt
 from general_preference.inference.results import ResultStore
 from general_preference.models.statistics import wilson_interval
@@ -205,7 +205,8 @@ def test_bad_records_may_be_left_out(model, data, tmp_path):
     assert run(model, data, tmp_path / "r.jsonl") == 2
     assert run(model, data, tmp_path / "r.jsonl", "--on_bad_record", "skip") == 0
     assert len(read(tmp_path / "r.jsonl")) == 13
-    assert json.loads((tmp_path / "r.summary.json").read_text())["left_out"] == 1
+    (read_in,) = json.loads((tmp_path / "r.summary.json").read_text())["data"]
+    assert (read_in["comparisons"], read_in["left_out"], read_in["empty"]) == (13, 1, 5)
 
 
 def test_several_sets_are_subsets(model, data, tmp_path):
@@ -238,7 +239,7 @@ def test_summaries_agree_with_a_count_by_hand():
 
     rows = [row(1.0, 1.0, "a"), row(-1.0, 1.0, "a"), row(-0.5, 0.25), row(0.0, 1.0)]
     assert [r["label"] for r in rows] == [1.0, 1.0, 0.25, 1.0]
-    results = Summary(0.5).add(rows).results()
+    results = ResultSummary(0.5).add(rows).results()
     assert list(results) == ["a", "all"] and results["a"]["accuracy"] == 0.5
     assert results["all"]["accuracy"] == (1 + 0 + 1 + 0.5) / 4 and results["all"]["ties"] == 1
     losses = [math.log1p(math.exp(-2)), math.log1p(math.exp(2)),

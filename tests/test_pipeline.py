@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from general_preference import GPMPipeline, generate_high_dim_result_with_prompt
 from general_preference.datasets.packing import Collator
 from general_preference.datasets.sources import Source
-from general_preference.errors import InputError
+from general_preference.errors import InputError, NonFiniteError
 from general_preference.inference.embedding import embed
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.score import preference_score
@@ -474,3 +474,13 @@ def test_a_model_without_a_gate_needs_no_prompt(saved):
     score = generate_high_dim_result_with_prompt(rm.model, 2, first, second, None)
     torch.testing.assert_close(score, preference_score(first, second))
     assert score.shape == (2,) and PreferenceConfig("gpm", 2).planes == 1
+
+
+def test_weights_that_are_not_finite_are_noticed(saved, make_model, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.value_head.weight[1, 3] = float("nan")
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(saved()).save_pretrained(tmp_path)
+    with pytest.raises(NonFiniteError, match="prompt 0: the embeddings are not finite"):
+        GPMPipeline(tmp_path).compare(PROMPT, "a", "b")

@@ -81,7 +81,7 @@ def result_row(comparison: dict, embedded: EmbeddedPrompt, tau: float, save_embe
     return row
 
 
-class Summary:
+class ResultSummary:
     """Statistics of result rows: over all of them and over each subset."""
 
     def __init__(self, tau: float):
@@ -89,7 +89,7 @@ class Summary:
         self.sums: dict[str, torch.Tensor] = {ALL: empty_sums()}
         self.cyclic: dict[str, list[float]] = {ALL: []}
 
-    def add(self, rows: Iterable[dict]) -> "Summary":
+    def add(self, rows: Iterable[dict]) -> "ResultSummary":
         """Take in rows that `result_row` made."""
         for row in rows:
             pair = "preferences" not in row

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from general_preference.datasets.packing import Collator
+from general_preference.errors import NonFiniteError
 from general_preference.models.reward_model import RewardModel
 from general_preference.models.score import preference_matrix
 
@@ -66,6 +67,9 @@ def embed(
 
     Yields:
         (index into `comparisons`, EmbeddedPrompt).
+
+    Raises:
+        NonFiniteError: the model gives NaN or infinity for a comparison, which the message names.
     """
     device = model.value_head.weight.device
     limit = batch_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
@@ -140,6 +144,12 @@ def _run(model: RewardModel, collate: Collator, comparisons, call: list[_Part], 
     embeddings = output["embeddings"].float().cpu().split([part.stop - part.start for part in call])
     states = output["prompt_hidden_states"].cpu()
     gates = output["gates"].float().cpu() if "gates" in output else [None] * len(call)
+    for part, embedding in zip(call, embeddings, strict=True):
+        if not torch.isfinite(embedding).all():
+            name = comparisons[part.index].get("id") or f"prompt {part.index}"
+            raise NonFiniteError(
+                f"{name}: the embeddings are not finite in {model.dtype}: damaged weights, or try fp32"
+            )
     return [EmbeddedPrompt(*found) for found in zip(embeddings, states, gates, strict=True)]
 
 

@@ -14,7 +14,7 @@ def draw_reliability(bins: list[tuple[float, float, int]], results: dict[str, di
 
     Args:
         bins: (mean confidence, share that came out so, count), as `statistics.calibration_bins` gives them.
-        results: {subset: statistics} of `batch_inference.Summary`; only the first `MAX_SUBSETS` and the last fit.
+        results: {subset: statistics} of `batch_inference.ResultSummary`; only the first `MAX_SUBSETS` and the last fit.
     """
     pyplot = load_pyplot()
     if pyplot is None:

@@ -24,8 +24,8 @@ BLOCKWISE = "sdpa_blockwise"  # the name under which transformers knows the kern
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # What one more kernel call costs, in products of a query with a key: about 50 microseconds on a CPU core.
 _CALL_COST = 1_000_000
-# Architectures whose shared-prompt scores were compared with separate sequences (tests/test_packing.py and the
-# measurements in the README); others are checked once at run time by `RewardModel.verify_shared_prompts`.
+# Architectures whose shared-prompt scores are compared with separate sequences in tests/test_packing.py; others are
+# checked once at run time by `RewardModel.verify_shared_prompts`.
 VERIFIED = {
     "llama",
     "qwen2",

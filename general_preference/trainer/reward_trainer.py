@@ -18,7 +18,7 @@ from tqdm import tqdm
 from general_preference.datasets.packing import Batch, Collator
 from general_preference.datasets.preparation import Comparisons
 from general_preference.datasets.sampler import StepSampler, evaluation_batches
-from general_preference.errors import NonFiniteLossError
+from general_preference.errors import NonFiniteError
 from general_preference.files import replace_text
 from general_preference.models.losses import preference_loss, regularizer
 from general_preference.models.score import preference_score
@@ -134,7 +134,7 @@ class RewardTrainer:
         """Train to the end, evaluate, save the model, metrics and pictures; returns the last evaluation per set.
 
         Raises:
-            NonFiniteLossError: on every process, in the step after which it is noticed at the latest.
+            NonFiniteError: on every process, in the step after which it is noticed at the latest.
         """
         output, start = self.arguments.output, self.state.step
         self.metrics = self._metrics_logger(start)
@@ -198,7 +198,7 @@ class RewardTrainer:
         results = {name: self.evaluate(name) for name in self.eval_sets}
         bad = [name for name, row in results.items() if not math.isfinite(row["loss"])]
         if bad:
-            raise NonFiniteLossError(
+            raise NonFiniteError(
                 f"the evaluation loss on {bad[0]} is not finite after step {step}: lower --learning_rate"
             )
         if self.metrics is not None:
@@ -302,7 +302,7 @@ class Window:
         self.temperature = losses.temperature.detach()
 
     def reduce(self, arguments: Arguments) -> dict[str, float]:
-        """Means over all processes since the last call; raises NonFiniteLossError if a loss was not finite."""
+        """Means over all processes since the last call; raises NonFiniteError if a loss was not finite."""
         self.check_finite()
         divisor = len(self.steps) * arguments.optimizer.accumulated_gradient * self.strategy.world_size
         both = self.strategy.all_reduce(torch.cat([self.sums, self.totals])).cpu()
@@ -341,7 +341,7 @@ class Window:
         if found:
             first = min(step for step, _ in found)
             names = list(dict.fromkeys(name for step, name in found if step == first))
-            raise NonFiniteLossError(
+            raise NonFiniteError(
                 f"the loss is not finite at step {first}, in {len(names)} comparisons: {'; '.join(names[:4])}"
                 f"{'; ...' if len(names) > 4 else ''}. Look at these records, or lower --learning_rate"
             )
