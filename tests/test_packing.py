@@ -9,7 +9,7 @@ from general_preference.trainer.arguments import LossArguments
 from general_preference.trainer.reward_trainer import batch_loss
 from tests.conftest import FAMILIES, MAIN_FAMILIES, random_comparisons
 
-# What a kernel call must save, in products of queries and keys: nothing, so that blocks are always used, or too much.
+# What a kernel call must save for blocks to be used: nothing, so that they always are, or more than there is.
 BLOCKS, DENSE = 0, 10**12
 WINDOWED = ("mistral_window", "gemma2", "gemma3")
 
