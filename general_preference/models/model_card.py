@@ -103,9 +103,9 @@ def _description(preference: PreferenceConfig) -> str:
         return "Gives each response one number; P(first is preferred) = sigmoid((first - second) / temperature)."
     also = " and a scalar reward" if preference.head == "hybrid" else ""
     return (
-        f"Embeds each response in {preference.planes} plane(s){also} and compares two embeddings with a skew-symmetric "
-        "operator, so its preferences may be cyclic. P(first is preferred) = sigmoid(score / "
-        f"{preference.temperature:.4g})."
+        f"Embeds each response in {preference.planes} plane{'s' if preference.planes > 1 else ''}{also} and compares "
+        "two embeddings with a skew-symmetric operator, so its preferences may be cyclic.\n"
+        f"P(first is preferred) = sigmoid(score / {preference.temperature:.4g})."
     )
 
 
