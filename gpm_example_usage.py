@@ -16,24 +16,24 @@ import sys
 import tempfile
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from general_preference import GPMPipeline, generate_high_dim_result_with_prompt, get_reward_model
+from general_preference.command_line import exit_code
 from general_preference.datasets.tokenization import load_tokenizer
-from general_preference.errors import InputError
 from general_preference.inference import ranking
 
 ROOT = Path(__file__).resolve().parent
 TRAINED = ROOT / "checkpoint" / "rm-tiny"
 
 
-def paper_example(model: str) -> None:
+def paper_example(rm: GPMPipeline) -> None:
     """Embed two responses, then compare the embeddings: one forward pass each, however often they are compared."""
     prompt_text = "Describe the importance of reading books in today's digital age."
     response1 = "Books remain crucial in the digital era, offering in-depth knowledge and fostering critical thinking."
     response2 = "Books are still useful for learning new things. They help you relax."
     context1 = [{"role": "user", "content": prompt_text}, {"role": "assistant", "content": response1}]
     context2 = [{"role": "user", "content": prompt_text}, {"role": "assistant", "content": response2}]
-
-    rm = GPMPipeline(model)  # value_head_dim=6 and the like may be added: they are checked against the checkpoint
 
     if rm.add_prompt_head:
         reward1, prompt_hidden_state = rm([context1], return_prompt=True)
@@ -46,9 +46,8 @@ def paper_example(model: str) -> None:
     print("score of 1 over 2", result.float().cpu().detach().numpy().tolist())
 
 
-def modern_example(model: str) -> None:
+def modern_example(rm: GPMPipeline) -> None:
     """Compare, rank, and look for cycles."""
-    rm = GPMPipeline(model)
     with (ROOT / "data" / "cyclic" / "test.jsonl").open(encoding="utf-8") as lines:
         group = next(record for record in map(json.loads, lines) if len(record["responses"]) == 3)
     prompt, responses = group["prompt"], group["responses"]
@@ -77,7 +76,7 @@ def modern_example(model: str) -> None:
         {"role": "assistant", "content": "Hi."},
         {"role": "user", "content": prompt},
     ]
-    print("best of three after a longer chat:", rm.rank(chat, responses)[0])
+    print("best of three after a longer chat:", responses[rm.rank(chat, responses)[0]])
 
 
 def make_model(folder: Path) -> str:
@@ -98,19 +97,20 @@ def main() -> int:
     parser.add_argument("model", nargs="?", help="folder or hub name of a trained preference model")
     model = parser.parse_args().model
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         if model is None and (TRAINED / "config.json").is_file():
             model = str(TRAINED)
         elif model is None:
             print("No trained model here yet: making an untrained one, so the numbers mean nothing.")
             model = make_model(Path(folder))
-        try:
-            paper_example(model)
-            modern_example(model)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-    return 0
+
+        def show() -> None:
+            rm = GPMPipeline(model)  # value_head_dim=6 and the like may be added: they are checked
+            paper_example(rm)
+            modern_example(rm)
+
+        return exit_code(show, kept="nothing was written")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from general_preference.datasets.tokenization import stable_hash
 from general_preference.errors import InputError
 from general_preference.inference.batch_inference import ResultSummary, score_table
 from general_preference.inference.pictures import draw_reliability
-from general_preference.inference.results import ResultStore
-from general_preference.models.device import choose_device
+from general_preference.inference.results import ASKED, ResultStore
+from general_preference.models.device import choose_device, use_device
 from general_preference.models.pretrained import checkpoint_identity
 from general_preference.processes import Processes
 
@@ -112,6 +112,7 @@ def run(arguments: BatchArguments) -> None:
         table, read = processes.main_first(lambda: load_table(arguments, rm))
         for one in read:
             logger.info("%s", one)
+        refuse_own_input(arguments)
         store = ResultStore(Path(arguments.output_path), len(table), processes.rank)
         made_with = processes.main_first(lambda: settings(arguments, rm, table))
         processes.main_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)
@@ -124,11 +125,23 @@ def run(arguments: BatchArguments) -> None:
             store.close()
 
 
+def refuse_own_input(arguments: BatchArguments) -> None:
+    """InputError where a result would be written over, or into, the data."""
+    output = Path(arguments.output_path).resolve()
+    for source in parse_sources(arguments.dataset):
+        data = Path(source.path).expanduser().resolve()
+        written = ResultStore(output, 0, 0)
+        names = (output, written.summary, written.parts, written.beside(".reliability.png"))
+        if data in names or written.parts in data.parents or (data.is_dir() and data in output.parents):
+            raise InputError(f"--output_path {arguments.output_path} would write over or into --dataset {source.path}")
+
+
 def score_remaining(
     arguments: BatchArguments, rm: GPMPipeline, table, store: ResultStore, processes: Processes
 ) -> None:
     """This process's share of the comparisons that have no row yet; returns when all processes are done."""
-    finished, lengths = store.finished(), table["length"][:]
+    finished = processes.from_main(store.finished() if processes.is_main else None)
+    lengths = table["length"][:]
     remaining = [index for index in range(len(table)) if index not in finished]
     remaining.sort(key=lambda index: (-lengths[index], index))
     logger.info(
@@ -136,7 +149,6 @@ def score_remaining(
         len(table), f", {len(finished)} done before" if finished else "",
         rm.preference.head, rm.value_head_dim, rm.device, processes.world_size,
     )  # fmt: skip
-    processes.barrier()  # nobody writes before everybody has read what is finished
     score_table(
         rm,
         table,
@@ -153,7 +165,7 @@ def load_pipeline(arguments: BatchArguments, local_rank: int) -> GPMPipeline:
     """The model on this process's device."""
     return GPMPipeline(
         arguments.pretrain,
-        device=choose_device(arguments.device, local_rank),
+        device=use_device(choose_device(arguments.device, local_rank)),
         value_head_dim=arguments.value_head_dim,
         is_general_preference=arguments.is_general_preference,
         bf16=arguments.bf16,
@@ -201,9 +213,10 @@ def _order(sizes: list[int], probabilities: list[float] | None, limit: int, seed
 
 def settings(arguments: BatchArguments, rm: GPMPipeline, table: datasets.Dataset) -> dict:
     """What every result row depends on: rows made with other settings are never mixed with these."""
-    names = ("pretrain", "dataset", "dataset_probs", "max_samples", "seed", "save_embeddings")
-    chosen = {name: getattr(arguments, name) for name in names}
-    return chosen | {
+    names = ("pretrain", "dataset", "dataset_probs", "max_samples", "seed")
+    return {
+        ASKED: {name: getattr(arguments, name) for name in names},
+        "save_embeddings": arguments.save_embeddings,
         "max_len": rm.max_length,
         "tau": rm.tau,
         "dtype": str(rm.model.dtype).removeprefix("torch."),
@@ -218,7 +231,7 @@ def report(rm: GPMPipeline, store: ResultStore, read: list[Summary]) -> None:
     results = summary.results()
     data = [asdict(one) for one in read]
     store.finish({"preference": asdict(rm.preference), "data": data, "results": results})
-    picture = store.output.with_name(store.output.stem + ".reliability.png")
+    picture = store.beside(".reliability.png")
     drawn = draw_reliability(summary.reliability(), results, picture)
     shown = results if len(results) > 2 else {"all": results["all"]}
     print(f"\n{format_table(shown)}\n\nResults: {store.output}\nSummary: {store.summary}")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import field
 
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from general_preference.errors import InputError, NonFiniteError
 from general_preference.processes import is_main_process
@@ -26,6 +26,9 @@ def flag(default, text: str, **metadata):
 def parse_flags(groups: tuple[type, ...], argv: list[str] | None, description: str) -> list:
     """One filled dataclass per group. Unknown flags and values of the wrong type exit with code 2, as argparse does."""
     parser = HfArgumentParser(groups, allow_abbrev=False, description=description)
+    for action in parser._actions:
+        if action.type is string_to_bool:  # also where the default is None a bare flag means true
+            action.nargs, action.const = "?", True
     argv = sys.argv[1:] if argv is None else argv
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
@@ -36,18 +39,22 @@ def parse_flags(groups: tuple[type, ...], argv: list[str] | None, description: s
 def exit_code(work: Callable[[], None], kept: str) -> int:
     """Run `work`; 0 done, 1 the run failed, 2 what was given cannot be used, 130 interrupted. One line says why.
 
+    A fault in this package is none of these and keeps its traceback.
+
     Args:
         kept: what stays where it is after Ctrl-C.
     """
-    main_process = is_main_process()
     try:
         work()
         return 0
     except (InputError, NonFiniteError) as error:
         message, code = f"error: {error}", 2 if isinstance(error, InputError) else 1
+        everywhere = error.everywhere
+    except OSError as error:  # a full disk, a folder that went away; what was written before stays
+        message, code, everywhere = f"error: {str(error).splitlines()[0]}", 1, False
     except KeyboardInterrupt:
-        message, code = f"\ninterrupted; {kept}", 130
-    if main_process:
+        message, code, everywhere = f"\ninterrupted; {kept}", 130, True
+    if is_main_process() or not everywhere:
         sys.stderr.write(message + "\n")
     return code
 

@@ -1,12 +1,17 @@
 """Exceptions that are messages to people, as opposed to a fault in this package.
 
-Each message is one line that says what was found, where, and what to do; the scripts print it and exit.
+Each message is one line that says what was found, where, and what to do; the scripts print it and exit. `everywhere`
+says that all processes of the run raise the same, so that one of them prints it.
 """
 
 
 class InputError(ValueError):
     """A path, record, flag or checkpoint that cannot be used as given. Exit code 2; in a notebook a ValueError."""
 
+    everywhere = False
+
 
 class NonFiniteError(RuntimeError):
     """A loss or score became NaN or infinite; the message names the comparisons. Exit code 1."""
+
+    everywhere = False

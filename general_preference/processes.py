@@ -1,7 +1,7 @@
 """The processes of one run: ranks, and the few things they must agree on. No engine, no device.
 
-Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT will do (torchrun, deepspeed, Slurm);
-without one the run is a world of one process. Training joins through DeepSpeed (trainer/strategy.py), everything else
+Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT will do (torchrun, deepspeed); without
+one the run is a world of one process. Training joins through DeepSpeed (trainer/strategy.py), everything else
 through `Processes.join`.
 """
 
@@ -42,16 +42,26 @@ class Processes:
             main_only: only the very first process runs `work`; the others get None.
         """
         goes_first = self.is_main if main_only else self.local_rank == 0
+        result = self._together(work if goes_first else None)
+        if main_only:
+            return result
+        follows = self._together(None if goes_first else work)
+        return result if goes_first else follows
+
+    def _together(self, work: Callable[[], Any] | None) -> Any:
+        """Run `work` where there is some; an InputError of any process is raised on all of them."""
         result, problem = None, None
-        if goes_first:
+        if work is not None:
             try:
                 result = work()
             except InputError as error:
                 problem = str(error)
         for found in self.gather_objects(problem):
             if found is not None:
-                raise InputError(found)
-        return result if goes_first or main_only else work()
+                error = InputError(found)
+                error.everywhere = True
+                raise error
+        return result
 
     def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:
         """Add up a tensor over all processes, in place; the same result on each."""
@@ -95,7 +105,10 @@ def single_process_defaults() -> None:
     """Without a launcher, be a world of one on a free port, so that two runs on a machine do not meet."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", "0")
-        return
+        if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+            return
+        if os.environ["WORLD_SIZE"] != "1":
+            raise InputError("WORLD_SIZE is set, but not MASTER_ADDR and MASTER_PORT: start with torchrun or deepspeed")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

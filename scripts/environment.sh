@@ -20,8 +20,8 @@ PY
 
 make_environment() {
   local python=${PYTHON:-python3} wanted
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-    { echo "error: '$python' is missing or older than Python 3.10; name one with PYTHON=/path/to/python3" >&2; exit 2; }
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    { echo "error: '$python' is missing or older than Python 3.11; name one with PYTHON=/path/to/python3" >&2; exit 2; }
   wanted=$(cksum < "$ROOT/requirements.txt")
   exec 9> "$ROOT/.venv.lock"
   flock 9 # a second start waits for the first one's installation
@@ -32,6 +32,7 @@ make_environment() {
     (cd "$ROOT" && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt) ||
       { echo "error: installing requirements.txt failed; run this again to continue" >&2; exit 2; }
     echo "$wanted" > "$ROOT/.venv/installed"
+    echo "Installed. To use it in your own shell: source .venv/bin/activate" >&2
   fi
   exec 9>&-
   source "$ROOT/.venv/bin/activate"
@@ -44,6 +45,7 @@ export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=${TO
 
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
 NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
+[[ $NPROC =~ ^[1-9][0-9]*$ ]] || { echo "error: NPROC=$NPROC is no number of processes" >&2; exit 2; }
 if ((GPUS == 0)); then
   export DS_ACCELERATOR=cpu
   # glibc gives large temporaries back to the kernel after every operation; keeping them is several times faster.

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,9 +154,9 @@ def test_a_broken_off_run_continues_row_by_row(model, data, tmp_path, monkeypatc
     parts = output.with_name("r.jsonl.parts")
     assert not output.exists() and len((parts / "part-0.jsonl").read_text().splitlines()) == 5
     with (parts / "part-0.jsonl").open("a") as part:
-        part.write('[12, {"id": "half a li')  # as a kill leaves it
-    (parts / "part-7.jsonl").write_text(json.dumps([11, {"id": "group", "score": [9.0], "probability": [1.0],
-                                                         "preferences": [[0, 1, 1.0]]}]) + "\n")  # fmt: skip
+        part.write('12\t{"id": "half a li')  # as a kill leaves it
+    kept = {"id": "group", "score": [9.0], "probability": [1.0], "preferences": [[0, 1, 1.0]]}
+    (parts / "part-7.jsonl").write_text(f"garbage\n11\t{json.dumps(kept)}\n99\t{{}}\n\n3\t[]\n")  # one row among dirt
     again = []
     with monkeypatch.context() as patch:
         patch.setattr(ResultStore, "append", lambda store, index, row: (again.append(index), append(store, index, row)))
@@ -198,6 +199,55 @@ def test_bad_input_is_one_line_and_exit_code_2(model, model_folder, data, tmp_pa
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_files_of_one_stem_keep_to_themselves(model, data, tmp_path):
+    assert run(model, data, tmp_path / "r.jsonl") == 0
+    assert run(model, data, tmp_path / "r.1.jsonl", "--max_len", 64) == 0
+    assert run(model, data, tmp_path / "r.json", "--max_len", 32) == 0
+    summaries = [json.loads((tmp_path / f"{name}.summary.json").read_text()) for name in ("r", "r.1", "r.json")]
+    assert [summary["settings"]["max_len"] for summary in summaries] == [None, 64, 32]
+
+
+def test_the_papers_flags_as_the_paper_writes_them(model, data, tmp_path):
+    flags = ["--is_general_preference", "--general_preference_tau", 0.1, "--value_head_dim", 4, "--add_prompt_head"]
+    flags += ["--max_len", 128, "--seed", 1, "--max_samples", 5, "--micro_batch_size", 2, "--disable_fast_tokenizer"]
+    assert run(model, data, tmp_path / "r.jsonl", *flags) == 0 and len(read(tmp_path / "r.jsonl")) == 5
+    assert run(model, data, tmp_path / "bf16.jsonl", "--bf16", "--max_samples", 2) == 0
+    assert json.loads((tmp_path / "bf16.summary.json").read_text())["settings"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_what_is_not_ours_is_never_touched(model, data, tmp_path, overwrite):
+    content = data.read_bytes()
+    assert run(model, data, tmp_path / "folder" / ".." / data.name, *overwrite) == 2, "the input"
+    shutil.copy(data, tmp_path / "x.summary.json")
+    assert run(model, tmp_path / "x.summary.json", tmp_path / "x.jsonl", *overwrite) == 2
+    (tmp_path / "y.summary.json").write_text('{"my": "notes"}')
+    assert run(model, data, tmp_path / "y.jsonl", *overwrite) == 2
+    (tmp_path / "z.jsonl.parts").mkdir()
+    (tmp_path / "z.jsonl.parts" / "mine.txt").write_text("mine")
+    assert run(model, data, tmp_path / "z.jsonl", *overwrite) == 2
+    assert (tmp_path / "z.jsonl.parts" / "mine.txt").read_text() == "mine"
+    assert data.read_bytes() == (tmp_path / "x.summary.json").read_bytes() == content
+    assert (tmp_path / "y.summary.json").read_text() == '{"my": "notes"}'
+
+
+@pytest.mark.parametrize("damage", ["", "half", '{"other": 1}\n'])
+def test_a_finished_file_that_was_changed_is_not_summed_up(model, data, tmp_path, capsys, damage):
+    output = tmp_path / "r.jsonl"
+    assert run(model, data, output) == 0
+    output.write_text(output.read_text()[:500] if damage == "half" else damage)
+    assert run(model, data, output) == 2
+    assert "was changed" in capsys.readouterr().err
+    assert run(model, data, output, "--overwrite") == 0 and len(read(output)) == 13
+
+
+def test_names_of_subsets_may_hold_anything(model, tmp_path):
+    rows = [{"prompt": "Which?", "chosen": "a", "rejected": "b", "subset": name} for name in ("$\\frac$ 5", "all", "_")]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(model, tmp_path / "d.jsonl", tmp_path / "r.jsonl") == 0
+    assert json.loads((tmp_path / "r.summary.json").read_text())["results"]["all"]["n"] == 3
 
 
 def test_bad_records_may_be_left_out(model, data, tmp_path):
@@ -277,7 +327,7 @@ def test_processes_and_a_kill_change_nothing(model, tmp_path):
     os.kill(int(workers[1]), signal.SIGKILL)
     first.communicate(timeout=120)
     assert first.returncode != 0 and not output.exists()
-    kept = {json.loads(line)[0] for file in part.parent.glob("part-*.jsonl")
+    kept = {int(line.split(b"\t")[0]) for file in part.parent.glob("part-*.jsonl")
             for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")}  # fmt: skip
     assert 20 <= len(kept) < 400
     second = subprocess.run([*torchrun, *flags, "--output_path", str(output)], timeout=300, **quiet)

@@ -35,6 +35,8 @@ def test_the_card_says_what_the_hub_expects(make_model, tmp_path):
     assert found == {(name, metric): value for name, row in RESULTS.items() for metric, value in row.items()}
     assert "`data/train.jsonl`" in card.text and str(tmp_path) not in card.content
     assert "| hard set | 0.6250 | 0.6000 | 8 |" in card.text and "sigmoid(score / 0.1)" in card.text
+    modes = {file.stat().st_mode for file in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1, "whoever can read the configuration can read the weights"
     again = RewardModel.from_pretrained(str(tmp_path / "model"))
     assert again.card == CardFacts("owner/base-lm", ["owner/comparisons"], RESULTS)
 
@@ -56,7 +58,12 @@ def test_a_local_base_model_is_named_in_the_text_alone(model_folder, tmp_path):
 
 def test_a_readme_of_someone_else_is_not_misread(make_model, tmp_path):
     make_model().save_pretrained(tmp_path)
-    for text in ("no metadata", "---\nlibrary_name: other\ndatasets: [a/b]\n---\n", "---\n: [broken\n---\n"):
+    for text in (
+        "no metadata",
+        "---\nlibrary_name: other\ndatasets: [a/b]\n---\n",
+        "---\n: [broken\n---\n",
+        "---\n1: 2\n---\n",
+    ):
         (tmp_path / "README.md").write_text(text)
         assert RewardModel.from_pretrained(str(tmp_path)).card == CardFacts()
 

@@ -39,6 +39,10 @@ def conversation(prompt: str, response: str) -> list[dict]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
+def messages(prompt: str, response: str) -> tuple[list, list]:
+    return conversation(prompt, response)[:1], [conversation(prompt, response)[1:]]
+
+
 CONVERSATIONS = [
     conversation("Hi", "Hello there, friend!"),
     conversation(PROMPT, "rock"),
@@ -172,6 +176,18 @@ def rm(saved):
     return GPMPipeline(saved(), device="cpu")
 
 
+@pytest.mark.parametrize("published_format", [False, True])
+def test_batch_mates_do_not_change_what_is_cut(saved, published, published_format):
+    rm = GPMPipeline(published("llama", 4, True) if published_format else saved(), max_length=64)
+    prompt = "paper " * 30
+    samples = [conversation(prompt, "rock"), conversation(prompt, "scissors " * 60), conversation(prompt, "a " * 12)]
+    together, states = rm(samples, return_prompt=True)
+    for index, sample in enumerate(samples):
+        alone, state = rm([sample], return_prompt=True)
+        torch.testing.assert_close(together[[index]], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(states[[index]], state, atol=1e-5, rtol=1e-5)
+
+
 def random_conversations(count: int) -> list:
     generator = torch.Generator().manual_seed(0)
     words = ["rock", "paper", "scissors", "wins", "the", "a", "system", "prompt", "你好"]
@@ -214,7 +230,7 @@ def test_calls_are_bounded_and_unpadded_where_asked(rm, monkeypatch):
         return forward(**inputs)
 
     monkeypatch.setattr(rm.model, "forward", spy)
-    rows = [rm._encode(i, one[:-1], [one[-1:]]) for i, one in enumerate(random_conversations(40))]
+    rows = [rm._encode("", one[:-1], [one[-1:]]) for one in random_conversations(40)]
     longest = max(len(row["prompt_ids"]) + len(row["response_ids"][0]) for row in rows)
     list(embed(rm.model, rows, batch_tokens=3 * longest))
     assert max(size for size, _ in sizes) <= 3 * longest and len(sizes) < 40
@@ -241,7 +257,7 @@ def test_the_matrix_is_antisymmetric_and_agrees_with_every_other_way(saved, head
     assert rm.compare(PROMPT, RESPONSES[0], RESPONSES[1]) == pytest.approx(matrix[0, 1].item(), abs=1e-5)
     reverse = rm.compare(PROMPT, RESPONSES[1], RESPONSES[0])
     assert reverse + rm.compare(PROMPT, RESPONSES[0], RESPONSES[1]) == pytest.approx(1, abs=1e-6)
-    messages = [{"role": "user", "content": PROMPT}]
+    asked = [{"role": "user", "content": PROMPT}]
     embeddings, states = rm([conversation(PROMPT, text) for text in RESPONSES], return_prompt=True)
     columns = [
         generate_high_dim_result_with_prompt(
@@ -251,9 +267,9 @@ def test_the_matrix_is_antisymmetric_and_agrees_with_every_other_way(saved, head
     ]
     torch.testing.assert_close(torch.stack(columns, dim=1), scores, atol=1e-5, rtol=1e-5)
     as_messages = [[{"role": "assistant", "content": text}] for text in RESPONSES]
-    assert torch.equal(rm.score_matrix(messages, as_messages), scores)
+    assert torch.equal(rm.score_matrix(asked, as_messages), scores)
     whole = [conversation(PROMPT, text) for text in RESPONSES]
-    assert torch.equal(rm.score_matrix(messages, whole), scores), "a response may repeat the prompt"
+    assert torch.equal(rm.score_matrix(asked, whole), scores), "a response may repeat the prompt"
     rewards = scores[:, 0] if head[0] == "bt" else matrix.sum(dim=1)
     assert rm.rank(PROMPT, RESPONSES) == rewards.argsort(descending=True, stable=True).tolist()
 
@@ -294,11 +310,11 @@ def test_a_pair_has_the_score_of_the_trainers_evaluation(saved, tmp_path):
 def test_length_limits(saved, make_model, tmp_path):
     long = "rock paper scissors " * 400
     rm = GPMPipeline(saved(), max_length=64)
-    row = rm._encode(0, long, [RESPONSES[1]])
+    row = rm._encode("", *messages(long, RESPONSES[1]))
     assert len(row["prompt_ids"]) + len(row["response_ids"][0]) == 64 and row["prompt_cut"]
     assert rm.max_length == 64 and GPMPipeline(saved()).max_length is None
     whole = GPMPipeline(saved(), max_length=64, truncation=False)
-    assert len(whole._encode(0, long, ["a"])["prompt_ids"]) > 1000
+    assert len(whole._encode("", *messages(long, "a"))["prompt_ids"]) > 1000
     gpt2 = GPMPipeline(saved("gpt2", "bt", 1, False), truncation=False)
     with pytest.raises(InputError, match=r"prompt 1 .* the model 512 positions"):
         gpt2.embed([PROMPT, long], [["a"], ["b"]])
@@ -351,6 +367,10 @@ def test_the_temperature_of_published_weights_may_be_chosen(published):
         (lambda rm: rm.rank(PROMPT, ["a", None]), "response 1 to prompt 0.* nothing None"),
         (lambda rm: rm.compare(PROMPT, "a", None), "response 1 to prompt 0"),
         (lambda rm: rm.compare(None, "a", "b"), "prompt 0"),
+        (lambda rm: rm.compare(PROMPT, [{"role": "user", "content": "a"}], "b"), "response 0 .* an assistant turn"),
+        (lambda rm: rm.compare(PROMPT, "a", conversation("Another?", "b")), "response 1 .* an assistant turn"),
+        (lambda rm: rm.compare(PROMPT, "a", "half a pair: \ud83d"), "response 1 .* surrogate"),
+        (lambda rm: rm.embed("text", [["a"]] * 4), "prompts are 'text'"),
         (lambda rm: rm.compare([], "a", "b"), "prompt 0"),
         (lambda rm: rm.rank(PROMPT, ["a"], method="elo"), "unknown ranking method 'elo'"),
         (lambda rm: rm.embed([PROMPT], []), "1 prompts, but 0 lists"),
@@ -368,6 +388,50 @@ def test_bad_input_is_one_value_error_that_names_the_item(rm, ask, message):
     with pytest.raises(ValueError, match=message) as caught:
         ask(rm)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((1, 8), (1, 8), (1, 32)), r"expected two of \(B, 4\)"),
+        (((2, 4), (1, 4), (1, 32)), r"expected two of \(B, 4\)"),
+        (((2, 4), (2, 4), (1, 32)), r"expected \(2, 32\)"),
+    ],
+)
+def test_rewards_and_states_that_do_not_fit_the_model(rm, shapes, message):
+    with pytest.raises(InputError, match=message):
+        generate_high_dim_result_with_prompt(rm.model, 4, *map(torch.ones, shapes))
+
+
+@pytest.mark.parametrize("gone", ["value_head.weight", "prompt_head.weight"])
+def test_heads_that_are_missing_are_not_made_up(saved, tmp_path, gone):
+    shutil.copytree(saved(), tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    del tensors[gone]
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"has no {gone}"):
+        GPMPipeline(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 1}, "weights that its configuration has no place for"),
+        ({"num_attention_heads": 0}, "cannot"),
+        ({"hidden_size": None}, "cannot"),
+        ({"preference": []}, "expected an object"),
+        ({"preference": {"head": "gpm", "dim": "4"}}, "dim is '4'"),
+        ({"preference": {"head": "gpm", "dim": 4, "max_length": 3}}, "max_length is 3"),
+        ({"preference": {"head": "gpm", "dim": 4, "normalize": "no"}}, "normalize is 'no'"),
+        ({"preference": {"head": "gpm", "dim": 4, "temperature": math.inf}}, "temperature"),
+    ],
+)
+def test_configurations_that_make_no_sense(saved, tmp_path, change, message):
+    shutil.copytree(saved(), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=message):
+        GPMPipeline(tmp_path / "model")
 
 
 def test_folders_that_cannot_be_used(saved, model_folder, make_model, tmp_path):
@@ -413,7 +477,7 @@ def test_an_adapter_loads_with_its_heads(saved, make_model, tmp_path):
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(saved()).save_pretrained(tmp_path)
     rm = GPMPipeline(tmp_path)
-    one = rm._encode(0, PROMPT, ["rock"])
+    one = rm._encode("", *messages(PROMPT, "rock"))
     ((_, found),) = embed(model, [one])
     torch.testing.assert_close(rm([conversation(PROMPT, "rock")]), found.embeddings)
     assert (
@@ -476,10 +540,11 @@ def test_a_model_without_a_gate_needs_no_prompt(saved):
     assert score.shape == (2,) and PreferenceConfig("gpm", 2).planes == 1
 
 
-def test_weights_that_are_not_finite_are_noticed(saved, make_model, tmp_path):
+@pytest.mark.parametrize("head", ["value_head", "prompt_head"])
+def test_weights_that_are_not_finite_are_noticed(saved, make_model, tmp_path, head):
     model = make_model()
     with torch.no_grad():
-        model.value_head.weight[1, 3] = float("nan")
+        getattr(model, head).weight[1, 3] = float("nan")
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(saved()).save_pretrained(tmp_path)
     with pytest.raises(NonFiniteError, match="prompt 0: the embeddings are not finite"):

@@ -238,3 +238,16 @@ def test_a_record_without_prompt_tokens_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [{"prompt": "", "chosen": "a", "rejected": "b"}])
     with pytest.raises(InputError, match="line 1: the prompt has no tokens"):
         load_tokenized([Source("a", path)], ComparisonTokenizer(bare))
+
+
+def test_one_bad_byte_costs_one_record(tmp_path):
+    good = [json.dumps({"prompt": f"{i} é", "chosen": "a", "rejected": "b"}, ensure_ascii=False) for i in range(300)]
+    lines = [line.encode() for line in good]
+    lines.insert(200, b'{"prompt": "caf\xe9", "chosen": "a", "rejected": "b"}')
+    lines.append(b"[" * 100_000)
+    file = tmp_path / "bytes.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    with pytest.raises(InputError, match="line 201: not UTF-8"):
+        load_source(Source("bytes", str(file)))
+    table, left_out = load_source(Source("bytes", str(file)), skip_bad=True)
+    assert (len(table), left_out) == (300, 2)

@@ -73,6 +73,16 @@ def test_a_winner_above_a_cycle_takes_everything():
     assert ranking.cycles(matrix) == [[1, 2, 3]]
 
 
+def test_large_and_small_stakes():
+    count = 201  # every response beats the next hundred: all weights are equal, and small
+    behind = (torch.arange(count)[None, :] - torch.arange(count)[:, None]) % count
+    matrix = torch.where(behind == 0, 0.5, torch.where(behind <= count // 2, 0.9, 0.1)).double()
+    torch.testing.assert_close(ranking.nash(matrix), torch.full((count,), 1 / count, dtype=torch.float64))
+    payoff = torch.tensor([[0, 1, -2], [-1, 0, 4], [2, -4, 0]], dtype=torch.float64) * 1e-5
+    assert ranking.nash(payoff + 0.5).tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=1e-4)
+    assert ranking.nash(payoff * 1e-3 + 0.5).tolist() == pytest.approx([1 / 3] * 3), "fp32 cannot tell these from ties"
+
+
 def test_two_tied_winners_share_the_weight():
     matrix = torch.tensor([[0.5, 0.5, 0.9], [0.5, 0.5, 0.9], [0.1, 0.1, 0.5]])
     assert ranking.nash(matrix).tolist() == pytest.approx([0.5, 0.5, 0], abs=1e-4)

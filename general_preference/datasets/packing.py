@@ -75,7 +75,8 @@ class Collator:
     """Turns tokenised comparisons into a `Batch`.
 
     pad_id:      any token id; padding is never attended to nor read.
-    shared:      whether the model can share prompts (`RewardModel.shares_prompts`).
+    shared:      whether the model can share prompts (`RewardModel.shares_prompts`). Rows that hold one response each
+                 are plain sequences anyway: no mask of length times length is made for them.
     regularized: whose tokens get log-probs: "" nobody's, "chosen", or "both" (reference_free compares them).
     """
 
@@ -86,9 +87,10 @@ class Collator:
     def __call__(self, comparisons: list[dict]) -> Batch:
         """Comparisons with the columns of `tables.TOKENIZED` and optionally `weight` (default 1)."""
         rows, response_ends, prompt_ends = [], [], []
+        shared = self.shared and any(len(comparison["response_ids"]) > 1 for comparison in comparisons)
         for comparison in comparisons:
             prompt, responses = comparison["prompt_ids"], comparison["response_ids"]
-            groups = [responses] if self.shared else [[response] for response in responses]
+            groups = [responses] if shared else [[response] for response in responses]
             prompt_ends.append((len(rows), len(prompt) - 1))
             for group in groups:
                 end = len(prompt)
@@ -102,7 +104,7 @@ class Collator:
             input_ids=ids,
             position_ids=positions,
             segments=segments,
-            shared=self.shared,
+            shared=shared,
             response_ends=torch.tensor([row * length + column for row, column in response_ends]),
             prompt_ends=torch.tensor([row * length + column for row, column in prompt_ends]),
             **_preferences(comparisons),

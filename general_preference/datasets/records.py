@@ -136,14 +136,14 @@ def _probability(value: object, name: str) -> float:
 def parse_prompt(value: object, name: str = "prompt") -> list[Message]:
     """Text or messages -> messages. InputError calls the value `name`."""
     if isinstance(value, str):
-        return [{"role": "user", "content": value}]
+        value = [{"role": "user", "content": value}]
     return parse_messages(value, name)
 
 
 def parse_response(value: object, name: str, prompt: list[Message]) -> list[Message]:
     """Text or messages, with or without `prompt` in front -> the messages after it. InputError calls it `name`."""
     if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
+        value = [{"role": "assistant", "content": value}]
     if not isinstance(value, list):
         raise InputError(f"'{name}' is {_describe(value)}, expected text or a list of messages")
     messages = parse_messages(value, name)
@@ -153,6 +153,14 @@ def parse_response(value: object, name: str, prompt: list[Message]) -> list[Mess
 
 def _unwrap(value: object) -> object:
     return value["response"] if isinstance(value, dict) and "response" in value else value
+
+
+def parse_answer(value: object, name: str, prompt: list[Message]) -> list[Message]:
+    """A response that begins and ends with the assistant's turn. InputError calls the value `name`."""
+    messages = parse_response(value, name, prompt)
+    if any(message["role"] != "assistant" for message in (messages[0], messages[-1])):
+        raise InputError(f"{name} must begin and end with an assistant turn: {_describe(value)}")
+    return messages
 
 
 def parse_conversation(value: object, name: str) -> tuple[list[Message], list[Message]]:
@@ -178,6 +186,10 @@ def parse_messages(value: object, name: str) -> list[Message]:
             raise InputError(
                 f"'{name}' holds {_describe(message)}, expected a message {{'role': text, 'content': text}}"
             )
+        try:
+            (message["role"] + message["content"]).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"'{name}' holds half a surrogate pair, which is no text: {_describe(message)}") from None
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 

@@ -195,7 +195,8 @@ def _file_records(file: Path, path: str) -> Iterator[tuple[str, object, str]]:
 def _json_records(file: Path) -> Iterator[tuple[str, object, str]]:
     """One record per line, or one JSON array of records."""
     try:
-        with file.open(encoding="utf-8-sig") as lines:
+        # A byte that is no UTF-8 becomes half a surrogate pair, so that it costs its own record and no other.
+        with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
             if file.suffix == ".json" and lines.read(4096).lstrip()[:1] == "[":
                 lines.seek(0)
                 yield from ((f"{file}, record {i}", record, "") for i, record in enumerate(json.load(lines), 1))
@@ -206,8 +207,11 @@ def _json_records(file: Path) -> Iterator[tuple[str, object, str]]:
                 if not line.strip():
                     continue
                 try:
+                    line.encode()
                     yield place, json.loads(line), ""
-                except ValueError as error:
+                except UnicodeEncodeError as error:
+                    yield place, None, f"{place}: not UTF-8 text (character {error.start + 1})"
+                except (ValueError, RecursionError) as error:
                     yield place, None, f"{place}: not JSON ({error}), found {line.strip()[:60]!r}"
     except UnicodeDecodeError as error:
         yield str(file), None, f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
@@ -219,7 +223,7 @@ def _csv_records(file: Path) -> Iterator[tuple[str, object, str]]:
     """Rows of a CSV file with a header; margin and chosen_probability are numbers, empty cells are absent."""
     csv.field_size_limit(2**31 - 1)
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
+        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
             reader = csv.DictReader(lines)
             for row in reader:
                 place = f"{file}, line {reader.line_num}"

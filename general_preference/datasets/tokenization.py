@@ -12,6 +12,7 @@ released  what the published GPM checkpoints were trained with: template text to
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -33,6 +34,9 @@ def load_tokenizer(
     Raises:
         InputError: no tokenizer there, no end token, or an input template without "{}".
     """
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in files):
+        raise InputError(f"{path} has no tokenizer ({files[0]}): save the one it was trained with beside it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=use_fast, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:

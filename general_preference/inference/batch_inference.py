@@ -18,7 +18,6 @@ from general_preference.models.losses import preference_loss
 from general_preference.models.score import preference_probability
 from general_preference.models.statistics import (
     calibration_bins,
-    empty_sums,
     preference_statistics,
     preference_sums,
     wilson_interval,
@@ -86,20 +85,19 @@ class ResultSummary:
 
     def __init__(self, tau: float):
         self.tau = tau
-        self.sums: dict[str, torch.Tensor] = {ALL: empty_sums()}
-        self.cyclic: dict[str, list[float]] = {ALL: []}
+        self.scores: dict[str, list[float]] = {}
+        self.labels: dict[str, list[float]] = {}
+        self.cyclic: dict[str, list[float]] = {}
 
     def add(self, rows: Iterable[dict]) -> "ResultSummary":
         """Take in rows that `result_row` made."""
         for row in rows:
-            pair = "preferences" not in row
-            score = torch.tensor([row["score"]] if pair else row["score"], dtype=torch.float64)
-            label = torch.tensor([row["label"]] if pair else [label for *_, label in row["preferences"]]).double()
-            sums = preference_sums(score, label, preference_loss(score, temperature=self.tau, label=label), self.tau)
-            for name in dict.fromkeys((ALL, row.get("subset") or ALL)):
-                self.sums[name] = self.sums.get(name, empty_sums()) + sums
-                if "cyclic_share" in row:
-                    self.cyclic.setdefault(name, []).append(row["cyclic_share"])
+            subset, pair = row.get("subset", ""), "preferences" not in row
+            labels = [row["label"]] if pair else [label for *_, label in row["preferences"]]
+            self.scores.setdefault(subset, []).extend([row["score"]] if pair else row["score"])
+            self.labels.setdefault(subset, []).extend(labels)
+            if "cyclic_share" in row:
+                self.cyclic.setdefault(subset, []).append(row["cyclic_share"])
         return self
 
     def results(self) -> dict[str, dict]:
@@ -110,14 +108,21 @@ class ResultSummary:
                                      scores that no ranking can explain
         """
         results = {}
-        for name in [*sorted(self.sums.keys() - {ALL}), ALL]:
-            row = preference_statistics(self.sums[name])
+        for name in [*sorted(self.scores.keys() - {""}), ALL]:
+            row = preference_statistics(self._sums(name))
             row["accuracy_low"], row["accuracy_high"] = wilson_interval(row["accuracy"], row["n"])
-            cyclic = self.cyclic.get(name)
+            cyclic = self._of(self.cyclic, name)
             row |= {"groups": len(cyclic), "cyclic_share": math.fsum(cyclic) / len(cyclic)} if cyclic else {}
             results[name] = row
         return results
 
     def reliability(self) -> list[tuple[float, float, int]]:
         """Bins of the reliability diagram over all rows, see `statistics.calibration_bins`."""
-        return calibration_bins(self.sums[ALL])
+        return calibration_bins(self._sums(ALL))
+
+    def _sums(self, name: str) -> torch.Tensor:
+        score, label = (torch.tensor(self._of(kept, name), dtype=torch.float64) for kept in (self.scores, self.labels))
+        return preference_sums(score, label, preference_loss(score, temperature=self.tau, label=label), self.tau)
+
+    def _of(self, kept: dict[str, list[float]], name: str) -> list[float]:
+        return [value for values in kept.values() for value in values] if name == ALL else kept.get(name, [])

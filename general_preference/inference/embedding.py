@@ -144,8 +144,8 @@ def _run(model: RewardModel, collate: Collator, comparisons, call: list[_Part], 
     embeddings = output["embeddings"].float().cpu().split([part.stop - part.start for part in call])
     states = output["prompt_hidden_states"].cpu()
     gates = output["gates"].float().cpu() if "gates" in output else [None] * len(call)
-    for part, embedding in zip(call, embeddings, strict=True):
-        if not torch.isfinite(embedding).all():
+    for part, *found in zip(call, embeddings, states, gates, strict=True):
+        if not all(torch.isfinite(tensor).all() for tensor in found if tensor is not None):
             name = comparisons[part.index].get("id") or f"prompt {part.index}"
             raise NonFiniteError(
                 f"{name}: the embeddings are not finite in {model.dtype}: damaged weights, or try fp32"

@@ -30,7 +30,7 @@ def draw_reliability(bins: list[tuple[float, float, int]], results: dict[str, di
     left.plot([0.5, 1], [0.5, 1], color="0.6", lw=1, ls="--", label="calibrated")
     low, high = zip(*(wilson_interval(share, count) for _, share, count in bins), strict=True)
     left.vlines(confidence, low, high, color="0.6", lw=1)
-    left.plot(confidence, outcome, "o-", color=_POINT, ms=5, lw=1.2, label="share that came out so")
+    left.plot(confidence, outcome, "o-", color=_POINT, ms=5, lw=1.2, label="observed share")
     error = results[names[-1]]["calibration_error"]
     left.set(xlim=(0.48, 1.02), ylim=(0, 1.15), xlabel="probability of the response the model prefers")
     left.set_title(f"reliability, calibration error {error:.3f}, n = {total}", fontsize=10)
@@ -42,7 +42,9 @@ def draw_reliability(bins: list[tuple[float, float, int]], results: dict[str, di
     places = range(len(names))[::-1]
     right.errorbar(accuracy, places, xerr=[low, high], fmt="o", color=_POINT, ecolor="0.6", capsize=3, ms=5)
     right.axvline(0.5, color="0.7", lw=1, ls="--")
-    right.set_yticks(places, [f"{name} ({results[name]['n']})" for name in names], fontsize=8)
+    right.set_yticks(
+        places, [f"{_printable(name)} ({results[name]['n']})" for name in names], fontsize=8, parse_math=False
+    )
     right.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(names) - 0.4), xlabel="accuracy, 95 % interval")
     for axis in (left, right):
         axis.grid(alpha=0.25)
@@ -50,3 +52,7 @@ def draw_reliability(bins: list[tuple[float, float, int]], results: dict[str, di
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True
+
+
+def _printable(name: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in name)

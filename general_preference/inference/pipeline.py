@@ -7,17 +7,17 @@ rm.rank(prompt, responses)                    indices, best first
 rm([conversation, ...], return_prompt=True)   embeddings and prompt hidden states, as in the paper's example
 """
 
-import json
 import logging
 
 import torch
 
-from general_preference.datasets.records import Message, parse_conversation, parse_prompt, parse_response
+from general_preference.datasets.records import Message, parse_answer, parse_conversation, parse_prompt
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError
 from general_preference.inference import ranking
 from general_preference.inference.embedding import EmbeddedPrompt, embed
 from general_preference.models.device import choose_device, has_fast_bf16, inference_dtype
+from general_preference.models.preference_config import MIN_LENGTH
 from general_preference.models.pretrained import load_reward_model, trained_preference
 from general_preference.models.reward_model import RewardModel
 from general_preference.models.score import preference_probability, preference_score
@@ -25,7 +25,6 @@ from general_preference.models.score import preference_probability, preference_s
 logger = logging.getLogger(__name__)
 
 RELEASED_MAX_LENGTH = 4096  # tokens; what the published checkpoints are run with, they record none
-MIN_LENGTH = 8
 
 Prompt = str | list[Message]
 Response = str | list[Message]
@@ -81,8 +80,9 @@ class GPMPipeline:
                 f"{path} was saved with head = {preference.head!r}, but is_general_preference = "
                 f"{is_general_preference} was asked for: drop the argument"
             )
-        if batch_tokens is not None and batch_tokens < 1:
-            raise InputError(f"batch_tokens {batch_tokens} must be at least 1")
+        for name, value, least in (("max_length", max_length, MIN_LENGTH), ("batch_tokens", batch_tokens, 1)):
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}")
         self.device = choose_device(device)
         if bf16 and not has_fast_bf16(self.device):
             logger.warning("bf16 on this %s is emulated and many times slower than fp32", self.device.type)
@@ -90,10 +90,11 @@ class GPMPipeline:
         self.model: RewardModel = load_reward_model(
             path,
             dtype=inference_dtype(self.device, bf16),
+            device=self.device,
             attn_implementation=None if attn_implementation == "auto" else attn_implementation,
             trust_remote_code=trust_remote_code,
             preference=preference,
-        ).to(self.device)
+        )
         self.preference = preference
         self.value_head_dim, self.add_prompt_head = preference.dim, preference.prompt_gate
         self.padding, self.batch_tokens = padding, batch_tokens
@@ -109,7 +110,8 @@ class GPMPipeline:
         """Embed conversations that end in the assistant's turn to be scored.
 
         Args:
-            samples: B conversations, each a list of {"role", "content"}. Those with the same prompt share its forward.
+            samples: B conversations, each a list of {"role", "content"}. Those with the same prompt share its forward;
+                each is cut to `max_length` alone.
             return_prompt: also return the hidden state that the prompt gate reads.
 
         Returns:
@@ -123,14 +125,17 @@ class GPMPipeline:
             raise InputError(f"expected a list of conversations, found {_name(samples)}")
         if isinstance(samples[0], dict):
             raise InputError("expected a list of conversations, found one conversation: wrap it in a list")
-        split = [parse_conversation(sample, f"conversation {index}") for index, sample in enumerate(samples)]
-        groups: dict[str, list[int]] = {}
-        for index, (prompt, _) in enumerate(split):
-            groups.setdefault(json.dumps(prompt), []).append(index)
-        members = list(groups.values())
-        found = self.embed(
-            [split[group[0]][0] for group in members], [[split[i][1] for i in group] for group in members]
-        )
+        # Each is cut to the length limit alone: what it scores must not depend on the others.
+        groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+        for index, sample in enumerate(samples):
+            prompt, response = parse_conversation(sample, f"conversation {index}")
+            row = self._encode(f"conversation {index}", prompt, [response])
+            groups.setdefault(tuple(row["prompt_ids"]), []).append((index, row["response_ids"][0]))
+        rows = [
+            {"prompt_ids": list(prompt), "response_ids": [ids for _, ids in group]} for prompt, group in groups.items()
+        ]
+        members = [[index for index, _ in group] for group in groups.values()]
+        found = self._embed_rows(rows)
         order = torch.tensor([index for group in members for index in group]).argsort()
         embeddings = torch.cat([one.embeddings for one in found])[order].to(self.device)
         rewards = embeddings.squeeze(-1) if self.value_head_dim == 1 else embeddings
@@ -140,7 +145,7 @@ class GPMPipeline:
         return rewards, torch.stack(states)[order].to(self.device)
 
     def compare(self, prompt: Prompt, first: Response, second: Response) -> float:
-        """P(first is preferred to second) in [0, 1]; compare(p, a, b) + compare(p, b, a) = 1.
+        """P(first is preferred to second) in [0, 1]; in fp32 compare(p, a, b) + compare(p, b, a) = 1 up to rounding.
 
         Args:
             prompt: text of a user, or messages (a system message and several turns are fine).
@@ -149,7 +154,11 @@ class GPMPipeline:
         return self.preference_matrix(prompt, [first, second])[0, 1].item()
 
     def score_matrix(self, prompt: Prompt, responses: list[Response]) -> torch.Tensor:
-        """(K, K) scores, row over column, in fp32 on the CPU: exactly antisymmetric, logits times `tau`."""
+        """(K, K) scores, row over column, in fp32 on the CPU: exactly antisymmetric, logits times `tau`.
+
+        All responses stand behind one prompt: what `max_length` cuts from it is what the longest of them leaves no
+        room for.
+        """
         return self._embed_one(prompt, responses).scores()
 
     def preference_matrix(self, prompt: Prompt, responses: list[Response]) -> torch.Tensor:
@@ -180,9 +189,22 @@ class GPMPipeline:
         Raises:
             InputError (a ValueError): something that cannot be scored; the message names it.
         """
+        for name, value in (("prompts", prompts), ("responses", responses)):
+            if not isinstance(value, list | tuple):
+                raise InputError(f"the {name} are {_name(value)}, expected a list with one entry for each prompt")
         if len(prompts) != len(responses):
             raise InputError(f"{len(prompts)} prompts, but {len(responses)} lists of responses: give one for each")
-        rows = [self._encode(*each) for each in zip(range(len(prompts)), prompts, responses, strict=True)]
+        rows = []
+        for index, (prompt, some) in enumerate(zip(prompts, responses, strict=True)):
+            if not isinstance(some, list | tuple) or not some:
+                raise InputError(f"the responses to prompt {index} are {_name(some)}, expected a list of at least one")
+            messages = parse_prompt(prompt, f"prompt {index}")
+            names = (f"response {number} to prompt {index}" for number in range(len(some)))
+            parsed = [parse_answer(each, name, messages) for each, name in zip(some, names, strict=False)]
+            rows.append(self._encode(f"prompt {index}", messages, parsed))
+        return self._embed_rows(rows)
+
+    def _embed_rows(self, rows: list[dict]) -> list[EmbeddedPrompt]:
         progress = "embedding"
         found = embed(self.model, rows, batch_tokens=self.batch_tokens, padding=self.padding, progress=progress)
         return [embedded for _, embedded in sorted(found, key=lambda entry: entry[0])]
@@ -190,30 +212,21 @@ class GPMPipeline:
     def _embed_one(self, prompt: Prompt, responses: list[Response]) -> EmbeddedPrompt:
         return self.embed([prompt], [responses])[0]
 
-    def _encode(self, index: int, prompt: Prompt, responses: list[Response]) -> dict:
-        """Token ids of one prompt and its responses; errors name the item (and the prompt, where there are several)."""
-        if not isinstance(responses, list | tuple) or not responses:
-            raise InputError(f"the responses to prompt {index} are {_name(responses)}, expected a list of at least one")
-        messages = parse_prompt(prompt, f"prompt {index}")
-        parsed = [
-            parse_response(response, f"response {number} to prompt {index}", messages)
-            for number, response in enumerate(responses)
-        ]
+    def _encode(self, name: str, prompt: list[Message], responses: list[list[Message]]) -> dict:
+        """Token ids of one prompt and its responses; errors start with `name`."""
         try:
-            row = self.encoder.encode([messages], [parsed])[0]
+            row = self.encoder.encode([prompt], [responses])[0]
         except InputError as error:
-            raise InputError(f"prompt {index}: {error}") from error
+            raise InputError(f"{name}: {error}") from error
         if not row["prompt_ids"]:
-            raise InputError(f"prompt {index} has no tokens; expected some text before the responses")
+            raise InputError(f"{name} has no tokens before the response; expected some text")
         longest, limit = len(row["prompt_ids"]) + max(map(len, row["response_ids"])), self.model.learned_positions
         if limit is not None and longest > limit:
-            raise InputError(f"prompt {index} with a response has {longest} tokens, the model {limit} positions")
+            raise InputError(f"{name} with its response has {longest} tokens, the model {limit} positions")
         return row
 
     def _length_limit(self, max_length: int | None) -> int | None:
         positions = self.model.learned_positions
-        if max_length is not None and max_length < MIN_LENGTH:
-            raise InputError(f"max_length {max_length} leaves no room for a prompt and a response: use at least 8")
         if max_length is not None and positions is not None and max_length > positions:
             raise InputError(f"max_length {max_length} exceeds the model's {positions} positions")
         released = RELEASED_MAX_LENGTH if self.preference.input_format == "released" else None
@@ -243,13 +256,25 @@ def generate_high_dim_result_with_prompt(
     """
     if value_head_dim != model.preference.dim:
         raise InputError(f"value_head_dim is {value_head_dim}, but the model has D = {model.preference.dim}")
-    first, second = (reward.reshape(-1, value_head_dim) for reward in (chosen_reward, rejected_reward))
+    first, second = (
+        reward.reshape(-1, 1) if value_head_dim == 1 else torch.atleast_2d(reward)
+        for reward in (chosen_reward, rejected_reward)
+    )
+    if first.shape != second.shape or first.shape[1] != value_head_dim:
+        raise InputError(
+            f"rewards of shapes {tuple(chosen_reward.shape)} and {tuple(rejected_reward.shape)}: expected two of "
+            f"(B, {value_head_dim})"
+        )
     gate = None
     if model.preference.prompt_gate:
         if prompt_hidden_states is None:
             raise InputError("this model's gate reads the prompt: pass the prompt hidden states (return_prompt=True)")
+        states = torch.atleast_2d(prompt_hidden_states)
+        expected = (len(first), model.config.hidden_size)
+        if states.shape != expected:
+            raise InputError(f"prompt hidden states of shape {tuple(states.shape)}: expected {expected}")
         with torch.no_grad():
-            gate = model.gate(prompt_hidden_states.reshape(len(first), -1))
+            gate = model.gate(states)
     return preference_score(first, second, gate)
 
 

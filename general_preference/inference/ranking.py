@@ -12,7 +12,7 @@ import torch
 from general_preference.errors import InputError
 from general_preference.models.cycles import simple_cycles
 
-_TOLERANCE = 1e-6  # of probabilities that should add up to 1, and of the linear programme
+_TOLERANCE = 1e-6  # what fp32 scores leave uncertain about a probability
 
 Matrix = torch.Tensor | Sequence[Sequence[float]]
 
@@ -65,26 +65,41 @@ def nash(probabilities: Matrix) -> torch.Tensor:
     A response that beats all others gets weight 1; the members of a cycle share it. Where several strategies are
     optimal, the mean over those that favour each response most, so that tied responses get equal weights.
 
-    Needs scipy. Source: Fishburn 1984 (maximal lotteries); Dudik et al. 2015 (arXiv 1502.06362, von Neumann winner);
-    for language models, Munos et al. 2024 (arXiv 2312.00886).
+    Differences from 1/2 below 1e-6 are ties. Needs scipy. Source: Fishburn 1984 (maximal lotteries); Dudik et al. 2015
+    (arXiv 1502.06362, von Neumann winner); for language models, Munos et al. 2024 (arXiv 2312.00886).
 
     Raises:
         InputError: not a preference matrix. RuntimeError: the linear programme found no solution.
     """
+    matrix = _checked(probabilities)
+    payoff = (matrix - matrix.T) / 2
+    payoff[payoff.abs() < _TOLERANCE] = 0.0
+    count, stake = len(payoff), payoff.abs().max().item()
+    if stake == 0:
+        return torch.full((count,), 1 / count, dtype=torch.float64)
+    payoff /= stake
+    # The optimum is a single point where the largest and the smallest value of any direction agree.
+    direction = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ends = [_optimal_strategy(payoff, sign * direction) for sign in (1, -1)]
+    if (ends[0] - ends[1]).abs().max() < _TOLERANCE:
+        return ends[0]
+    favourites = []
+    for favoured in torch.eye(count, dtype=torch.float64):
+        strategy = _optimal_strategy(payoff, favoured)
+        if strategy @ favoured > _TOLERANCE:
+            favourites.append(strategy)
+    return torch.stack(favourites).mean(dim=0)
+
+
+def _optimal_strategy(payoff: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """Of the strategies that every opponent at best ties with, the one that goes farthest in `direction`. (K,)"""
     from scipy.optimize import linprog  # only here: scoring needs no scipy
 
-    payoff = (_checked(probabilities) - 0.5).numpy()
     count = len(payoff)
-    favourites = []
-    for favoured in range(count):
-        objective = [-float(index == favoured) for index in range(count)]
-        # Every opponent j: sum_i w_i payoff_ij >= 0. The tolerance keeps the programme feasible after rounding.
-        found = linprog(objective, A_ub=-payoff.T, b_ub=[_TOLERANCE] * count, A_eq=[[1.0] * count], b_eq=[1.0])
-        if found.status != 0:
-            raise RuntimeError(f"no mixed strategy found for this preference matrix: {found.message}")
-        if -found.fun > 10 * _TOLERANCE * count:
-            favourites.append(torch.from_numpy(found.x))
-    weights = torch.stack(favourites).mean(dim=0).clamp(min=0)
+    found = linprog(-direction, A_ub=-payoff.T, b_ub=[0.0] * count, A_eq=[[1.0] * count], b_eq=[1.0])
+    if found.status != 0:
+        raise RuntimeError(f"no mixed strategy found for this preference matrix: {found.message}")
+    weights = torch.from_numpy(found.x).clamp(min=0)
     return weights / weights.sum()
 
 

@@ -1,13 +1,14 @@
 """Results of a batch run on disk: parts while it runs, one ordered JSONL file when it is done.
 
 Each process appends finished rows to its own part under `OUTPUT.parts/`, so a run that is killed at any moment loses
-at most the row being written, and continues on any number of processes. `settings.json` beside the parts says what
+only what was being computed, and continues on any number of processes. `settings.json` beside the parts says what
 they were made with; results of other settings are never mixed.
 """
 
+import fcntl
 import json
 import logging
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from general_preference.files import claim_folder, replace_lines, replace_text
 
 logger = logging.getLogger(__name__)
 
+SETTINGS = "settings.json"
+ASKED = "asked"  # the part of the settings that is kept for people: it may change without changing a row
+
 
 class ResultStore:
     """The rows of one run over `count` comparisons, by index."""
@@ -23,45 +27,76 @@ class ResultStore:
     def __init__(self, output: Path, count: int, rank: int):
         self.output, self.count = output, count
         self.parts = output.with_name(output.name + ".parts")
-        self.summary = output.with_name(output.stem + ".summary.json")
+        self.summary = self.beside(".summary.json")
         self._part = self.parts / f"part-{rank}.jsonl"
         self._file = self._claim = None
+
+    def beside(self, suffix: str) -> Path:
+        """The file that is called like the output (without .jsonl) and ends in `suffix`."""
+        return self.output.with_name(self.output.name.removesuffix(".jsonl") + suffix)
 
     def claim(self, settings: dict, overwrite: bool) -> None:
         """Take the output for this run and get its parts ready. On the main process, before the others look.
 
         Args:
-            settings: JSON-serialisable, what every row depends on.
+            settings: JSON-serialisable, what every row depends on, and under `ASKED` what was asked for.
             overwrite: drop what other settings left there.
 
         Raises:
-            InputError: another run is writing, or the results there were made with other settings.
+            InputError: another run is writing, the results there were made with other settings or were changed since,
+                or something there is not of a run.
         """
+        self._refuse_strangers()
         self._claim = claim_folder(self.parts, "--output_path")
         settings = json.loads(json.dumps(settings))
         found = self._settings()
-        if found != settings and not overwrite and (found is not None or self.output.exists()):
+        same = found is not None and _matters(found) == _matters(settings)
+        whole = not self.output.exists() or self._is_whole()
+        if not (same and whole) and not overwrite and (found is not None or self.output.exists()):
+            problem = (
+                _difference(found, settings) if not same else f"it was changed since its {self.count} rows were made"
+            )
             self._release_if_new()
-            raise InputError(f"--output_path {self.output}: {_difference(found, settings)}; choose another path, or "
-                             "pass --overwrite")  # fmt: skip
-        if found != settings:
+            raise InputError(f"--output_path {self.output}: {problem}; choose another path, or pass --overwrite")
+        if not (same and whole):
             for stale in [self.output, self.summary, *self.parts.glob("part-*.jsonl")]:
                 stale.unlink(missing_ok=True)
-        replace_text(self.parts / "settings.json", json.dumps(settings, indent=2))
+        replace_text(self.parts / SETTINGS, json.dumps(settings, indent=2))
         for part in self.parts.glob("part-*.jsonl"):
-            _cut_after_last_line(part)
+            _clean(part, self.count)
+
+    def _refuse_strangers(self) -> None:
+        """InputError where this run would write over, or remove, what no run of this kind has left."""
+        if self.parts.is_dir():
+            strangers = [path.name for path in self.parts.iterdir() if not _is_ours(path)]
+            if strangers:
+                raise InputError(
+                    f"{self.parts} holds {strangers[0]!r}, which is not of a run: choose another --output_path"
+                )
+        picture = self.beside(".reliability.png")
+        known = isinstance(_read_json(self.summary).get("settings"), dict)
+        for path in (self.summary, picture):
+            if path.is_dir() or (path.exists() and not known and not (self.parts / SETTINGS).is_file()):
+                raise InputError(f"{path} is not of a run and would be replaced: choose another --output_path")
+
+    def _is_whole(self) -> bool:
+        """Whether the output still holds one row for every comparison."""
+        with self.output.open("rb") as lines:
+            rows = [_is_row(line) for line in lines]
+        return len(rows) == self.count and all(rows)
 
     def finished(self) -> set[int]:
-        """Indices whose rows are on disk. Any process may ask once the output is claimed."""
+        """Indices whose rows are on disk. One process asks, once the output is claimed, and tells the others."""
         if self.output.exists():
             return set(range(self.count))
-        return {index for part in sorted(self.parts.glob("part-*.jsonl")) for index, _ in _read_part(part)}
+        return {index for part in self.parts.glob("part-*.jsonl") for index, _ in _rows(part, self.count)}
 
     def append(self, index: int, row: dict) -> None:
         """Put one finished row on disk."""
         if self._file is None:
             self._file = self._part.open("a", encoding="utf-8")
-        self._file.write(json.dumps([index, row], ensure_ascii=False) + "\n")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._file.write(f"{index}\t{json.dumps(row, ensure_ascii=False, allow_nan=False)}\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -76,8 +111,8 @@ class ResultStore:
             return
         lines: list[str | None] = [None] * self.count
         for part in sorted(self.parts.glob("part-*.jsonl")):
-            for index, row in _read_part(part):
-                lines[index] = row
+            for index, row in _rows(part, self.count):
+                lines[index] = row.decode().rstrip("\n")
         missing = lines.count(None)
         if missing:
             raise RuntimeError(f"{missing} of {self.count} rows are missing under {self.parts}: run this again")
@@ -90,47 +125,82 @@ class ResultStore:
 
     def finish(self, summary: dict) -> None:
         """Write the summary beside the output and drop the parts. On the main process."""
-        settings = json.loads((self.parts / "settings.json").read_text(encoding="utf-8"))
+        settings = _read_json(self.parts / SETTINGS)
         replace_text(self.summary, json.dumps({"settings": settings} | summary, indent=2))
-        shutil.rmtree(self.parts)
+        self._remove_parts()
 
     def _settings(self) -> dict | None:
         """What the rows that are there were made with; None if nothing is there or nothing says so."""
-        for path, key in ((self.parts / "settings.json", None), (self.summary, "settings")):
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                return found if key is None else found[key]
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-        return None
+        found = _read_json(self.parts / SETTINGS) or _read_json(self.summary).get("settings")
+        return found if isinstance(found, dict) and found else None
 
     def _release_if_new(self) -> None:
         """Leave no empty parts folder beside the results of an earlier run."""
         self._claim.close()
-        if not (self.parts / "settings.json").exists():
-            shutil.rmtree(self.parts)
+        if not (self.parts / SETTINGS).exists():
+            self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        for path in self.parts.iterdir():
+            if _is_ours(path):
+                path.unlink()
+        self.parts.rmdir()
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_file() and bool(
+        re.fullmatch(r"\.lock|\.?settings\.json(\.tmp)?|\.?part-\d+\.jsonl(\.tmp)?", path.name)
+    )
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a JSON file; an empty one if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _matters(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if name != ASKED}
 
 
 def _difference(found: dict | None, settings: dict) -> str:
     if found is None:
         return "there is a file that no run of this script left"
-    names = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
-    values = [f"{name} = {found.get(name)!r}, now {settings.get(name)!r}" for name in names]
+    before, now = (_matters(some) | some.get(ASKED, {}) for some in (found, settings))
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    values = [f"{name} = {before.get(name)!r}, now {now.get(name)!r}" for name in names]
     return f"the results there were made with {'; '.join(values)}"
 
 
-def _read_part(part: Path) -> Iterator[tuple[int, str]]:
-    """(index, row as JSON text) of every line."""
-    with part.open(encoding="utf-8") as lines:
+def _rows(part: Path, count: int) -> Iterator[tuple[int, bytes]]:
+    """(index, row as JSON text) of every whole line; what a killed process or a failing disk left is passed over."""
+    with part.open("rb") as lines:
         for line in lines:
-            index, row = json.loads(line)
-            yield index, json.dumps(row, ensure_ascii=False)
+            index, _, row = line.partition(b"\t")
+            if line.endswith(b"\n") and index.isdigit() and int(index) < count and _is_row(row):
+                yield int(index), row
 
 
-def _cut_after_last_line(part: Path) -> None:
-    """Drop what a killed process left of a line."""
-    content = part.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with part.open("r+b") as file:
-            file.truncate(whole)
+def _is_row(line: bytes) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and {"id", "score", "probability"} <= row.keys()
+
+
+def _clean(part: Path, count: int) -> None:
+    """Leave only whole rows in a part, so that more can be appended; a process that still writes there is noticed."""
+    with part.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{part} is still being written by another run: wait for it, or end it") from None
+        rows = [f"{index}\t{row.decode()}".rstrip("\n") for index, row in _rows(part, count)]
+        dropped = sum(1 for _ in file) - len(rows)
+        if dropped:
+            logger.warning("%s: %d damaged lines are made anew", part.name, dropped)
+            replace_lines(part, rows)

@@ -22,6 +22,8 @@ def choose_device(wanted: str | torch.device = "auto", index: int = 0) -> torch.
         device = torch.device(wanted)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"device {wanted!r} is none: use auto, cuda, cuda:N, mps or cpu") from error
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise InputError(f"device {wanted!r} is none that models run on here: use auto, cuda, cuda:N, mps or cpu")
     if device.type == "cuda":
         device = torch.device("cuda", index % max(gpus, 1) if device.index is None else device.index)
         if device.index >= gpus:
@@ -31,10 +33,18 @@ def choose_device(wanted: str | torch.device = "auto", index: int = 0) -> torch.
     return device
 
 
+def use_device(device: torch.device) -> torch.device:
+    """Make `device` the process's current one, for kernels that ask for no other; returns it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is arithmetic of the device and not an emulation many times slower than fp32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        # Asked of this device: torch.cuda.is_bf16_supported looks at the current one.
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return True

@@ -88,14 +88,15 @@ def read_card_facts(readme: str | Path | None) -> CardFacts:
     """What a card written by `model_card` says in its metadata; nothing if there is no such card."""
     try:
         data = ModelCard.load(readme, ignore_metadata_errors=True).data if readme else None
-    except (OSError, ValueError, YAMLError, HFValidationError):
-        return CardFacts()
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, YAMLError, HFValidationError):
+        return CardFacts()  # somebody else's README.md, whatever is wrong with it
     if data is None or data.library_name != LIBRARY:
         return CardFacts()
     results: dict[str, dict[str, float]] = {}
     for result in data.eval_results or []:
         results.setdefault(result.dataset_name, {})[result.metric_type] = result.metric_value
-    return CardFacts(data.base_model, data.datasets or [], results)
+    datasets = [data.datasets] if isinstance(data.datasets, str) else data.datasets or []
+    return CardFacts(data.base_model, datasets, results)
 
 
 def _description(preference: PreferenceConfig) -> str:

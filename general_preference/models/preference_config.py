@@ -4,11 +4,13 @@ The `preference` object of a saved config.json is a `PreferenceConfig`. Checkpoi
 the paper's own code) are described from the shapes of their head tensors.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from general_preference.errors import InputError
 
+MIN_LENGTH = 8  # tokens that leave room for a prompt and a response
 HEADS = ("bt", "gpm", "hybrid")
 
 
@@ -56,8 +58,8 @@ class PreferenceConfig:
             raise InputError(f"unknown gate {self.gate!r}: choose softmax or scaled_softmax")
         if self.input_format not in ("chat", "released"):
             raise InputError(f"unknown input format {self.input_format!r}: choose chat or released")
-        if not self.temperature > 0:
-            raise InputError(f"temperature must be positive, not {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"temperature must be positive and finite, not {self.temperature}")
 
     @property
     def planes(self) -> int:
@@ -78,6 +80,14 @@ class PreferenceConfig:
             raise InputError(
                 f"config.json has unknown preference fields {sorted(unknown)}: written by a newer version?"
             )
+        kinds = {"dim": int, "max_length": int | None, "temperature": int | float}
+        kinds |= dict.fromkeys(("prompt_gate", "normalize", "learnable_temperature"), bool)
+        for name, kind in kinds.items():
+            value = values.get(name, getattr(cls, name))
+            if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                raise InputError(f"config.json: preference has a value of the wrong kind ({name} is {value!r})")
+        if values.get("max_length") is not None and values["max_length"] < MIN_LENGTH:
+            raise InputError(f"config.json: max_length is {values['max_length']}, expected at least {MIN_LENGTH}")
         try:
             return cls(**values)
         except TypeError as error:

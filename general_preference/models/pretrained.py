@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import cached_file, is_flash_attn_2_available
+from transformers.utils import cached_file, is_accelerate_available, is_flash_attn_2_available
 
 from general_preference.errors import InputError
 from general_preference.models.attention import VERIFIED
@@ -94,7 +94,7 @@ def get_reward_model(
     model.initialize_heads(seed)
     if saved is not None:
         keep = [name for name, new in zip(HEAD_NAMES, (init_value_head, init_prompt_head), strict=True) if not new]
-        _copy_heads(model, _read_tensors(model_name_or_path, keep))
+        _copy_heads(model, str(model_name_or_path), keep)
     _check_sharing(model, partitioned)
     return model
 
@@ -106,11 +106,13 @@ def load_reward_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     preference: PreferenceConfig | None = None,
+    device: torch.device | str = "cpu",
 ) -> RewardModel:
     """Load a trained preference model (full, sharded or LoRA adapter) from a folder or hub name.
 
     Args:
         preference: the head, if the caller has read it already (`saved_preference`).
+        device: where the model goes; with accelerate installed its weights go there straight from the files.
 
     Returns:
         the model in eval mode, its head as the checkpoint describes it.
@@ -120,9 +122,11 @@ def load_reward_model(
     """
     if preference is None:
         preference = trained_preference(path, trust_remote_code)
-    backbone = _load_backbone(path, dtype, attn_implementation, trust_remote_code)
+    device = torch.device(device)
+    backbone = _load_backbone(path, dtype, attn_implementation, trust_remote_code, device=device)
     model = RewardModel(backbone, preference)
-    _copy_heads(model, _read_tensors(path, HEAD_NAMES))
+    _copy_heads(model, path, HEAD_NAMES)
+    model.to(device)  # before the self-check: that is where its kernels have to be right
     model.card = read_card_facts(_resolve(path, "README.md"))
     _check_sharing(model)
     return model.eval()
@@ -131,7 +135,7 @@ def load_reward_model(
 def saved_preference(path: str, trust_remote_code: bool = False) -> PreferenceConfig | None:
     """What the checkpoint at `path` says about its head; None for a plain language model."""
     config = load_config(path, trust_remote_code)
-    if getattr(config, "preference", None):
+    if getattr(config, "preference", None) is not None:
         return PreferenceConfig.from_dict(config.preference)
     shapes = {name: tuple(tensor.shape) for name, tensor in _read_tensors(path, HEAD_NAMES).items()}
     if "value_head.weight" not in shapes:
@@ -157,7 +161,7 @@ def trained_preference(
         raise InputError(
             f"{path} has no value_head: it is a plain language model. Train it first, or pass a trained folder"
         )
-    recorded = bool(getattr(load_config(path, trust_remote_code), "preference", None))
+    recorded = getattr(load_config(path, trust_remote_code), "preference", None) is not None
     if recorded or temperature is None:
         preference.check(str(path), temperature=temperature)
         return preference
@@ -175,17 +179,24 @@ def load_config(path: str, trust_remote_code: bool = False):
         raise InputError(f"model folder {path} does not exist: check the path")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a wrong value raises whatever the architecture's own checks raise
         raise InputError(f"cannot read the model configuration of {path}: {_first_line(error)}") from error
 
 
 def checkpoint_identity(path: str) -> list:
-    """What changes when the checkpoint at `path` does: names, sizes and times of its files, or its hub snapshot."""
+    """What changes when the checkpoint at `path` does: names, sizes and times of its files, or its hub snapshot.
+
+    Of an adapter, also what changes when its base model does.
+    """
+    adapter = _resolve(path, "adapter_config.json")
+    base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter else None
+    of_base = checkpoint_identity(base) if base else []
     if not Path(path).is_dir():
-        return [_resolve(path, "config.json")]
-    files = sorted(file for file in Path(path).iterdir() if file.suffix in (".json", ".safetensors", ".jinja"))
+        return [_resolve(path, "config.json"), of_base]
     written = {"arguments.json", "data_summary.json", "eval_metrics.json"}  # by training, beside the model
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.name not in written]
+    suffixes = (".json", ".safetensors", ".jinja", ".model", ".py")
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in suffixes and file.name not in written)
+    return [[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files], of_base]
 
 
 def _preference_from_flags(is_general_preference: bool, dim: int | None, gate: bool) -> PreferenceConfig:
@@ -200,14 +211,17 @@ def _load_backbone(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
+    device: torch.device | None = None,
 ):
     """The causal LM at `path`, with its LoRA adapter if the folder holds one."""
     if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise InputError("flash attention was asked for, but flash-attn is not installed or finds no GPU: use sdpa")
     adapter = _resolve(path, "adapter_config.json")
     if adapter is not None:
-        return _load_adapter(path, adapter, dtype, attn_implementation, trust_remote_code, load_in_4bit)
+        return _load_adapter(path, adapter, dtype, attn_implementation, trust_remote_code, load_in_4bit, device)
     options = {"quantization_config": _four_bit()} if load_in_4bit else {}
+    if device is not None and is_accelerate_available():
+        options["device_map"] = device
     config = load_config(path, trust_remote_code)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # heads are "unexpected" to a causal LM; missing weights are checked
@@ -222,10 +236,16 @@ def _load_backbone(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # damaged files, and values in config.json that the architecture cannot be built with
         raise InputError(f"cannot load the model {path}: {_reason(path, error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+    # Of another kind are tensors that the architecture itself says to leave out, and the heads.
+    beyond = [name for name in info["unexpected_keys"] if "layers." in name]
+    if beyond:
+        raise InputError(f"{path} holds weights that its configuration has no place for, the first {sorted(beyond)[0]}")
     missing = [name for name in info["missing_keys"] if "lm_head" not in name and "embed_out" not in name]
     if missing:
         raise InputError(f"{path} lacks {len(missing)} weights of its architecture, the first {sorted(missing)[0]}")
@@ -234,7 +254,7 @@ def _load_backbone(
     return model
 
 
-def _load_adapter(path: str, config: str, dtype, attn_implementation, trust_remote_code: bool, load_in_4bit: bool):
+def _load_adapter(path: str, config: str, dtype, attn_implementation, trust_remote_code, load_in_4bit, device):
     """A base model under the LoRA adapter at `path`, whose adapter_config.json is the local file `config`."""
     weights = _resolve(path, "adapter_model.safetensors")
     if weights is None:
@@ -243,7 +263,7 @@ def _load_adapter(path: str, config: str, dtype, attn_implementation, trust_remo
         from peft import PeftModel  # only LoRA folders need peft
 
         base = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model = _load_backbone(base, dtype, attn_implementation, trust_remote_code, load_in_4bit)
+        model = _load_backbone(base, dtype, attn_implementation, trust_remote_code, load_in_4bit, device)
         folder = str(Path(weights).parent)  # of the hub's snapshot, if it came from there
         return PeftModel.from_pretrained(model, folder, is_trainable=True, use_safetensors=True)
     except ImportError as error:
@@ -337,12 +357,21 @@ def _resolve(path: str, file: str) -> str | None:
     return cached_file(path, file, _raise_exceptions_for_missing_entries=False)
 
 
-def _copy_heads(model: RewardModel, tensors: dict[str, torch.Tensor]) -> None:
-    for name, tensor in tensors.items():
-        weight = getattr(model, name.split(".")[0]).weight
-        if weight.shape != tensor.shape:
-            raise InputError(f"{name} has shape {tuple(tensor.shape)}, but the head needs {tuple(weight.shape)}")
-        weight.data.copy_(tensor)
+def _copy_heads(model: RewardModel, path: str, names) -> None:
+    """Fill the model's heads `names` from the checkpoint at `path`; a head without weights is never left random."""
+    tensors = _read_tensors(path, names)
+    for name in names:
+        head = getattr(model, name.split(".")[0])
+        if head is None:
+            if name in tensors:
+                raise InputError(f"{path} has {name}, but its configuration says prompt_gate = False")
+            continue
+        if name not in tensors:
+            raise InputError(f"{path} has no {name}, which its configuration promises")
+        if head.weight.shape != tensors[name].shape:
+            shapes = tuple(tensors[name].shape), tuple(head.weight.shape)
+            raise InputError(f"{path}: {name} has shape {shapes[0]}, but the head needs {shapes[1]}")
+        head.weight.data.copy_(tensors[name])
 
 
 def _reason(path: str, error: Exception) -> str:

@@ -5,6 +5,7 @@ The folder keeps the published tensor names (`model.*`, `lm_head.weight`, `value
 """
 
 import dataclasses
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def save_reward_model(
         model.backbone.save_pretrained(path, state_dict=backbone)
         language_model.config.save_pretrained(path)
         save_file(heads, str(Path(path) / HEADS_FILE), metadata={"format": "pt"})
+    for weights in Path(path).glob("*.safetensors"):
+        shutil.copymode(Path(path) / "config.json", weights)  # safetensors makes files that only their owner can read
     model_card(preference, model.card, tags).save(Path(path) / "README.md")
 
 

@@ -94,6 +94,7 @@ def draw_cycles(cycles: list[EmbeddedCycle], path: Path) -> bool:
     rows = -(-len(cycles) // columns)
     size = (6.2 * columns, 4.2 * rows)
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, constrained_layout=True)
+    figure.get_layout_engine().set(hspace=0.1)
     for axis in axes.flat[len(cycles) :]:
         axis.axis("off")
     for axis, cycle in zip(axes.flat, cycles, strict=False):
@@ -117,26 +118,38 @@ def _draw_plane(axis, cycle: EmbeddedCycle) -> None:
     plane = int((weights * torch.stack(per_plane, dim=-1).mean(dim=0)).argmax())
     points = embeddings[:, 2 * plane : 2 * plane + 2]
     radius = max(1.0, points.norm(dim=-1).max().item())
+    axis.set(xlim=(-2.3 * radius, 2.3 * radius), ylim=(-1.4 * radius, 1.4 * radius), aspect="equal")
     angles = torch.linspace(0, 2 * math.pi, 200)
     axis.plot(radius * angles.cos(), radius * angles.sin(), color="0.8", lw=1, zorder=0)
     scores = preference_score(embeddings, following, cycle.gate)
     for i in range(len(points)):
         _arrow(axis, points[i].tolist(), points[(i + 1) % len(points)].tolist(), scores[i].item() > 0)
+    taken: list[tuple[float, float]] = []
     for point, member in zip(points.tolist(), cycle.members, strict=True):
         length = math.hypot(*point) or 1.0
         place = (1.1 * radius * point[0] / length, 1.16 * radius * point[1] / length)
+        while any(math.hypot((place[0] - x) / 3, place[1] - y) < 0.3 * radius for x, y in taken):
+            place = (place[0], place[1] - 0.1 * radius)  # below a label that stands there
+        taken.append(place)
         side = "center" if abs(point[0]) < 0.4 * length else ("left" if point[0] > 0 else "right")
         axis.plot(*point, "o", color=_POINT, ms=8)
-        axis.annotate(member, point, place, ha=side, va="center", fontsize=7.5)
+        line = {"arrowstyle": "-", "color": "0.85"} if length < 0.8 * radius else None
+        axis.annotate(member, point, place, ha=side, va="center", fontsize=7.5, arrowprops=line)
     weight = f", gate {weights[plane]:.2f}" if cycle.gate is not None else ""
-    axis.set_title(f"{cycle.set}: plane {plane + 1} of {planes}{weight}", fontsize=10)
-    axis.set(xlim=(-2.3 * radius, 2.3 * radius), ylim=(-1.4 * radius, 1.4 * radius), aspect="equal")
+    also = "; arrows count the number, too" if embeddings.shape[-1] % 2 else ""
+    axis.set_title(f"{cycle.set}: plane {plane + 1} of {planes}{weight}{also}", fontsize=10)
     axis.axis("off")
 
 
 def _draw_line(axis, cycle: EmbeddedCycle) -> None:
     rewards = cycle.embeddings.flatten().tolist()
     span = max(rewards) - min(rewards) or 1.0
+    axis.set(
+        xlim=(min(rewards) - 0.4 * span, max(rewards) + 0.4 * span),
+        ylim=(-1.3 * span, 1.3 * span),
+        yticks=[],
+        xlabel="reward",
+    )
     axis.axhline(0, color="0.8", lw=1, zorder=0)
     for i, reward in enumerate(rewards):
         following = rewards[(i + 1) % len(rewards)]
@@ -146,17 +159,15 @@ def _draw_line(axis, cycle: EmbeddedCycle) -> None:
         line = {"arrowstyle": "-", "color": "0.85"}
         axis.annotate(cycle.members[i], (reward, 0), (reward, height), ha="center", fontsize=7.5, arrowprops=line)
     axis.set_title(f"{cycle.set}: one number per response", fontsize=10)
-    axis.set(
-        xlim=(min(rewards) - 0.4 * span, max(rewards) + 0.4 * span),
-        ylim=(-1.3 * span, 1.3 * span),
-        yticks=[],
-        xlabel="reward",
-    )
     for side in ("left", "right", "top"):
         axis.spines[side].set_visible(False)
 
 
 def _arrow(axis, start, end, agrees: bool, bend: float = 0.0) -> None:
-    style = {"arrowstyle": "-|>", "shrinkA": 7, "shrinkB": 7, "lw": 1.4, "mutation_scale": 13}
+    # Between close points a head longer than the gap would point backwards.
+    pixels = axis.transData.transform([start, end])
+    gap = math.dist(*pixels) * 72 / axis.figure.dpi
+    shrink, head = min(7.0, 0.2 * gap), max(3.0, min(13.0, 0.5 * gap))
+    style = {"arrowstyle": "-|>", "shrinkA": shrink, "shrinkB": shrink, "lw": 1.4, "mutation_scale": head}
     style |= {"color": _RIGHT if agrees else _WRONG, "connectionstyle": f"arc3,rad={bend}"}
     axis.annotate("", xy=end, xytext=start, arrowprops=style)
