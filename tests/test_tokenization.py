@@ -143,6 +143,9 @@ def test_fingerprint_follows_what_changes_ids(tokenizer):
 
 
 def test_a_tokenizer_that_is_none(tmp_path):
+    with pytest.raises(InputError, match="has no tokenizer"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="cannot load the tokenizer"):
         load_tokenizer(str(tmp_path))
 
