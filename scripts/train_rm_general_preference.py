@@ -10,6 +10,7 @@ given cannot be used (one line says why), 130 interrupted.
 
 import logging
 import sys
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,19 +39,36 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(arguments: Arguments) -> None:
-    """The run, from paths to a saved model."""
+    """The run, with its folders held, from paths to a saved model."""
     arguments.check()
     quiet_other_libraries()
     # Imported late: --help and refused flags should not wait for DeepSpeed.
-    from general_preference.trainer.reward_trainer import RewardTrainer
     from general_preference.trainer.strategy import Strategy
 
     strategy = Strategy(arguments.engine, arguments.optimizer)
+    with ExitStack() as held:
+        for folder, flag in folders(arguments).items():
+            claim = strategy.main_first(lambda folder=folder, flag=flag: claim_folder(folder, flag), main_only=True)
+            if claim is not None:
+                held.enter_context(claim)
+        run(arguments, strategy)
+    strategy.close()
+
+
+def folders(arguments: Arguments) -> dict[Path, str]:
+    """The folders that this run alone may write, and the flags that name them."""
+    output = arguments.output
+    folder = Path(output.save_path)
+    ckpt_path = Path(output.ckpt_path or folder / "checkpoint")
+    apart = output.save_steps > 0 and ckpt_path.resolve() != folder.resolve()
+    return {folder: "--save_path"} | ({ckpt_path: "--ckpt_path"} if apart else {})
+
+
+def run(arguments: Arguments, strategy) -> None:
+    """Data, model, training, and what is printed at the end."""
+    from general_preference.trainer.reward_trainer import RewardTrainer
+
     folder = Path(arguments.output.save_path)
-    claims = [strategy.main_first(lambda: claim_folder(folder, "--save_path"), main_only=True)]
-    ckpt_path = Path(arguments.output.ckpt_path or folder / "checkpoint")
-    if arguments.output.save_steps > 0 and ckpt_path.resolve() != folder.resolve():
-        claims.append(strategy.main_first(lambda: claim_folder(ckpt_path, "--ckpt_path"), main_only=True))
     if (folder / "config.json").is_file() and not arguments.output.load_checkpoint:
         logger.warning("%s holds a finished run; its files are replaced as this one writes its own", folder)
     preference = strategy.main_first(lambda: resolve_preference(arguments))
@@ -71,12 +89,9 @@ def train(arguments: Arguments) -> None:
         replace_text(folder / "data_summary.json", "[" + ", ".join(summary.to_json() for summary in summaries) + "]")
     results = trainer.fit()
     if strategy.is_main:
-        for claim in claims:
-            claim.close()
         if results:
             print(f"\nHeld-out comparisons\n{format_table(results)}")
         print(f"\nModel, metrics and pictures: {folder}")
-    strategy.close()
 
 
 def resolve_preference(arguments: Arguments) -> PreferenceConfig:
