@@ -25,6 +25,7 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # What one more kernel call, with the copies it needs, costs in units of hidden size * (query, key) pairs. Where a call
 # saved 47 to 69 million of them, a 135M Llama on two cores was as fast either way, forward alone or with backward.
 _CALL_COST = 60_000_000
+_MOST_KEYS = 16384  # keys of one call, the prompt's copies included: what they take in memory stays small
 # Architectures whose shared-prompt scores are compared with separate sequences in tests/test_packing.py; others are
 # checked once at run time by `RewardModel.verify_shared_prompts`.
 VERIFIED = {
@@ -83,15 +84,26 @@ def attention_mask(config, segments: torch.Tensor, positions: torch.Tensor, dtyp
 
 
 @dataclass
-class RowBlocks:
-    """The seen blocks of R shared rows: per row the prompt's length, and every response's length r and mask.
+class ResponseBlock:
+    """n responses of a row that attend in one kernel call, each to the prompt's p tokens and its own up to r.
 
-    A mask is (1, 1, r, p + r): a response's tokens against the prompt's and its own.
+    index: (n, r) where their tokens stand in the row (shorter ones repeat their last). kept: (n, r) which are real.
+    mask: (1, 1, r, p + r), additive.
+    """
+
+    index: torch.Tensor
+    kept: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass
+class RowBlocks:
+    """The seen blocks of R shared rows: per row the prompt's length and the blocks of its responses, in order.
 
     `calls` counts the layers that used them, so that an architecture that drops them cannot go unnoticed.
     """
 
-    rows: list[tuple[int, list[tuple[int, torch.Tensor]]]]
+    rows: list[tuple[int, list[ResponseBlock]]]
     length: int
     calls: int = 0
 
@@ -115,19 +127,42 @@ def row_blocks(config, segments: torch.Tensor, dtype: torch.dtype, shared: bool)
         return None
     rows, seen, calls = [], 0, 0
     for row in segments.tolist():
-        lengths = [row.count(PROMPT)] + [row.count(number) for number in range(1, max(row) + 1)]
-        prompt, responses = lengths[0], lengths[1:]
-        seen += prompt**2 // 2 + sum(length * (prompt + length) for length in responses)
-        calls += len(lengths)
-        rows.append((prompt, responses))
+        prompt, lengths = row.count(PROMPT), [row.count(number) for number in range(1, max(row) + 1)]
+        seen += prompt**2 // 2 + sum(length * (prompt + length) for length in lengths)
+        groups = _similar(lengths, prompt)
+        calls += 1 + len(groups)
+        rows.append((prompt, groups))
     saved = segments.numel() * segments.shape[1] - seen
     if saved * config.hidden_size < calls * _CALL_COST:
         return None
-    sizes = {(prompt, length) for prompt, responses in rows for length in responses}
-    # Additive, as the kernel wants them: a boolean mask would be converted anew in every layer.
-    masks = {(p, r): torch.full((1, 1, r, p + r), -torch.inf, dtype=dtype).triu(p + 1) for p, r in sizes}
-    blocks = [(prompt, [(length, masks[prompt, length]) for length in responses]) for prompt, responses in rows]
-    return RowBlocks(blocks, segments.shape[1])
+    return RowBlocks([(prompt, _response_blocks(prompt, groups, dtype)) for prompt, groups in rows], segments.shape[1])
+
+
+def _similar(lengths: list[int], prompt: int) -> list[list[int]]:
+    """Neighbours that may share a call: hardly any padding, and not too many copies of the prompt's keys."""
+    groups: list[list[int]] = []
+    for length in lengths:
+        joined = [*groups[-1], length] if groups else [length]
+        longest = max(joined)
+        fits = longest * len(joined) <= 1.25 * sum(joined) and (prompt + longest) * len(joined) <= _MOST_KEYS
+        if groups and fits:
+            groups[-1] = joined
+        else:
+            groups.append([length])
+    return groups
+
+
+def _response_blocks(prompt: int, groups: list[list[int]], dtype: torch.dtype) -> list[ResponseBlock]:
+    blocks, start = [], prompt
+    for lengths in groups:
+        longest = max(lengths)
+        sizes, steps = torch.tensor(lengths)[:, None], torch.arange(longest)[None, :]
+        starts = start + sizes.cumsum(dim=0) - sizes
+        # Additive, as the kernel wants it: a boolean mask would be converted anew in every layer.
+        mask = torch.full((1, 1, longest, prompt + longest), -torch.inf, dtype=dtype).triu(prompt + 1)
+        blocks.append(ResponseBlock(starts + torch.minimum(steps, sizes - 1), steps < sizes, mask))
+        start += sum(lengths)
+    return blocks
 
 
 def blockwise_attention(module, query, key, value, attention_mask, *, row_blocks: RowBlocks | None = None, **options):
@@ -143,18 +178,19 @@ def blockwise_attention(module, query, key, value, attention_mask, *, row_blocks
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     row_blocks.calls += 1
     rows = []
-    for row, (prompt, responses) in enumerate(row_blocks.rows):
-        q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
-        parts = [sdpa_attention_forward(module, *(x[:, :, :prompt] for x in (q, k, v)), None, **options)[0]]
-        start = prompt
-        for length, mask in responses:
-            own = slice(start, start + length)
-            seen_k, seen_v = (torch.cat([x[:, :, :prompt], x[:, :, own]], dim=2) for x in (k, v))
-            parts.append(sdpa_attention_forward(module, q[:, :, own], seen_k, seen_v, mask, **options)[0])
-            start += length
-        parts.append(parts[0].new_zeros(1, row_blocks.length - start, *parts[0].shape[2:]))
-        rows.append(torch.cat(parts, dim=1))
-    return torch.cat(rows), None
+    for row, (prompt, blocks) in enumerate(row_blocks.rows):
+        shared = [tensor[row : row + 1, :, :prompt] for tensor in (query, key, value)]
+        parts = [sdpa_attention_forward(module, *shared, None, **options)[0][0]]
+        for block in blocks:
+            own_q, own_k, own_v = (tensor[row][:, block.index].transpose(0, 1) for tensor in (query, key, value))
+            count = len(block.index)
+            seen_k = torch.cat([shared[1].expand(count, -1, -1, -1), own_k], dim=2)
+            seen_v = torch.cat([shared[2].expand(count, -1, -1, -1), own_v], dim=2)
+            found = sdpa_attention_forward(module, own_q, seen_k, seen_v, block.mask, **options)[0]
+            parts.append(found[block.kept])
+        parts.append(parts[0].new_zeros(row_blocks.length - sum(map(len, parts)), *parts[0].shape[1:]))
+        rows.append(torch.cat(parts))
+    return torch.stack(rows), None
 
 
 AttentionInterface.register(BLOCKWISE, blockwise_attention)
