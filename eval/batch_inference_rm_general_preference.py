@@ -6,7 +6,8 @@
 
 Writes OUTPUT (one JSON line per comparison, in the order of the data), OUTPUT's name with .summary.json (accuracy with
 its 95 % interval, loss, calibration, per subset) and .reliability.png. Started again after a stop, it continues where
-it was. Exit codes: 0 done, 2 what was given cannot be used (one line says why), 130 interrupted.
+it was. Exit codes, each with one line that says why: 1 the run failed (a score is not finite, the disk is full), 2 what
+was given cannot be used, 130 interrupted.
 """
 
 import logging
@@ -106,13 +107,13 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: BatchArguments) -> None:
     """From paths to results."""
     arguments.check()
+    refuse_own_input(arguments)
     quiet_other_libraries()
     with Processes.join() as processes:
         rm = processes.main_first(lambda: load_pipeline(arguments, processes.local_rank))
         table, read = processes.main_first(lambda: load_table(arguments, rm))
         for one in read:
             logger.info("%s", one)
-        refuse_own_input(arguments)
         store = ResultStore(Path(arguments.output_path), len(table), processes.rank)
         made_with = processes.main_first(lambda: settings(arguments, rm, table))
         processes.main_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)

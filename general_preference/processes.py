@@ -58,9 +58,7 @@ class Processes:
                 problem = str(error)
         for found in self.gather_objects(problem):
             if found is not None:
-                error = InputError(found)
-                error.everywhere = True
-                raise error
+                raise InputError(found)
         return result
 
     def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:

@@ -198,11 +198,10 @@ class RewardTrainer:
         results = {name: self.evaluate(name) for name in self.eval_sets}
         bad = [name for name, row in results.items() if not math.isfinite(row["loss"])]
         if bad:
-            error = NonFiniteError(
-                f"the evaluation loss on {bad[0]} is not finite after step {step}: lower --learning_rate"
+            raise NonFiniteError(
+                f"the evaluation loss on {bad[0]} is not finite after step {step}: lower --learning_rate",
+                everywhere=True,
             )
-            error.everywhere = True
-            raise error
         if self.metrics is not None:
             self.metrics.log(
                 step, {f"eval/{name}/{key}": value for name, row in results.items() for key, value in row.items()}
@@ -343,9 +342,8 @@ class Window:
         if found:
             first = min(step for step, _ in found)
             names = list(dict.fromkeys(name for step, name in found if step == first))
-            error = NonFiniteError(
+            raise NonFiniteError(
                 f"the loss is not finite at step {first}, in {len(names)} comparisons: {'; '.join(names[:4])}"
-                f"{'; ...' if len(names) > 4 else ''}. Look at these records, or lower --learning_rate"
+                f"{'; ...' if len(names) > 4 else ''}. Look at these records, or lower --learning_rate",
+                everywhere=True,
             )
-            error.everywhere = True
-            raise error
