@@ -23,22 +23,19 @@ def fail(processes, kind, rank):
         raise kind(f"of process {rank}")
     return processes.rank
 
-def shared(rank):
-    with Processes.join() as processes:
-        processes.main_first(lambda: fail(processes, InputError, rank))
+def fine(processes):
+    assert processes.main_first(lambda: processes.rank) == processes.rank
+    assert processes.main_first(lambda: "first", main_only=True) == ("first" if processes.is_main else None)
+    assert processes.gather_objects(processes.rank) == [0, 1] and processes.from_main(processes.rank) == 0
 
-def alone():
-    with Processes.join() as processes:
-        fail(processes, NonFiniteError, 1)
-
-def fine():
-    with Processes.join() as processes:
-        assert processes.main_first(lambda: processes.rank) == processes.rank
-        assert processes.main_first(lambda: "first", main_only=True) == ("first" if processes.is_main else None)
-        assert processes.gather_objects(processes.rank) == [0, 1] and processes.from_main(processes.rank) == 0
-
-for name, work in {"fine": fine, "first": lambda: shared(0), "second": lambda: shared(1), "alone": alone}.items():
-    print(name, exit_code(work, kept=""), flush=True)
+with Processes.join() as processes:
+    for name, work in {
+        "fine": lambda: fine(processes),
+        "first": lambda: processes.main_first(lambda: fail(processes, InputError, 0)),
+        "second": lambda: processes.main_first(lambda: fail(processes, InputError, 1)),
+        "alone": lambda: fail(processes, NonFiniteError, 1),
+    }.items():
+        print(name, exit_code(work, kept=""), flush=True)
 """
 
 
