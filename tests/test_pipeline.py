@@ -242,7 +242,7 @@ def test_calls_are_bounded_and_unpadded_where_asked(rm, monkeypatch):
     list(embed(rm.model, rows, batch_size=7))
     assert len(sizes) == math.ceil(40 / 7)
     sizes.clear()
-    many = {"prompt_ids": [1, 7], "response_ids": [[8, 9, 5]] * 30}
+    many = {"prompt_ids": [1, 7], "response_ids": [[8 + i, 9, 5] for i in range(30)]}
     ((_, whole),) = embed(rm.model, [many], batch_tokens=20)
     assert [size for size, _ in sizes] == [20] * 5 and whole.embeddings.shape == (30, 4)
 
@@ -272,6 +272,18 @@ def test_the_matrix_is_antisymmetric_and_agrees_with_every_other_way(saved, head
     assert torch.equal(rm.score_matrix(asked, whole), scores), "a response may repeat the prompt"
     rewards = scores[:, 0] if head[0] == "bt" else matrix.sum(dim=1)
     assert rm.rank(PROMPT, RESPONSES) == rewards.argsort(descending=True, stable=True).tolist()
+
+
+@pytest.mark.parametrize("batch_tokens", [None, 1])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_equal_responses_tie_exactly(saved, attention, batch_tokens):
+    rm = GPMPipeline(saved(), attn_implementation=attention, batch_tokens=batch_tokens)
+    texts = ["paper", "rock, of course", "paper", "a longer answer than the others", "paper"]
+    scores = rm.score_matrix("Which throw wins, and why would anybody choose it?", texts)
+    assert scores[0, 2] == scores[0, 4] == scores[2, 4] == 0 and scores[0, 1] != 0
+    torch.testing.assert_close(scores[[0, 0]], scores[[2, 4]], rtol=0, atol=0)
+    alone = rm.score_matrix("Which throw wins, and why would anybody choose it?", texts[:2])
+    assert scores[0, 1].item() == pytest.approx(alone[0, 1].item(), abs=1e-5)
 
 
 def test_one_response_and_two_equal_ones(rm):

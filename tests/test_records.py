@@ -59,10 +59,20 @@ def test_groups():
     assert found.preferences == [(0, 1, 1.0), (0, 2, 0.9)]
 
 
+def test_lists_of_chosen_and_rejected_texts():
+    found = parse_record({"prompt": "q", "chosen": ["a", "b"], "rejected": ["c", "d"], "subset": "Ties"})
+    assert [response[0]["content"] for response in found.responses] == ["a", "b", "c", "d"]
+    assert found.preferences == [(0, 2, 1.0), (0, 3, 1.0), (1, 2, 1.0), (1, 3, 1.0)] and found.subset == "Ties"
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
         ([1], "expected a JSON object"),
+        ({"prompt": "q", "chosen": ["a"], "rejected": "b"}, "'rejected' is text 'b', expected a list of texts"),
+        ({"prompt": "q", "chosen": ["a"], "rejected": []}, "expected a list of texts"),
+        ({"chosen": ["a"], "rejected": ["b"]}, "need the key 'prompt'"),
+        ({"prompt": "q", "chosen": ["a"], "rejected": ["b"], "chosen_probability": 0.7}, "belongs to one chosen"),
         ({}, "no keys"),
         ({"chosen": "a"}, "no key 'rejected'"),
         ({"prompt": "q", "chosen": 3, "rejected": "b"}, "'chosen' is int 3, expected text"),

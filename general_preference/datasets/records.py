@@ -4,6 +4,7 @@
     {"prompt": str | [messages], "chosen": ..., "rejected": ..., "margin"?}                   explicit prompt
     {"instruction": str, "chosen": str | {"response": str}, "reject": ..., "margin"?}         custom (cyclic) format
     {..., "chosen_probability": 0.8}                                       soft label for any of the above
+    {"prompt": ..., "chosen": [text, ...], "rejected": [text, ...]}        each chosen over each rejected (RewardBench 2)
     {"prompt": ..., "responses": [...], "preferences": [[winner, loser], [i, j, probability], ...]}    a group
 
 A message is {"role": str, "content": str}. Optional in every shape: "id" and "subset". Anything else is refused with
@@ -54,6 +55,8 @@ def parse_record(record: object, custom: bool = False) -> Comparison:
         raise InputError(f"--is_custom_dataset expects the key 'instruction', found {_keys(record)}")
     if "responses" in record:
         prompt, responses, preferences = _parse_group(record)
+    elif _is_texts(record.get("chosen")) or _is_texts(record.get("rejected")):
+        prompt, responses, preferences = _parse_texts(record)
     else:
         prompt, responses = _parse_pair(record)
         preferences = [(0, 1, _probability(record.get("chosen_probability", 1.0), "chosen_probability"))]
@@ -106,6 +109,26 @@ def _parse_group(record: dict):
     if not isinstance(record["preferences"], list) or not record["preferences"]:
         raise InputError(f"'preferences' is {_describe(record['preferences'])}, expected [[winner, loser], ...]")
     return prompt, responses, [_preference(value, len(responses)) for value in record["preferences"]]
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _parse_texts(record: dict):
+    """Several chosen and several rejected responses, the chosen first: each of those is preferred to each of these."""
+    for key in ("prompt", "chosen", "rejected"):
+        if key not in record:
+            raise InputError(f"lists of chosen and rejected texts need the key '{key}', found {_keys(record)}")
+        if key != "prompt" and not _is_texts(record[key]):
+            raise InputError(f"'{key}' is {_describe(record[key])}, expected a list of texts like the other side")
+    if "chosen_probability" in record:
+        raise InputError("'chosen_probability' belongs to one chosen and one rejected response, found lists of them")
+    prompt = parse_prompt(record["prompt"], "prompt")
+    texts = [(key, i, text) for key in ("chosen", "rejected") for i, text in enumerate(record[key])]
+    responses = [parse_response(text, f"{key}[{i}]", prompt) for key, i, text in texts]
+    chosen, everything = len(record["chosen"]), len(texts)
+    return prompt, responses, [(i, j, 1.0) for i in range(chosen) for j in range(chosen, everything)]
 
 
 def _preference(value: object, count: int) -> tuple[int, int, float]:

@@ -18,7 +18,7 @@ from general_preference.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-READER_VERSION = 3  # part of the cache key: raise it when the meaning of a row changes
+READER_VERSION = 4  # part of the cache key: raise it when the meaning of a row changes
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _MESSAGE = {"role": datasets.Value("string"), "content": datasets.Value("string")}
 ROW = datasets.Features(
@@ -74,12 +74,18 @@ def parse_sources(text: str) -> list[Source]:
     return sources
 
 
-def load_source(source: Source, custom: bool = False, skip_bad: bool = False) -> tuple[datasets.Dataset, int]:
+def load_source(
+    source: Source,
+    custom: bool = False,
+    skip_bad: bool = False,
+    remedy: str = "mend it, or pass --on_bad_record skip",
+) -> tuple[datasets.Dataset, int]:
     """All comparisons of a source as an Arrow table on disk (columns of `ROW` without `problem`).
 
     Args:
         custom: require the custom format of `--is_custom_dataset`.
         skip_bad: leave out records that do not fit instead of refusing the source.
+        remedy: what the message about a bad record advises.
 
     Returns:
         the table and the number of records left out.
@@ -97,7 +103,7 @@ def load_source(source: Source, custom: bool = False, skip_bad: bool = False) ->
     bad = [index for index, problem in enumerate(table["problem"]) if problem]
     if bad and not skip_bad:
         more = f" ({len(bad)} such records in all)" if len(bad) > 1 else ""
-        raise InputError(f"{table[bad[0]]['problem']}{more}; mend it, or pass --on_bad_record skip")
+        raise InputError(f"{table[bad[0]]['problem']}{more}; {remedy}")
     if bad:
         for index in bad[:5]:
             logger.warning("left out: %s", table[index]["problem"])

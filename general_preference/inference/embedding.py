@@ -58,6 +58,8 @@ def embed(
 ) -> Iterator[tuple[int, EmbeddedPrompt]]:
     """Embed every comparison; each comes out as soon as it is done, the longest first.
 
+    Responses of a comparison with the same tokens are computed once: they tie exactly, not up to rounding.
+
     Args:
         comparisons: dicts with `prompt_ids` and `response_ids` (K lists of ids), as the tokenizer makes them.
         batch_tokens: upper bound of tokens in one call (a single longer sequence is a call of its own).
@@ -75,6 +77,7 @@ def embed(
     limit = batch_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
     shared = model.shares_prompts
     collate = Collator(pad_id=0, shared=shared)
+    comparisons, copies = zip(*map(_distinct, comparisons), strict=True) if len(comparisons) else ((), ())
     parts = [part for index, row in enumerate(comparisons) for part in _split(index, row, limit, shared)]
     calls = _calls(parts, limit, batch_size, padding)
     remaining = {part.index: 0 for part in parts}
@@ -88,8 +91,15 @@ def embed(
                 pieces.setdefault(part.index, []).append((part.start, piece))
                 remaining[part.index] -= 1
                 if remaining[part.index] == 0:
-                    yield part.index, _join(pieces.pop(part.index))
+                    yield part.index, _join(pieces.pop(part.index), copies[part.index])
             bar.update(sum(part.rows * part.length for part in call))
+
+
+def _distinct(comparison: dict) -> tuple[dict, list[int]]:
+    """(the comparison with each different response once, which of those every response is)."""
+    places: dict[tuple[int, ...], int] = {}
+    copies = [places.setdefault(tuple(ids), len(places)) for ids in comparison["response_ids"]]
+    return comparison | {"response_ids": [list(ids) for ids in places]}, copies
 
 
 def _split(index: int, comparison: dict, limit: int, shared: bool) -> Iterator[_Part]:
@@ -153,8 +163,8 @@ def _run(model: RewardModel, collate: Collator, comparisons, call: list[_Part], 
     return [EmbeddedPrompt(*found) for found in zip(embeddings, states, gates, strict=True)]
 
 
-def _join(pieces: list[tuple[int, EmbeddedPrompt]]) -> EmbeddedPrompt:
+def _join(pieces: list[tuple[int, EmbeddedPrompt]], copies: list[int]) -> EmbeddedPrompt:
     """All responses of a comparison; one gate for all, so that its scores stay antisymmetric."""
     ordered = [piece for _, piece in sorted(pieces, key=lambda entry: entry[0])]
     embeddings = torch.cat([piece.embeddings for piece in ordered])
-    return EmbeddedPrompt(embeddings, ordered[0].prompt_hidden_state, ordered[0].gate)
+    return EmbeddedPrompt(embeddings[copies], ordered[0].prompt_hidden_state, ordered[0].gate)

@@ -10,6 +10,7 @@ rm([conversation, ...], return_prompt=True)   embeddings and prompt hidden state
 import logging
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from general_preference.datasets.records import Message, parse_answer, parse_conversation, parse_prompt
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
@@ -50,6 +51,8 @@ class GPMPipeline:
         tau: float | None = None,
         *,
         add_prompt_head: bool | None = None,
+        dtype: torch.dtype | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         attn_implementation: str = "auto",
         batch_tokens: int | None = None,
         disable_fast_tokenizer: bool = False,
@@ -65,6 +68,8 @@ class GPMPipeline:
             truncation: cut prompt + response to `max_length` tokens (prompts first, from their oldest side).
             max_length: default what the model was trained with.
             padding: let rows of different length share a call. Scores do not depend on it.
+            dtype: the backbone's dtype where neither choice of `bf16` is the one wanted.
+            tokenizer: takes the place of the one saved with the model (`tokenization.load_tokenizer`).
             attn_implementation: "auto", "sdpa", "eager" or "flash_attention_2".
             batch_tokens: tokens of one forward call; None fits the device.
 
@@ -80,26 +85,51 @@ class GPMPipeline:
                 f"{path} was saved with head = {preference.head!r}, but is_general_preference = "
                 f"{is_general_preference} was asked for: drop the argument"
             )
-        for name, value, least in (("max_length", max_length, MIN_LENGTH), ("batch_tokens", batch_tokens, 1)):
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}")
-        self.device = choose_device(device)
-        if bf16 and not has_fast_bf16(self.device):
-            logger.warning("bf16 on this %s is emulated and many times slower than fp32", self.device.type)
-        self.tokenizer = load_tokenizer(path, use_fast=not disable_fast_tokenizer, trust_remote_code=trust_remote_code)
-        self.model: RewardModel = load_reward_model(
+        _check_limits(max_length, batch_tokens)
+        device = choose_device(device)
+        if dtype is None:
+            dtype = inference_dtype(device, bf16)
+        elif bf16 is not None and bf16 != (dtype == torch.bfloat16):
+            raise InputError(f"bf16 = {bf16} and dtype = {dtype} disagree: drop one")
+        if dtype == torch.bfloat16 and not has_fast_bf16(device):
+            logger.warning("bf16 on this %s is emulated and many times slower than fp32", device.type)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(path, use_fast=not disable_fast_tokenizer, trust_remote_code=trust_remote_code)
+        model = load_reward_model(
             path,
-            dtype=inference_dtype(self.device, bf16),
-            device=self.device,
+            dtype=dtype,
+            device=device,
             attn_implementation=None if attn_implementation == "auto" else attn_implementation,
             trust_remote_code=trust_remote_code,
             preference=preference,
         )
-        self.preference = preference
-        self.value_head_dim, self.add_prompt_head = preference.dim, preference.prompt_gate
+        self._hold(model, tokenizer, truncation, max_length, padding, batch_tokens)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: RewardModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        truncation: bool = True,
+        max_length: int | None = None,
+        padding: bool = True,
+        batch_tokens: int | None = None,
+    ) -> "GPMPipeline":
+        """A pipeline around a model that is in memory; it stays on its device. Arguments as for loading one."""
+        _check_limits(max_length, batch_tokens)
+        self = cls.__new__(cls)
+        self._hold(model.eval(), tokenizer, truncation, max_length, padding, batch_tokens)
+        return self
+
+    def _hold(self, model: RewardModel, tokenizer, truncation, max_length, padding, batch_tokens) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.device = model.value_head.weight.device
+        self.preference = model.preference
+        self.value_head_dim, self.add_prompt_head = self.preference.dim, self.preference.prompt_gate
         self.padding, self.batch_tokens = padding, batch_tokens
         self.max_length = self._length_limit(max_length) if truncation else None
-        self.encoder = ComparisonTokenizer(self.tokenizer, self.max_length, preference.input_format)
+        self.encoder = ComparisonTokenizer(tokenizer, self.max_length, self.preference.input_format)
 
     @property
     def tau(self) -> float:
@@ -276,6 +306,12 @@ def generate_high_dim_result_with_prompt(
         with torch.no_grad():
             gate = model.gate(states)
     return preference_score(first, second, gate)
+
+
+def _check_limits(max_length: int | None, batch_tokens: int | None) -> None:
+    for name, value, least in (("max_length", max_length, MIN_LENGTH), ("batch_tokens", batch_tokens, 1)):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}")
 
 
 def _name(value: object) -> str:
