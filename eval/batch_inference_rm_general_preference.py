@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -25,7 +26,7 @@ from general_preference.datasets.preparation import Summary, load_tokenized, par
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import stable_hash
 from general_preference.errors import InputError
-from general_preference.inference.batch_inference import ResultSummary, score_table
+from general_preference.inference.batch_inference import ResultSummary, result_row, score_remaining
 from general_preference.inference.pictures import draw_reliability
 from general_preference.inference.results import ASKED, ResultStore
 from general_preference.models.device import choose_device, use_device
@@ -33,6 +34,8 @@ from general_preference.models.pretrained import checkpoint_identity
 from general_preference.processes import Processes
 
 logger = logging.getLogger("batch_inference")
+
+PICTURE = ".reliability.png"
 
 
 @dataclass
@@ -114,13 +117,13 @@ def run(arguments: BatchArguments) -> None:
         table, read = processes.main_first(lambda: load_table(arguments, rm))
         for one in read:
             logger.info("%s", one)
-        store = ResultStore(Path(arguments.output_path), len(table), processes.rank)
+        store = result_store(arguments.output_path, len(table), processes.rank)
         made_with = processes.main_first(lambda: settings(arguments, rm, table))
         processes.main_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)
         try:
-            score_remaining(arguments, rm, table, store, processes)
+            make_row = partial(result_row, tau=rm.tau, save_embeddings=arguments.save_embeddings)
+            score_remaining(rm, table, store, processes, make_row, arguments.micro_batch_size)
             if processes.is_main:
-                store.merge()
                 report(rm, store, read)
         finally:
             store.close()
@@ -128,38 +131,15 @@ def run(arguments: BatchArguments) -> None:
 
 def refuse_own_input(arguments: BatchArguments) -> None:
     """InputError where a result would be written over, or into, the data."""
-    output = Path(arguments.output_path).resolve()
+    written = result_store(arguments.output_path, 0, 0)
     for source in parse_sources(arguments.dataset):
-        data = Path(source.path).expanduser().resolve()
-        written = ResultStore(output, 0, 0)
-        names = (output, written.summary, written.parts, written.beside(".reliability.png"))
-        if data in names or written.parts in data.parents or (data.is_dir() and data in output.parents):
+        if written.touches(Path(source.path)):
             raise InputError(f"--output_path {arguments.output_path} would write over or into --dataset {source.path}")
 
 
-def score_remaining(
-    arguments: BatchArguments, rm: GPMPipeline, table, store: ResultStore, processes: Processes
-) -> None:
-    """This process's share of the comparisons that have no row yet; returns when all processes are done."""
-    finished = processes.from_main(store.finished() if processes.is_main else None)
-    lengths = table["length"][:]
-    remaining = [index for index in range(len(table)) if index not in finished]
-    remaining.sort(key=lambda index: (-lengths[index], index))
-    logger.info(
-        "%d comparisons%s; %s D=%d on %s, %d process(es)",
-        len(table), f", {len(finished)} done before" if finished else "",
-        rm.preference.head, rm.value_head_dim, rm.device, processes.world_size,
-    )  # fmt: skip
-    score_table(
-        rm,
-        table,
-        remaining[processes.rank :: processes.world_size],
-        store,
-        batch_size=arguments.micro_batch_size,
-        save_embeddings=arguments.save_embeddings,
-        progress=processes.is_main,
-    )
-    processes.barrier()
+def result_store(output_path: str, count: int, rank: int) -> ResultStore:
+    """Where the rows go; a picture is drawn beside them."""
+    return ResultStore(Path(output_path), count, rank, flag="--output_path", beside=(PICTURE,))
 
 
 def load_pipeline(arguments: BatchArguments, local_rank: int) -> GPMPipeline:
@@ -232,7 +212,7 @@ def report(rm: GPMPipeline, store: ResultStore, read: list[Summary]) -> None:
     results = summary.results()
     data = [asdict(one) for one in read]
     store.finish({"preference": asdict(rm.preference), "data": data, "results": results})
-    picture = store.beside(".reliability.png")
+    picture = store.beside(PICTURE)
     drawn = draw_reliability(summary.reliability(), results, picture)
     shown = results if len(results) > 2 else {"all": results["all"]}
     print(f"\n{format_table(shown)}\n\nResults: {store.output}\nSummary: {store.summary}")

@@ -4,7 +4,7 @@
     {"prompt": str | [messages], "chosen": ..., "rejected": ..., "margin"?}                   explicit prompt
     {"instruction": str, "chosen": str | {"response": str}, "reject": ..., "margin"?}         custom (cyclic) format
     {..., "chosen_probability": 0.8}                                       soft label for any of the above
-    {"prompt": ..., "chosen": [text, ...], "rejected": [text, ...]}        each chosen over each rejected (RewardBench 2)
+    {"prompt": ..., "chosen": [text, ...], "rejected": [text, ...]}    each chosen over each rejected (RewardBench 2)
     {"prompt": ..., "responses": [...], "preferences": [[winner, loser], [i, j, probability], ...]}    a group
 
 A message is {"role": str, "content": str}. Optional in every shape: "id" and "subset". Anything else is refused with

@@ -3,8 +3,9 @@
 What a user's file (eval/) and a benchmark (rewardbench_eval/) have in common.
 """
 
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import datasets
 import torch
@@ -22,9 +23,43 @@ from general_preference.models.statistics import (
     preference_sums,
     wilson_interval,
 )
+from general_preference.processes import Processes
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 512  # comparisons in memory at a time
 ALL = "all"
+
+
+MakeRow = Callable[[dict, EmbeddedPrompt], dict]  # (tokenised comparison, its embeddings) -> result row
+
+
+def score_remaining(
+    rm: GPMPipeline,
+    table: datasets.Dataset,
+    store: ResultStore,
+    processes: Processes,
+    make_row: MakeRow,
+    batch_size: int | None = None,
+) -> None:
+    """Score what has no row in `store` yet, shared among the processes; then the main one writes the whole output.
+
+    Returns on every process when all are done.
+    """
+    finished = processes.from_main(store.finished() if processes.is_main else None)
+    lengths = table["length"][:]
+    remaining = [index for index in range(len(table)) if index not in finished]
+    remaining.sort(key=lambda index: (-lengths[index], index))
+    logger.info(
+        "%d comparisons%s; %s D=%d on %s, %d process(es)",
+        len(table), f", {len(finished)} done before" if finished else "",
+        rm.preference.head, rm.value_head_dim, rm.device, processes.world_size,
+    )  # fmt: skip
+    mine = remaining[processes.rank :: processes.world_size]
+    score_table(rm, table, mine, store, make_row, batch_size=batch_size, progress=processes.is_main)
+    processes.barrier()
+    if processes.is_main:
+        store.merge()
 
 
 def score_table(
@@ -32,9 +67,9 @@ def score_table(
     table: datasets.Dataset,
     indices: list[int],
     store: ResultStore,
+    make_row: MakeRow,
     *,
     batch_size: int | None = None,
-    save_embeddings: bool = False,
     progress: bool = True,
 ) -> None:
     """Score the comparisons `indices` of a tokenised table and put each row on disk as soon as it is done.
@@ -49,7 +84,7 @@ def score_table(
             rows = [table[index] for index in window]
             found = embed(rm.model, rows, batch_tokens=rm.batch_tokens, batch_size=batch_size, padding=rm.padding)
             for position, embedded in found:
-                store.append(window[position], result_row(rows[position], embedded, rm.tau, save_embeddings))
+                store.append(window[position], make_row(rows[position], embedded))
                 bar.update()
 
 

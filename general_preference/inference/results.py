@@ -22,18 +22,31 @@ ASKED = "asked"  # the part of the settings that is kept for people: it may chan
 
 
 class ResultStore:
-    """The rows of one run over `count` comparisons, by index."""
+    """The rows of one run over `count` comparisons, by index.
 
-    def __init__(self, output: Path, count: int, rank: int):
-        self.output, self.count = output, count
+    Args:
+        rank: of this process, which writes a part of its own.
+        flag: the script's flag that named `output`, for messages.
+        beside: endings of the other files that the script writes beside the output, see `beside()`.
+    """
+
+    def __init__(self, output: Path, count: int, rank: int, flag: str = "--output_path", beside: tuple[str, ...] = ()):
+        self.output, self.count, self.flag = output, count, flag
         self.parts = output.with_name(output.name + ".parts")
         self.summary = self.beside(".summary.json")
+        self._written = (self.summary, *map(self.beside, beside))
         self._part = self.parts / f"part-{rank}.jsonl"
         self._file = self._claim = None
 
     def beside(self, suffix: str) -> Path:
         """The file that is called like the output (without .jsonl) and ends in `suffix`."""
         return self.output.with_name(self.output.name.removesuffix(".jsonl") + suffix)
+
+    def touches(self, data: Path) -> bool:
+        """Whether writing the results would replace `data`, or write into it."""
+        data, parts = data.expanduser().resolve(), self.parts.resolve()
+        written = [path.resolve() for path in (self.output, self.parts, *self._written)]
+        return data in written or parts in data.parents or (data.is_dir() and data in written[0].parents)
 
     def claim(self, settings: dict, overwrite: bool) -> None:
         """Take the output for this run and get its parts ready. On the main process, before the others look.
@@ -47,7 +60,7 @@ class ResultStore:
                 or something there is not of a run.
         """
         self._refuse_strangers()
-        self._claim = claim_folder(self.parts, "--output_path")
+        self._claim = claim_folder(self.parts, self.flag)
         settings = json.loads(json.dumps(settings))
         found = self._settings()
         same = found is not None and _matters(found) == _matters(settings)
@@ -57,9 +70,9 @@ class ResultStore:
                 _difference(found, settings) if not same else f"it was changed since its {self.count} rows were made"
             )
             self._release_if_new()
-            raise InputError(f"--output_path {self.output}: {problem}; choose another path, or pass --overwrite")
+            raise InputError(f"{self.flag} {self.output}: {problem}; choose another path, or pass --overwrite")
         if not (same and whole):
-            for stale in [self.output, self.summary, *self.parts.glob("part-*.jsonl")]:
+            for stale in [self.output, *self._written, *self.parts.glob("part-*.jsonl")]:
                 stale.unlink(missing_ok=True)
         replace_text(self.parts / SETTINGS, json.dumps(settings, indent=2))
         for part in self.parts.glob("part-*.jsonl"):
@@ -71,13 +84,12 @@ class ResultStore:
             strangers = [path.name for path in self.parts.iterdir() if not _is_ours(path)]
             if strangers:
                 raise InputError(
-                    f"{self.parts} holds {strangers[0]!r}, which is not of a run: choose another --output_path"
+                    f"{self.parts} holds {strangers[0]!r}, which is not of a run: choose another {self.flag}"
                 )
-        picture = self.beside(".reliability.png")
         known = isinstance(_read_json(self.summary).get("settings"), dict)
-        for path in (self.summary, picture):
+        for path in self._written:
             if path.is_dir() or (path.exists() and not known and not (self.parts / SETTINGS).is_file()):
-                raise InputError(f"{path} is not of a run and would be replaced: choose another --output_path")
+                raise InputError(f"{path} is not of a run and would be replaced: choose another {self.flag}")
 
     def _is_whole(self) -> bool:
         """Whether the output still holds one row for every comparison."""
