@@ -79,10 +79,18 @@ def format_table(results: dict[str, dict]) -> str:
     columns = [name for name in _COLUMNS if any(name in row for row in results.values())]
     header = ["set", *(_COLUMNS[name] for name in columns)]
     rows = [[name, *(_cell(row.get(column)) for column in columns)] for name, row in results.items()]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-             for row in [header, ["-" * width for width in widths], *rows]]  # fmt: skip
-    return "\n".join("  ".join(line) for line in lines)
+    return "\n".join(align([header, None, *rows]))
+
+
+def align(rows: list[list[str] | None]) -> list[str]:
+    """Rows of cells as lines of equal columns, the first to the left and the others to the right; None is a rule."""
+    widths = [max(map(len, column)) for column in zip(*filter(None, rows), strict=True)]
+    lines = []
+    for row in rows:
+        first, *others = row or ["-" * width for width in widths]
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def _with_interval(row: dict) -> dict:

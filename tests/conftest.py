@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -114,6 +115,31 @@ def make_model(model_folder):
         return get_reward_model(model_folder(family), bf16=False, preference=preference, seed=seed, **options).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saved(make_model, model_folder, tmp_path_factory):
+    """A function: (family, head, dim, gate) -> folder of a model saved by this package, with its tokenizer."""
+    made = {}
+
+    def make(family="llama", head="gpm", dim=4, gate=True) -> str:
+        key = (family, head, dim, gate)
+        if key not in made:
+            made[key] = str(tmp_path_factory.mktemp("saved") / "model")
+            make_model(*key).save_pretrained(made[key])
+            AutoTokenizer.from_pretrained(model_folder(family)).save_pretrained(made[key])
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def own_environment():
+    """Joining as a single process leaves its ranks in the environment; give it back as it was."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def random_comparisons(count: int, vocabulary: int, seed: int = 0, groups: bool = True) -> list[dict]:

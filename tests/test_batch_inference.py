@@ -22,17 +22,9 @@ from general_preference.inference.results import ResultStore
 from general_preference.models.statistics import wilson_interval
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("own_environment")
 SCRIPT = str(ROOT / "eval" / "batch_inference_rm_general_preference.py")
 TEXTS = ["rock", "the paper wins", "scissors, of course", "", "name the rock and win " * 5]
-
-
-@pytest.fixture(autouse=True)
-def own_environment():
-    """Joining as a single process leaves its ranks in the environment; give it back as it was."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -156,22 +156,6 @@ def test_the_papers_example_as_printed(published):
 
 
 @pytest.fixture(scope="module")
-def saved(make_model, model_folder, tmp_path_factory):
-    """A function: (family, head, dim, gate) -> folder of a model saved by this package, with its tokenizer."""
-    made = {}
-
-    def make(family="llama", head="gpm", dim=4, gate=True) -> str:
-        key = (family, head, dim, gate)
-        if key not in made:
-            made[key] = str(tmp_path_factory.mktemp("saved") / "model")
-            make_model(*key).save_pretrained(made[key])
-            AutoTokenizer.from_pretrained(model_folder(family)).save_pretrained(made[key])
-        return made[key]
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def rm(saved):
     return GPMPipeline(saved(), device="cpu")
 

@@ -41,8 +41,15 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=use_fast, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot load the tokenizer of {path}: {str(error).strip().splitlines()[0]}") from error
+    return prepare_tokenizer(tokenizer, path, input_template)
+
+
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, name: str, input_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Make a tokenizer that is in memory ready for comparisons, as `load_tokenizer` does; errors call it `name`."""
     if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {path} has no end token (eos_token): the embedding is read there, set one")
+        raise InputError(f"the tokenizer of {name} has no end token (eos_token): the embedding is read there, set one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if input_template is not None or not tokenizer.chat_template:

@@ -93,7 +93,8 @@ class GPMPipeline:
             raise InputError(f"bf16 = {bf16} and dtype = {dtype} disagree: drop one")
         if dtype == torch.bfloat16 and not has_fast_bf16(device):
             logger.warning("bf16 on this %s is emulated and many times slower than fp32", device.type)
-        if tokenizer is None:
+        foreign = tokenizer is not None
+        if not foreign:
             tokenizer = load_tokenizer(path, use_fast=not disable_fast_tokenizer, trust_remote_code=trust_remote_code)
         model = load_reward_model(
             path,
@@ -104,6 +105,10 @@ class GPMPipeline:
             preference=preference,
         )
         self._hold(model, tokenizer, truncation, max_length, padding, batch_tokens)
+        if foreign and len(tokenizer) > (known := model.language_model.get_input_embeddings().num_embeddings):
+            raise InputError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model knows {known}: it is not this model's"
+            )
 
     @classmethod
     def from_model(

@@ -135,6 +135,10 @@ class ResultStore:
         with self.output.open(encoding="utf-8") as lines:
             yield from map(json.loads, lines)
 
+    def replace_rows(self, rows: list[dict]) -> None:
+        """Write the merged rows anew, with what was found out about them since. On the main process."""
+        replace_lines(self.output, [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows])
+
     def finish(self, summary: dict) -> None:
         """Write the summary beside the output and drop the parts. On the main process."""
         settings = _read_json(self.parts / SETTINGS)

@@ -1,0 +1,103 @@
+"""The hook of the official RewardBench scripts: their pairwise interface for custom models, unedited.
+
+import runpy, rewardbench
+from general_preference.rewardbench import rewardbench_config
+rewardbench.REWARD_MODEL_CONFIG["path/or/name"] = rewardbench_config()
+runpy.run_path("scripts/run_rm.py", run_name="__main__")          # with --model path/or/name
+"""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from general_preference.datasets.records import Message, parse_conversation
+from general_preference.datasets.tokenization import prepare_tokenizer
+from general_preference.errors import InputError
+from general_preference.inference.pipeline import GPMPipeline
+from general_preference.models.device import choose_device, inference_dtype
+from general_preference.models.pretrained import load_reward_model
+from general_preference.models.reward_model import RewardModel
+
+
+class RewardBenchPipeline:
+    """`pipe(chosen, rejected)` -> which chosen conversations win. Any head, with or without a gate.
+
+    Args:
+        task: what the official scripts pass first; not read.
+        model: as `load_for_rewardbench` returns it. tokenizer: the model's own.
+    """
+
+    def __init__(self, task: str, model: RewardModel, tokenizer: PreTrainedTokenizerBase):
+        self.task, self.model = task, model
+        self.tokenizer = prepare_tokenizer(tokenizer, "the model")
+
+    def __call__(
+        self,
+        chosen: list[list[Message]],
+        rejected: list[list[Message]] | None = None,
+        *,
+        max_length: int | None = None,
+        truncation: bool = True,
+        padding: bool = True,
+        **_,
+    ) -> torch.Tensor:
+        """Compare B pairs of conversations.
+
+        Args:
+            chosen, rejected: conversations with the same messages before the assistant's last turn. Without `rejected`
+                a Bradley-Terry model returns rewards, which is what the official best-of-n script asks for.
+            max_length: tokens of one conversation; default what the model was trained with.
+
+        Returns:
+            (B,) bool on the CPU, True where the chosen one is strictly preferred; or rewards (B,) in fp32.
+
+        Raises:
+            InputError (a ValueError): a pair that does not share its prompt, or nothing to compare with.
+        """
+        model = getattr(self.model, "module", self.model)  # wrapped by accelerate where there are several processes
+        rm = GPMPipeline.from_model(
+            model, self.tokenizer, truncation=truncation, max_length=max_length, padding=padding
+        )
+        if rejected is None:
+            if rm.value_head_dim != 1:
+                raise InputError("only a Bradley-Terry model gives single conversations a reward: pass pairs")
+            return rm(chosen).cpu()
+        if len(chosen) != len(rejected):
+            raise InputError(f"{len(chosen)} chosen conversations, but {len(rejected)} rejected ones")
+        prompts, responses = [], []
+        for index, (first, second) in enumerate(zip(chosen, rejected, strict=True)):
+            prompt, better = parse_conversation(first, f"chosen conversation {index}")
+            other, worse = parse_conversation(second, f"rejected conversation {index}")
+            if prompt != other:
+                raise InputError(f"pair {index}: the conversations differ before the assistant's last turn")
+            prompts.append(prompt)
+            responses.append([better, worse])
+        return torch.tensor([bool(found.scores()[0, 1] > 0) for found in rm.embed(prompts, responses)])
+
+
+def load_for_rewardbench(
+    path: str, *, torch_dtype: torch.dtype | None = None, trust_remote_code: bool = False, **_
+) -> RewardModel:
+    """Load a preference model as the official scripts ask for it; device and, by default, dtype are chosen here."""
+    device = choose_device()
+    return load_reward_model(
+        path,
+        dtype=torch_dtype or inference_dtype(device, None),
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def rewardbench_config(torch_dtype: torch.dtype | None = None) -> dict:
+    """The entry of the official `REWARD_MODEL_CONFIG` for a model of this repository.
+
+    Args:
+        torch_dtype: the backbone's; None for bfloat16 on GPUs that compute it fast, else fp32.
+    """
+    return {
+        "model_builder": load_for_rewardbench,
+        "pipeline_builder": RewardBenchPipeline,
+        "quantized": False,
+        "custom_dialogue": True,
+        "model_type": "Custom Classifier",
+        "torch_dtype": torch_dtype or inference_dtype(choose_device(), None),
+    }

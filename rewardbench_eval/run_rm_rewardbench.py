@@ -1,0 +1,332 @@
+#!/usr/bin/env python3
+"""Run a preference model on RewardBench 1, RewardBench 2 or the prior sets.
+
+    python rewardbench_eval/run_rm_rewardbench.py --model MODEL                          RewardBench 1, from the hub
+    python rewardbench_eval/run_rm_rewardbench.py --model MODEL --rewardbench_version 2 --dataset rows.parquet
+    torchrun --nproc_per_node 8 rewardbench_eval/run_rm_rewardbench.py --model MODEL     the same on several devices
+
+Writes into --output_dir, all named after the model: .json (the official layout), .jsonl (one line per row, in their
+order), .summary.json (sections, intervals, and what the run was made with) and .png. Started again after a stop, it
+continues where it was. Exit codes, each with one line that says why: 1 the run failed, 2 what was given cannot be used,
+130 interrupted.
+"""
+
+import json
+import logging
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+
+import datasets
+import torch
+
+from general_preference import GPMPipeline
+from general_preference.command_line import exit_code, flag, parse_flags, quiet_other_libraries
+from general_preference.datasets.preparation import summarize as summarize_tokens
+from general_preference.datasets.sources import parse_sources
+from general_preference.datasets.tables import tokenize
+from general_preference.datasets.tokenization import load_tokenizer, stable_hash
+from general_preference.errors import InputError
+from general_preference.files import replace_text
+from general_preference.inference.batch_inference import result_row, score_remaining
+from general_preference.inference.results import ASKED, ResultStore
+from general_preference.models.device import choose_device, use_device
+from general_preference.models.pretrained import checkpoint_identity
+from general_preference.processes import Processes
+from general_preference.rewardbench.data import (
+    PREF_SETS,
+    REWARDBENCH_1,
+    REWARDBENCH_2,
+    Benchmark,
+    content_fingerprint,
+    load_benchmark,
+)
+from general_preference.rewardbench.pictures import draw_subsets
+from general_preference.rewardbench.report import (
+    WHAT_DECIDES,
+    aggregate,
+    best_of_n_row,
+    format_report,
+    judge,
+    official_results,
+    summarize,
+)
+from general_preference.rewardbench.scoring import WINNERS
+
+logger = logging.getLogger("rewardbench")
+
+OF_THE_MODEL = ("model_files", "tokens", "max_length", "dtype", "tau")
+OFFICIAL, PICTURE = ".json", ".png"
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "peft", "flash-attn")
+
+
+@dataclass
+class RewardBenchArguments:
+    """Model, benchmark, and where the results go. The paper's flags keep their names and meaning."""
+
+    model: str | None = flag(None, "trained preference model: folder or hub name")
+    rewardbench_version: int = flag(1, "1: pairs in 23 subsets; 2: best of 4, and ties", choices=[1, 2])
+    pref_sets: bool = flag(False, "run the prior sets (allenai/pref-test-sets) instead of RewardBench's own rows")
+    dataset: str | None = flag(
+        None, "rows with the hub's columns instead of the hub's: json, jsonl, csv, parquet, folder, other hub name"
+    )
+    winner: str = flag(
+        "borda", "version 2: what decides which response is best; see rewardbench/scoring.py", choices=list(WINNERS)
+    )
+    debug: bool = flag(False, "the first ten rows only; results get .debug into their names")
+    allow_empty_responses: bool = flag(False, "score empty responses as they are instead of refusing them")
+    output_dir: str = flag("./results", "folder of the results")
+    model_name: str | None = flag(None, "name of the result files; default the hub name or the folder's name")
+    overwrite: bool = flag(False, "replace results of another model, other data or other settings of that name")
+    tokenizer: str | None = flag(None, "folder or hub name of a tokenizer that is not the model's own")
+    chat_template: str | None = flag(
+        None, "file of a Jinja chat template; a name (raw, tulu) stands for the tokenizer's own, as officially"
+    )
+    max_length: int | None = flag(
+        None, "tokens of prompt and one response together; default what the model was trained with"
+    )
+    batch_size: int = flag(64, "rows in one call at most")
+    batch_tokens: int | None = flag(None, "tokens in one call at most, padding included; default fits the device")
+    torch_dtype: str | None = flag(
+        None, "the backbone's dtype; default bfloat16 on GPUs that compute it fast, else float32", choices=list(DTYPES)
+    )
+    bf16: bool | None = flag(None, "same as --torch_dtype bfloat16; false: float32")
+    flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
+    attn_implementation: str = flag("auto", "attention kernel; auto takes the best one the architecture has",
+                                    choices=["auto", "sdpa", "eager", "flash_attention_2"])  # fmt: skip
+    device: str = flag("auto", "auto (one GPU per process, else mps or the CPU), cuda:N, mps or cpu")
+    trust_remote_code: bool = flag(False, "run code that comes with the model")
+    is_general_preference: bool | None = flag(None, "what the model is expected to be; a contradiction is an error")
+    value_head_dim: int | None = flag(None, "the size D the model is expected to have; a contradiction is an error")
+    add_prompt_head: bool | None = flag(
+        None, "whether the model is expected to have a gate; a contradiction is an error"
+    )
+    general_preference_tau: float | None = flag(
+        None, "temperature of published weights, which record none (default 0.1); otherwise the model's own",
+        aliases=["--tau"],
+    )  # fmt: skip
+    is_custom_model: bool | None = flag(None, "always so here: models of this repository; false is an error")
+    not_quantized: bool | None = flag(None, "always so here: weights are never quantised; false is an error")
+    do_not_save: bool | None = flag(None, "always so here: nothing is uploaded to the hub; false is an error")
+    disable_beaker_save: bool = flag(False, "in a Beaker job: do not also write /output/metrics.json")
+    preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenise")
+    local_rank: int = flag(-1, "set by launchers")
+
+    def check(self) -> None:
+        """InputError for what cannot work, before anything is loaded."""
+        if not self.model:
+            raise InputError("--model is missing")
+        for name in ("batch_size", "batch_tokens", "preprocessing_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value} must be at least 1")
+        for name in ("is_custom_model", "not_quantized", "do_not_save"):
+            if getattr(self, name) is False:
+                raise InputError(f"--{name} false is not possible here (--help says why): drop it")
+        if self.pref_sets and self.rewardbench_version == 2:
+            raise InputError("--pref_sets belongs to --rewardbench_version 1: drop one")
+        if self.winner != "borda" and self.rewardbench_version == 1:
+            raise InputError(f"--winner {self.winner} needs --rewardbench_version 2: a pair has its own winner")
+        if self.flash_attn and self.attn_implementation not in ("auto", "flash_attention_2"):
+            raise InputError(f"--flash_attn and --attn_implementation {self.attn_implementation} disagree: drop one")
+        if self.bf16 is not None and self.torch_dtype not in (None, "bfloat16" if self.bf16 else "float32"):
+            raise InputError(f"--bf16 {self.bf16} and --torch_dtype {self.torch_dtype} disagree: drop one")
+        name = PurePosixPath(self.name)
+        if name.is_absolute() or ".." in name.parts or name.name in ("", "."):
+            raise InputError(f"--model_name {self.model_name} is no name for files in --output_dir: use letters and /")
+        if Path(self.output_dir).is_file():
+            raise InputError(f"--output_dir {self.output_dir} is a file: name a folder")
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """What is asked for."""
+        return PREF_SETS if self.pref_sets else REWARDBENCH_2 if self.rewardbench_version == 2 else REWARDBENCH_1
+
+    @property
+    def name(self) -> str:
+        """What results are called: a hub name as it is, a folder by its own name."""
+        if self.model_name is not None:
+            return self.model_name
+        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
+
+    def output(self, benchmark: Benchmark, ending: str = ".jsonl") -> Path:
+        """A result file of this model."""
+        return Path(self.output_dir) / f"{self.name}{benchmark.ending}{'.debug' if self.debug else ''}{ending}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, and turn what can go wrong into one line and an exit code."""
+    (arguments,) = parse_flags(
+        (RewardBenchArguments,), argv, "Run a preference model on RewardBench. --help: all flags."
+    )
+    return exit_code(lambda: run(arguments), kept="finished rows are kept: the same command continues")
+
+
+def run(arguments: RewardBenchArguments) -> None:
+    """From a model's name to its results."""
+    arguments.check()
+    benchmark = arguments.benchmark
+    refuse_own_input(arguments)
+    quiet_other_libraries()
+    with Processes.join() as processes:
+        rows = processes.main_first(
+            lambda: load_benchmark(benchmark, arguments.dataset, arguments.debug, arguments.allow_empty_responses)
+        )
+        rm = processes.main_first(lambda: load_pipeline(arguments, processes.local_rank))
+        table = processes.main_first(
+            lambda: tokenize(rows, rm.encoder, arguments.preprocessing_workers, benchmark.title)
+        )
+        logger.info("%s", summarize_tokens(benchmark.title, table))
+        store = result_store(arguments, len(table), processes.rank)
+        made_with = processes.main_first(lambda: settings(arguments, rm, rows))
+        processes.main_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)
+        try:
+            make_row = partial(best_of_n_row if benchmark.best_of_n else result_row, tau=rm.tau)
+            score_remaining(rm, table, store, processes, make_row, arguments.batch_size)
+            if processes.is_main:
+                report(arguments, rm, table, store, made_with, processes.world_size)
+        finally:
+            store.close()
+
+
+def result_store(arguments: RewardBenchArguments, count: int, rank: int) -> ResultStore:
+    """Where the rows go; the official result file and a picture stand beside them."""
+    output = arguments.output(arguments.benchmark)
+    return ResultStore(output, count, rank, flag="--output_dir", beside=(OFFICIAL, PICTURE))
+
+
+def refuse_own_input(arguments: RewardBenchArguments) -> None:
+    """InputError where a result would be written over, or into, the data."""
+    written = result_store(arguments, 0, 0)
+    for source in parse_sources(arguments.dataset) if arguments.dataset else []:
+        if written.touches(Path(source.path)):
+            raise InputError(f"{written.output} and what stands beside it would replace --dataset {source.path}")
+
+
+def load_pipeline(arguments: RewardBenchArguments, local_rank: int) -> GPMPipeline:
+    """The model on this process's device."""
+    dtype = None if arguments.torch_dtype is None else getattr(torch, arguments.torch_dtype)
+    return GPMPipeline(
+        arguments.model,
+        device=use_device(choose_device(arguments.device, local_rank)),
+        value_head_dim=arguments.value_head_dim,
+        is_general_preference=arguments.is_general_preference,
+        bf16=arguments.bf16,
+        max_length=arguments.max_length,
+        tau=arguments.general_preference_tau,
+        add_prompt_head=arguments.add_prompt_head,
+        dtype=dtype,
+        tokenizer=load_other_tokenizer(arguments),
+        attn_implementation="flash_attention_2" if arguments.flash_attn else arguments.attn_implementation,
+        batch_tokens=arguments.batch_tokens,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def load_other_tokenizer(arguments: RewardBenchArguments):
+    """The tokenizer that --tokenizer and --chat_template ask for; None for the model's own."""
+    if arguments.tokenizer is None and arguments.chat_template is None:
+        return None
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model, trust_remote_code=arguments.trust_remote_code)
+    wanted = arguments.chat_template
+    if wanted is None:
+        return tokenizer
+    if Path(wanted).is_file():
+        tokenizer.chat_template = Path(wanted).read_text(encoding="utf-8")
+    elif "/" in wanted or "." in wanted:
+        raise InputError(f"--chat_template {wanted} does not exist: name a Jinja file")
+    else:
+        logger.info("--chat_template %s: the tokenizer's own template is used, as in the official scripts", wanted)
+    return tokenizer
+
+
+def settings(arguments: RewardBenchArguments, rm: GPMPipeline, rows: datasets.Dataset) -> dict:
+    """What every result row depends on: rows made with other settings are never mixed with these."""
+    names = ("model", "dataset", "rewardbench_version", "pref_sets", "debug", "tokenizer", "chat_template")
+    return {
+        ASKED: {name: getattr(arguments, name) for name in names},
+        "model_files": stable_hash(checkpoint_identity(arguments.model)),
+        "tokens": rm.encoder.fingerprint(),  # tokenizer, template, input format, truncation
+        "max_length": rm.max_length,
+        "dtype": str(rm.model.dtype).removeprefix("torch."),
+        "tau": rm.tau,
+        "data": content_fingerprint(rows),
+    }
+
+
+def report(
+    arguments: RewardBenchArguments,
+    rm: GPMPipeline,
+    table: datasets.Dataset,
+    store: ResultStore,
+    made_with: dict,
+    process_count: int,
+) -> None:
+    """Judge the rows, sum them up, draw, print."""
+    benchmark, winner = arguments.benchmark, arguments.winner
+    judged = [judge(benchmark, row, winner, rm.tau) for row in store.rows()]
+    store.replace_rows(judged)
+    results = summarize(benchmark, judged, winner, rm.tau)
+    prior = prior_score_of(arguments, made_with) if benchmark is REWARDBENCH_1 else None
+    scores = aggregate(benchmark, results, prior)
+    template = "tokenizer"  # rendered by the tokenizer's template, never by one of fastchat's
+    official = official_results(benchmark, results, arguments.name, rm.preference, template, winner)
+    replace_text(store.beside(OFFICIAL), json.dumps(official, indent=4))
+    if "BEAKER_JOB_ID" in os.environ and not arguments.disable_beaker_save:
+        replace_text(Path("/output/metrics.json"), json.dumps(official))
+    title = f"{arguments.name} on {benchmark.title}" + (", first ten rows" if arguments.debug else "")
+    drawn = draw_subsets(benchmark, results, title, store.beside(PICTURE))
+    summary = {"benchmark": benchmark.title, "results": results, "scores": scores}
+    if benchmark.best_of_n:
+        summary["decided_by"] = {"winner": winner, "merit of a response": WHAT_DECIDES[winner]}
+    store.finish(summary | {"run": provenance(rm, table, process_count)})
+    print(f"\n{title}\n\n{format_report(benchmark, results, scores)}\n")
+    print(f"Result:  {store.beside(OFFICIAL)}\nRows:    {store.output}\nSummary: {store.summary}")
+    if drawn:
+        print(f"Picture: {store.beside(PICTURE)}")
+
+
+def prior_score_of(arguments: RewardBenchArguments, made_with: dict) -> float | None:
+    """The score of the same model on the prior sets, if it was run into the same folder; else None."""
+    try:
+        found = json.loads(arguments.output(PREF_SETS, ".summary.json").read_text(encoding="utf-8"))
+        prior, theirs = found["scores"]["Prior Sets"], found["settings"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    same = all(theirs.get(name) == made_with[name] for name in OF_THE_MODEL)
+    if not same:
+        logger.warning("%s is of another model or other settings: not averaged", arguments.output(PREF_SETS))
+    return prior if same else None
+
+
+def provenance(rm: GPMPipeline, table: datasets.Dataset, process_count: int) -> dict:
+    """What is needed to repeat the run."""
+    return {
+        "command": sys.argv,
+        "preference": asdict(rm.preference),
+        "input_format": rm.preference.input_format,
+        "chat_template": rm.tokenizer.chat_template,
+        "truncation": {"max_length": rm.max_length, **asdict(summarize_tokens("rows", table))},
+        "dtype": str(rm.model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(rm.device) if rm.device.type == "cuda" else rm.device.type,
+        "processes": process_count,
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := installed_version(name))},
+    }
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
