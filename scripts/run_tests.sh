@@ -2,11 +2,13 @@
 # Check the code and run all tests, in an environment made on the spot if none is active. Arguments go to pytest.
 #
 #   bash scripts/run_tests.sh
-#   bash scripts/run_tests.sh -k score -x
+#   bash scripts/run_tests.sh -k score -x -n 0
+#
+# Two test files run side by side; -n 0 runs one after the other, as debuggers want it.
 set -euo pipefail
-ALSO_NEEDED="scipy pytest pytest_timeout hypothesis peft wandb ruff"
+ALSO_NEEDED="scipy pytest pytest_timeout xdist hypothesis peft wandb ruff"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 python -m ruff check .
-exec python -m pytest "$@"
+exec python -m pytest -n 2 --dist loadfile "$@"

@@ -424,11 +424,30 @@ def test_results_are_never_written_over_the_data_or_other_files(saved, data, tmp
     assert read(tmp_path / "out" / "m.json") == {"mine": 1}
 
 
-def test_benchmarks_on_the_hub():
-    assert REWARDBENCH_1.hub == "allenai/reward-bench@filtered" and REWARDBENCH_2.hub == "allenai/reward-bench-2@test"
-    assert PREF_SETS.hub.count("allenai/pref-test-sets@") == 7
-    with pytest.raises(InputError, match="anthropic_harmless"):
-        load_benchmark(PREF_SETS)
+def test_the_official_sets_and_splits_are_what_is_read(tmp_path, monkeypatch):
+    """`datasets` takes a folder for a hub name of the same spelling: the repositories of the hub, file by file."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--dataset PATH"):
+        load_benchmark(REWARDBENCH_1)
+
+    def publish(repository: str, split: str, rows: list[dict]) -> None:
+        folder = tmp_path / "allenai" / repository / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / f"{split}-00000-of-00001.parquet", rows)
+
+    publish("reward-bench", "filtered", pairs())
+    publish("reward-bench", "raw", pairs(3))
+    publish("reward-bench-2", "test", best_of_n())
+    user = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    for number, name in enumerate([*PREF_SETS.subsets, "pku_safer"], 1):
+        row = {"prompt": user, "chosen": "x", "rejected": "y", "subset": "of its own", "id": 7}
+        publish("pref-test-sets", name, [row] * number)
+    first, second, prior = (load_benchmark(benchmark) for benchmark in (REWARDBENCH_1, REWARDBENCH_2, PREF_SETS))
+    assert (
+        (len(first), len(second)) == (46, 23) and second[22]["subset"] == "Ties" and len(second[22]["responses"]) == 10
+    )
+    assert [prior["subset"].count(name) for name in PREF_SETS.subsets] == [1, 2, 3, 4, 5, 6, 7] and len(prior) == 28
+    assert prior[0]["prompt"] == user and len(load_benchmark(PREF_SETS, debug=True)) == 10
 
 
 def conversations(rows: list[dict], side: str) -> list[list[dict]]:
