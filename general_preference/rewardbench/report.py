@@ -174,4 +174,4 @@ def _remarks(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, f
     ]
     if partial:
         remarks.append(f"over a part of their subsets: {', '.join(partial)}")
-    return [textwrap.fill(remark, 110, subsequent_indent="  ") for remark in remarks]
+    return [textwrap.fill(remark, 110, subsequent_indent="  ", break_on_hyphens=False) for remark in remarks]
