@@ -29,7 +29,7 @@ from general_preference.command_line import exit_code, flag, parse_flags, quiet_
 from general_preference.datasets.preparation import summarize as summarize_tokens
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tables import tokenize
-from general_preference.datasets.tokenization import load_tokenizer, stable_hash
+from general_preference.datasets.tokenization import DEFAULT_TEMPLATE, load_tokenizer, plain_template, stable_hash
 from general_preference.errors import InputError
 from general_preference.files import replace_text
 from general_preference.inference.batch_inference import result_row, score_remaining
@@ -85,7 +85,7 @@ class RewardBenchArguments:
     overwrite: bool = flag(False, "replace results of another model, other data or other settings of that name")
     tokenizer: str | None = flag(None, "folder or hub name of a tokenizer that is not the model's own")
     chat_template: str | None = flag(
-        None, "file of a Jinja chat template; a name (raw, tulu) stands for the tokenizer's own, as officially"
+        None, "file of a Jinja chat template; names of fastchat's (raw, tulu) are accepted and not used"
     )
     max_length: int | None = flag(
         None, "tokens of prompt and one response together; default what the model was trained with"
@@ -136,9 +136,10 @@ class RewardBenchArguments:
             raise InputError(f"--flash_attn and --attn_implementation {self.attn_implementation} disagree: drop one")
         if self.bf16 is not None and self.torch_dtype not in (None, "bfloat16" if self.bf16 else "float32"):
             raise InputError(f"--bf16 {self.bf16} and --torch_dtype {self.torch_dtype} disagree: drop one")
-        name = PurePosixPath(self.name)
-        if name.is_absolute() or ".." in name.parts or name.name in ("", "."):
-            raise InputError(f"--model_name {self.model_name} is no name for files in --output_dir: use letters and /")
+        if self.model_name is not None:
+            name = PurePosixPath(self.model_name)
+            if name.is_absolute() or ".." in name.parts or not name.name:
+                raise InputError(f"--model_name {self.model_name!r} is no name for files in --output_dir")
         if Path(self.output_dir).is_file():
             raise InputError(f"--output_dir {self.output_dir} is a file: name a folder")
 
@@ -150,9 +151,8 @@ class RewardBenchArguments:
     @property
     def name(self) -> str:
         """What results are called: a hub name as it is, a folder by its own name."""
-        if self.model_name is not None:
-            return self.model_name
-        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
+        local = Path(self.model).expanduser().resolve().name if Path(self.model).expanduser().is_dir() else self.model
+        return str(PurePosixPath(self.model_name or local))
 
     def output(self, benchmark: Benchmark, ending: str = ".jsonl") -> Path:
         """A result file of this model."""
@@ -236,17 +236,30 @@ def load_other_tokenizer(arguments: RewardBenchArguments):
     wanted = arguments.chat_template
     if wanted is None:
         return tokenizer
-    if Path(wanted).is_file():
+    if "/" not in wanted and "." not in wanted and not Path(wanted).exists():
+        logger.info("--chat_template %s is not used: texts are written as %s", wanted, template_name(tokenizer))
+        return tokenizer
+    try:
         tokenizer.chat_template = Path(wanted).read_text(encoding="utf-8")
-    elif "/" in wanted or "." in wanted:
-        raise InputError(f"--chat_template {wanted} does not exist: name a Jinja file")
-    else:
-        logger.info("--chat_template %s: the tokenizer's own template is used, as in the official scripts", wanted)
+        tokenizer.apply_chat_template([{"role": "user", "content": "text"}], tokenize=False)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"--chat_template {wanted} cannot be read ({reason}): name a Jinja file") from error
+    except Exception as error:  # Jinja's own errors, and those that templates raise
+        raise InputError(f"--chat_template {wanted} is no chat template: {error}") from error
     return tokenizer
 
 
+def template_name(tokenizer) -> str:
+    """What the result file calls the chat template: "tokenizer" for one of its own, else "plain"."""
+    return "plain" if tokenizer.chat_template == plain_template(DEFAULT_TEMPLATE) else "tokenizer"
+
+
 def settings(arguments: RewardBenchArguments, rm: GPMPipeline, rows: datasets.Dataset) -> dict:
-    """What every result row depends on: rows made with other settings are never mixed with these."""
+    """What every result row depends on: rows made with other settings are never mixed with these.
+
+    Device, attention kernel and batches are not among them: they change a score by rounding alone.
+    """
     names = ("model", "dataset", "rewardbench_version", "pref_sets", "debug", "tokenizer", "chat_template")
     return {
         ASKED: {name: getattr(arguments, name) for name in names},
@@ -270,25 +283,29 @@ def report(
     """Judge the rows, sum them up, draw, print."""
     benchmark, winner = arguments.benchmark, arguments.winner
     judged = [judge(benchmark, row, winner, rm.tau) for row in store.rows()]
-    store.replace_rows(judged)
-    results = summarize(benchmark, judged, winner, rm.tau)
+    store.replace_rows([row for row, _ in judged])
+    results = summarize(benchmark, judged)
     prior = prior_score_of(arguments, made_with) if benchmark is REWARDBENCH_1 else None
     scores = aggregate(benchmark, results, prior)
-    template = "tokenizer"  # rendered by the tokenizer's template, never by one of fastchat's
+    template = template_name(rm.tokenizer)
     official = official_results(benchmark, results, arguments.name, rm.preference, template, winner)
     replace_text(store.beside(OFFICIAL), json.dumps(official, indent=4))
-    if "BEAKER_JOB_ID" in os.environ and not arguments.disable_beaker_save:
-        replace_text(Path("/output/metrics.json"), json.dumps(official))
     title = f"{arguments.name} on {benchmark.title}" + (", first ten rows" if arguments.debug else "")
     drawn = draw_subsets(benchmark, results, title, store.beside(PICTURE))
     summary = {"benchmark": benchmark.title, "results": results, "scores": scores}
     if benchmark.best_of_n:
         summary["decided_by"] = {"winner": winner, "merit of a response": WHAT_DECIDES[winner]}
     store.finish(summary | {"run": provenance(rm, table, process_count)})
-    print(f"\n{title}\n\n{format_report(benchmark, results, scores)}\n")
+    print(f"\n{title}\n\n{format_report(benchmark, results, scores)}")
+    cut = summarize_tokens("", table)
+    if cut.prompt_cut or cut.response_cut:
+        print(f"cut to {rm.max_length} tokens: {cut.prompt_cut} prompts, responses of {cut.response_cut} rows")
+    print()
     print(f"Result:  {store.beside(OFFICIAL)}\nRows:    {store.output}\nSummary: {store.summary}")
     if drawn:
         print(f"Picture: {store.beside(PICTURE)}")
+    if "BEAKER_JOB_ID" in os.environ and not (arguments.disable_beaker_save or arguments.debug):
+        replace_text(Path("/output/metrics.json"), json.dumps(official))
 
 
 def prior_score_of(arguments: RewardBenchArguments, made_with: dict) -> float | None:
@@ -313,6 +330,7 @@ def provenance(rm: GPMPipeline, table: datasets.Dataset, process_count: int) -> 
         "chat_template": rm.tokenizer.chat_template,
         "truncation": {"max_length": rm.max_length, **asdict(summarize_tokens("rows", table))},
         "dtype": str(rm.model.dtype).removeprefix("torch."),
+        "attn_implementation": rm.model.config._attn_implementation,
         "device": torch.cuda.get_device_name(rm.device) if rm.device.type == "cuda" else rm.device.type,
         "processes": process_count,
         "python": platform.python_version(),

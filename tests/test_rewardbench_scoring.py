@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from general_preference.rewardbench.scoring import (
-    PRIOR_SETS,
+    PRIOR_ROWS,
+    ROWS_1,
+    ROWS_2,
     SECTIONS,
-    SUBSETS_1,
     WINNERS,
     TiesPrompt,
     TiesScore,
@@ -33,7 +34,7 @@ def differences(rewards: list[float]) -> list[list[float]]:
 
 
 def test_the_sections_hold_every_subset_with_its_official_count():
-    assert len(SUBSETS_1) == len(set(SUBSETS_1)) == 23 and len(PRIOR_SETS) == 7
+    assert len(ROWS_1) == 23 and sum(ROWS_1.values()) == 2985 and sum(ROWS_2.values()) == 1865 and len(PRIOR_ROWS) == 7
     assert {name: sum(counts.values()) for name, counts in SECTIONS.items()} == {
         "Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 1968,
     }  # fmt: skip
@@ -41,7 +42,7 @@ def test_the_sections_hold_every_subset_with_its_official_count():
 
 
 def test_sections_are_weighted_by_counts():
-    accuracies = dict.fromkeys(SUBSETS_1, 0.0)
+    accuracies = dict.fromkeys(ROWS_1, 0.0)
     accuracies |= {"alpacaeval-easy": 1.0, "alpacaeval-hard": 0.8, "mt-bench-med": 0.5}
     accuracies |= {"llmbar-natural": 0.9, "mt-bench-hard": 1.0}
     accuracies |= {"math-prm": 0.5, "hep-go": 1.0}
@@ -83,19 +84,18 @@ def test_merits_of_a_cycle():
 
 
 @pytest.mark.parametrize(
-    ("values", "correct", "credit"),
+    ("values", "credit"),
     [
-        ([2, 1, 0, -1], 1, 1.0),
-        ([1, 2, 0, -1], 1, 0.0),
-        ([2, 2, 0, -1], 1, 1 / 2),
-        ([2, 2, 2, 2], 1, 1 / 4),
-        ([1, 2, 2, 0], 1, 0.0),
-        ([0, 2, 2, 1], 2, 1 / 2),
-        ([2, 2, 1, 0], 2, 1.0),
+        ([2, 1, 0, -1], 1.0),
+        ([1, 2, 0, -1], 0.0),
+        ([2, 2, 0, -1], 1 / 2),
+        ([2, 2, 1, 2], 1 / 3),
+        ([2, 2, 2, 2], 1 / 4),
+        ([1, 2, 2, 0], 0.0),
     ],
 )
-def test_credit_of_the_best(values, correct, credit):
-    assert best_of_n_credit(values, correct) == credit
+def test_credit_of_the_best(values, credit):
+    assert best_of_n_credit(values) == credit
 
 
 rewards = st.lists(st.integers(-12, 12).map(lambda value: value / 4), min_size=2, max_size=7)

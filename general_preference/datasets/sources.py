@@ -7,6 +7,7 @@ path, size and modification time of a file, so an edited file is read again.
 import csv
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,16 @@ def parse_sources(text: str) -> list[Source]:
         if names.count(name) > 1:
             raise InputError(f"two sets are called '{name}': give each its own name, as in first={sources[0].path}")
     return sources
+
+
+def place_of(name: str, index: int, path: str = "") -> str:
+    """How a message names a row: its place in the file where it has no id of its own, else its number and id."""
+    return name if is_place(name) else f"{path}{', ' if path else ''}row {index + 1} (id {name})"
+
+
+def is_place(name: str) -> bool:
+    """Whether an id is the place that was given to a record without one."""
+    return bool(re.search(r", (line|record|row) \d+$", name))
 
 
 def load_source(

@@ -6,6 +6,7 @@ Apart from `tokenization.py`, so that scoring a few texts in a notebook needs ne
 import datasets
 
 from general_preference.datasets.records import Message
+from general_preference.datasets.sources import place_of
 from general_preference.datasets.tokenization import ComparisonTokenizer, stable_hash
 from general_preference.errors import InputError
 
@@ -46,6 +47,7 @@ def tokenize(
     return table.map(
         _encode_rows,
         batched=True,
+        with_indices=True,
         batch_size=500,
         num_proc=workers if workers > 1 else None,
         fn_kwargs={"encoder": encoder},
@@ -56,14 +58,13 @@ def tokenize(
     )
 
 
-def _encode_rows(rows: dict, encoder: ComparisonTokenizer) -> dict:
+def _encode_rows(rows: dict, indices: list[int], encoder: ComparisonTokenizer) -> dict:
+    places = [place_of(name, index) for index, name in zip(indices, rows["id"], strict=True)]
     try:
         encoded = encoder.encode(rows["prompt"], rows["responses"])
     except InputError:
-        encoded = [
-            _encode_one(encoder, *row) for row in zip(rows["id"], rows["prompt"], rows["responses"], strict=True)
-        ]
-    for place, row in zip(rows["id"], encoded, strict=True):
+        encoded = [_encode_one(encoder, *row) for row in zip(places, rows["prompt"], rows["responses"], strict=True)]
+    for place, row in zip(places, encoded, strict=True):
         if not row["prompt_ids"]:
             raise InputError(f"{place}: the prompt has no tokens; expected some text before the responses")
     contents = [[[message["content"] for message in response] for response in some] for some in rows["responses"]]

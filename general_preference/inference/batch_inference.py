@@ -74,13 +74,11 @@ def score_table(
 ) -> None:
     """Score the comparisons `indices` of a tokenised table and put each row on disk as soon as it is done.
 
-    Similar lengths come together, the longest first; `batch_size` bounds the comparisons of a call.
+    Comes out `WINDOW` at a time, in the order given; `batch_size` bounds the comparisons of a call.
     """
-    lengths = table["length"][:]
-    order = sorted(indices, key=lambda index: (-lengths[index], index))
-    with tqdm(total=len(order), desc="scoring", unit="cmp", disable=not (progress and order), mininterval=1) as bar:
-        for start in range(0, len(order), WINDOW):
-            window = order[start : start + WINDOW]
+    with tqdm(total=len(indices), desc="scoring", unit="cmp", disable=not (progress and indices), mininterval=1) as bar:
+        for start in range(0, len(indices), WINDOW):
+            window = indices[start : start + WINDOW]
             rows = [table[index] for index in window]
             found = embed(rm.model, rows, batch_tokens=rm.batch_tokens, batch_size=batch_size, padding=rm.padding)
             for position, embedded in found:

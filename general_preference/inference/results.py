@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
 ASKED = "asked"  # the part of the settings that is kept for people: it may change without changing a row
+FILES = "files"  # the names of what the run writes beside the rows; only these may a later run replace
 
 
 class ResultStore:
@@ -61,7 +62,7 @@ class ResultStore:
         """
         self._refuse_strangers()
         self._claim = claim_folder(self.parts, self.flag)
-        settings = json.loads(json.dumps(settings))
+        settings = json.loads(json.dumps(settings | {FILES: [path.name for path in self._written]}))
         found = self._settings()
         same = found is not None and _matters(found) == _matters(settings)
         whole = not self.output.exists() or self._is_whole()
@@ -72,7 +73,8 @@ class ResultStore:
             self._release_if_new()
             raise InputError(f"{self.flag} {self.output}: {problem}; choose another path, or pass --overwrite")
         if not (same and whole):
-            for stale in [self.output, *self._written, *self.parts.glob("part-*.jsonl")]:
+            earlier = [self.output.with_name(name) for name in (found or {}).get(FILES, [])]
+            for stale in [self.output, *earlier, *self.parts.glob("part-*.jsonl")]:
                 stale.unlink(missing_ok=True)
         replace_text(self.parts / SETTINGS, json.dumps(settings, indent=2))
         for part in self.parts.glob("part-*.jsonl"):
@@ -86,9 +88,9 @@ class ResultStore:
                 raise InputError(
                     f"{self.parts} holds {strangers[0]!r}, which is not of a run: choose another {self.flag}"
                 )
-        known = isinstance(_read_json(self.summary).get("settings"), dict)
+        known = (self._settings() or {}).get(FILES, [])
         for path in self._written:
-            if path.is_dir() or (path.exists() and not known and not (self.parts / SETTINGS).is_file()):
+            if path.is_dir() or (path.exists() and path.name not in known):
                 raise InputError(f"{path} is not of a run and would be replaced: choose another {self.flag}")
 
     def _is_whole(self) -> bool:
@@ -179,7 +181,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _matters(settings: dict) -> dict:
-    return {name: value for name, value in settings.items() if name != ASKED}
+    return {name: value for name, value in settings.items() if name not in (ASKED, FILES)}
 
 
 def _difference(found: dict | None, settings: dict) -> str:

@@ -6,42 +6,49 @@ and `rejected` are lists of texts, in the prior sets `prompt` is a list of messa
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 
-from general_preference.datasets.sources import load_source, parse_sources
+from general_preference.datasets.sources import Source, is_place, load_source, parse_sources, place_of
 from general_preference.errors import InputError
-from general_preference.rewardbench.scoring import PRIOR_SETS, SUBSETS_1, SUBSETS_2, TIES
+from general_preference.rewardbench.scoring import PRIOR_ROWS, ROWS_1, ROWS_2, TIES
+
+logger = logging.getLogger(__name__)
 
 DEBUG_ROWS = 10
+LEFT_OUT = ("pku_better", "pku_safer")  # on the hub beside the prior sets, no part of the benchmark
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark: its title, the ending of its result files, where the hub has it, and its subsets in order."""
+    """One benchmark.
+
+    title, ending: what it is called, and the ending of its result files
+    hub, splits:   where the hub has it
+    rows:          official number of rows per subset, in order
+    best_of_n:     whether a row has several rejected responses, as in version 2
+    """
 
     title: str
     ending: str
     hub: str
-    subsets: tuple[str, ...]
+    splits: tuple[str, ...]
+    rows: dict[str, int]
+    best_of_n: bool = False
 
     @property
-    def best_of_n(self) -> bool:
-        """Whether a row has one right response or more among several, as in version 2."""
-        return TIES in self.subsets
+    def official_sources(self) -> list[Source]:
+        """The hub's sets; where each split is a subset, called so."""
+        return [Source(split, f"{self.hub}@{split}") for split in self.splits]
 
 
-REWARDBENCH_1 = Benchmark("RewardBench", "", "allenai/reward-bench@filtered", SUBSETS_1)
-REWARDBENCH_2 = Benchmark("RewardBench 2", ".v2", "allenai/reward-bench-2@test", SUBSETS_2)
-PREF_SETS = Benchmark(
-    "prior sets",
-    ".pref_sets",
-    ",".join(f"{name}=allenai/pref-test-sets@{name}" for name in PRIOR_SETS),
-    PRIOR_SETS,
-)
+REWARDBENCH_1 = Benchmark("RewardBench", "", "allenai/reward-bench", ("filtered",), ROWS_1)
+REWARDBENCH_2 = Benchmark("RewardBench 2", ".v2", "allenai/reward-bench-2", ("test",), ROWS_2, best_of_n=True)
+PREF_SETS = Benchmark("prior sets", ".pref_sets", "allenai/pref-test-sets", tuple(PRIOR_ROWS), PRIOR_ROWS)
 
 
 def load_benchmark(
@@ -50,41 +57,70 @@ def load_benchmark(
     """The rows of a benchmark in their own order, with the columns of `sources.ROW` but `problem`.
 
     Args:
-        dataset: local files or hub names instead of the official ones, as `parse_sources` takes them. A set named like
-            a prior set (`shp=file.jsonl`) is that one; elsewhere the rows' `subset` counts.
+        dataset: local files or hub names instead of the official ones, as `parse_sources` takes them. Of a folder with
+            the hub repository's files, the official splits are read. A set named like a prior set (`shp=file.jsonl`)
+            is that one; elsewhere the rows' `subset` counts.
         debug: the first ten rows only.
         allow_empty: score empty responses instead of refusing them.
 
     Raises:
         InputError: a row that cannot be scored, with its file or set, its number and the reason.
     """
+    sources = [part for source in parse_sources(dataset) for part in _parts(benchmark, source)] if dataset else None
     tables = []
-    for source in parse_sources(dataset or benchmark.hub):
+    ties: dict[tuple[str, int], str] = {}
+    for source in sources or benchmark.official_sources:
+        if Path(source.path).suffix == ".csv" and benchmark is not REWARDBENCH_1:
+            raise InputError(
+                f"{source.path}: a CSV file has no lists, which {benchmark.title} needs: use JSONL or Parquet"
+            )
         try:
             table, _ = load_source(source, remedy="nothing was scored")
         except InputError as error:
-            raise error if dataset else InputError(f"{error}; for a copy on disk: --dataset PATH") from error
-        if benchmark is PREF_SETS and source.name in PRIOR_SETS:
+            if sources is None and "cannot be loaded" in str(error):
+                raise InputError(f"{error}; for a copy on disk: --dataset PATH") from error
+            raise
+        if benchmark is PREF_SETS and source.name in benchmark.rows:
             table = table.remove_columns("subset").add_column("subset", [source.name] * len(table))
-        for index, problem in _problems(benchmark, table, allow_empty):
-            raise InputError(f"{_place(source.path, table, index)}: {problem}; nothing was scored")
+        elif benchmark is PREF_SETS:
+            kept = [index for index, subset in enumerate(table["subset"]) if subset not in LEFT_OUT]
+            if len(kept) < len(table):
+                logger.info("left out: %d rows of %s", len(table) - len(kept), ", ".join(LEFT_OUT))
+                table = table.select(kept)
+        for index, row in enumerate(table):
+            place = place_of(row["id"], index, source.path)
+            problem = _problem(benchmark, row, allow_empty)
+            if not problem and benchmark.best_of_n and row["subset"] == TIES:
+                first = ties.setdefault(parse_ties_id(row["id"]), place)
+                problem = f"the id stands in {first} already" if first != place else ""
+            if problem:
+                raise InputError(f"{place}: {problem}; nothing was scored")
         tables.append(table)
     whole = datasets.concatenate_datasets(tables)
-    if benchmark.best_of_n:
-        _check_pairs(whole)
     return whole.select(range(min(DEBUG_ROWS, len(whole)))) if debug else whole
 
 
+def _parts(benchmark: Benchmark, source: Source) -> list[Source]:
+    """A folder that holds the files of the official splits stands for these; anything else for itself."""
+    folder = Path(source.path).expanduser()
+    found = [
+        Source(split, str(file))
+        for split in benchmark.splits
+        for file in (sorted(folder.rglob(f"{split}-[0-9]*.parquet")) if folder.is_dir() else [])
+    ]
+    return found or [source]
+
+
 def content_fingerprint(table: datasets.Dataset) -> str:
-    """A hash of what the rows say, the same wherever they came from: sha256 over them as JSON, in order."""
+    """A hash of what the rows say, the same whatever file they came from: sha256 over them as JSON, in order."""
     digest = hashlib.sha256()
     for row in table.select_columns(["id", "subset", "prompt", "responses", "first", "second"]):
-        digest.update(json.dumps(row, sort_keys=True).encode())
+        digest.update(json.dumps(row | {"id": "" if is_place(row["id"]) else row["id"]}, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def right_responses(comparison: dict) -> int:
-    """How many of a row's responses are right; they are the first ones. `comparison` has `first` and `second`."""
+    """How many of a row's responses are right; they are the first ones. `comparison` has `first`."""
     return max(comparison["first"]) + 1
 
 
@@ -96,43 +132,28 @@ def parse_ties_id(text: str) -> tuple[str, int]:
     return found[1], int(found[2])
 
 
-def _problems(benchmark: Benchmark, table: datasets.Dataset, allow_empty: bool) -> Iterator[tuple[int, str]]:
-    """(index, why this row cannot be scored); the first one found is enough."""
-    for index, row in enumerate(table):
-        stated = list(zip(row["first"], row["second"], row["label"], strict=True))
-        right, count = right_responses(row), len(row["responses"])
-        if not row["subset"]:
-            yield index, "it has no subset"
-        elif row["subset"] not in benchmark.subsets:
-            known = ", ".join(benchmark.subsets)
-            yield index, f"unknown subset '{row['subset']}'; {benchmark.title} has {known}"
-        elif not benchmark.best_of_n and stated != [(0, 1, 1.0)]:
-            yield index, f"{count} responses and preferences {stated}, expected one chosen and one rejected"
-        elif benchmark.best_of_n and stated != [(i, j, 1.0) for i in range(right) for j in range(right, count)]:
-            yield index, "its preferences are not each chosen response over each rejected one"
-        else:
-            for number, response in enumerate(row["responses"]):
-                if not allow_empty and not "".join(message["content"] for message in response).strip():
-                    side = "chosen" if number < right else "rejected"
-                    yield index, f"a {side} response is empty (--allow_empty_responses scores it as it is)"
-            if row["subset"] == TIES and benchmark.best_of_n:
-                try:
-                    parse_ties_id(row["id"])
-                except InputError as error:
-                    yield index, str(error)
-
-
-def _check_pairs(table: datasets.Dataset) -> None:
-    """No two rows of "Ties" may claim the same place in a pair."""
-    seen: dict[tuple[str, int], int] = {}
-    for index, (subset, name) in enumerate(zip(table["subset"], table["id"], strict=True)):
-        if subset == TIES and (first := seen.setdefault(parse_ties_id(name), index)) != index:
-            raise InputError(
-                f"rows {first + 1} and {index + 1} of '{TIES}' have the same id {name}; nothing was scored"
-            )
-
-
-def _place(path: str, table: datasets.Dataset, index: int) -> str:
-    """Which row: by its place in the file where it has no id of its own."""
-    name = table[index]["id"]
-    return name if name.startswith(path) else f"{path}, row {index + 1} (id {name})"
+def _problem(benchmark: Benchmark, row: dict, allow_empty: bool) -> str:
+    """Why this row cannot be scored; nothing if it can."""
+    if not row["subset"]:
+        return "it has no subset"
+    if row["subset"] not in benchmark.rows:
+        return f"unknown subset '{row['subset']}'; {benchmark.title} has {', '.join(benchmark.rows)}"
+    right, count = right_responses(row), len(row["responses"])
+    stated = list(zip(row["first"], row["second"], row["label"], strict=True))
+    if stated != [(i, j, 1.0) for i in range(right) for j in range(right, count)]:
+        return f"its preferences are {stated}, expected each chosen response over each rejected one"
+    several = benchmark.best_of_n and row["subset"] == TIES
+    expected = "one of each at least" if several else "one and several" if benchmark.best_of_n else "one and one"
+    fits = several or (right == 1 and (count > 2) == benchmark.best_of_n)
+    if not fits:
+        return f"{right} chosen and {count - right} rejected responses, expected {expected}"
+    for number, response in enumerate(row["responses"]):
+        if not allow_empty and not "".join(message["content"] for message in response).strip():
+            side = "chosen" if number < right else "rejected"
+            return f"a {side} response is empty (--allow_empty_responses scores it as it is)"
+    if several:
+        try:
+            parse_ties_id(row["id"])
+        except InputError as error:
+            return str(error)
+    return ""

@@ -38,11 +38,14 @@ def draw_subsets(benchmark: Benchmark, results: dict[str, dict], title: str, pat
     for place, name in enumerate(names):
         end = accuracy[place] + high[place] + 0.012
         axis.text(end, place, f"{accuracy[place]:.3f}", va="center", fontsize=8)
-        guess = _guess(benchmark, name)
-        if guess is not None:
-            axis.vlines(guess, place - 0.4, place + 0.4, color="0.1", ls=":", lw=1.2)
+        if not (benchmark.best_of_n and name == TIES):
+            axis.vlines(0.25 if benchmark.best_of_n else 0.5, place - 0.4, place + 0.4, color="0.1", ls=":", lw=1.2)
     axis.set_yticks(range(len(names)), [f"{name} ({results[name]['n']})" for name in names], fontsize=9)
-    axis.set(xlim=(0, 1.12), ylim=(-0.6, len(names) - 0.4), xlabel="accuracy, 95 % interval; dotted: guessing")
+    axis.set(
+        xlim=(0, 1.12),
+        ylim=(-0.6, len(names) - 0.4),
+        xlabel="accuracy, 95 % interval; dotted: guessing" + (" one of four" if benchmark.best_of_n else ""),
+    )
     axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axis.set_title(title, fontsize=11, parse_math=False)
     axis.grid(axis="x", alpha=0.25)
@@ -52,9 +55,3 @@ def draw_subsets(benchmark: Benchmark, results: dict[str, dict], title: str, pat
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True
-
-
-def _guess(benchmark: Benchmark, subset: str) -> float | None:
-    if not benchmark.best_of_n:
-        return 0.5
-    return None if subset == TIES else 0.25

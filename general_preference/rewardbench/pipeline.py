@@ -38,14 +38,15 @@ class RewardBenchPipeline:
         max_length: int | None = None,
         truncation: bool = True,
         padding: bool = True,
-        **_,
+        **_pipeline_options,
     ) -> torch.Tensor:
         """Compare B pairs of conversations.
 
         Args:
             chosen, rejected: conversations with the same messages before the assistant's last turn. Without `rejected`
                 a Bradley-Terry model returns rewards, which is what the official best-of-n script asks for.
-            max_length: tokens of one conversation; default what the model was trained with.
+            _pipeline_options: what transformers' classification pipelines read (batch_size, function_to_apply, ...).
+            max_length: tokens of one conversation, at most the model's positions; default what it was trained with.
 
         Returns:
             (B,) bool on the CPU, True where the chosen one is strictly preferred; or rewards (B,) in fp32.
@@ -54,6 +55,8 @@ class RewardBenchPipeline:
             InputError (a ValueError): a pair that does not share its prompt, or nothing to compare with.
         """
         model = getattr(self.model, "module", self.model)  # wrapped by accelerate where there are several processes
+        if max_length is not None and model.learned_positions is not None:
+            max_length = min(max_length, model.learned_positions)
         rm = GPMPipeline.from_model(
             model, self.tokenizer, truncation=truncation, max_length=max_length, padding=padding
         )
@@ -75,14 +78,25 @@ class RewardBenchPipeline:
 
 
 def load_for_rewardbench(
-    path: str, *, torch_dtype: torch.dtype | None = None, trust_remote_code: bool = False, **_
+    path: str,
+    *,
+    device_map: object = None,
+    torch_dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> RewardModel:
-    """Load a preference model as the official scripts ask for it; device and, by default, dtype are chosen here."""
-    device = choose_device()
+    """Load a preference model as the official scripts ask for it; other keywords (a revision) are refused by Python.
+
+    Args:
+        device_map: "cpu" is obeyed; else the model goes to this process's device.
+        torch_dtype: the backbone's; None for bfloat16 on GPUs that compute it fast, else fp32.
+    """
+    device = choose_device("cpu" if device_map == "cpu" else "auto")
     return load_reward_model(
         path,
         dtype=torch_dtype or inference_dtype(device, None),
         device=device,
+        attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
 

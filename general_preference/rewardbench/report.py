@@ -27,7 +27,7 @@ from general_preference.rewardbench.scoring import (
 )
 
 WHAT_DECIDES = {
-    "borda": "mean score against the row's other responses",
+    "borda": "mean score against all responses of the row",
     "copeland": "share of the row's other responses that it beats",
     "nash": "weight in the von Neumann winner of the row's responses",
     "min": "lowest score against another response of the row",
@@ -55,89 +55,98 @@ def best_of_n_row(comparison: dict, embedded: EmbeddedPrompt, tau: float) -> dic
     }
 
 
-def judge(benchmark: Benchmark, row: dict, winner: str, tau: float) -> dict:
-    """The row with `correct`: 1 or 0; best-of-n: the credit in [0, 1]; "Ties": every right one is above all others.
+def judge(benchmark: Benchmark, row: dict, winner: str, tau: float) -> tuple[dict, TiesPrompt | None]:
+    """(the row with `correct`, what a row of "Ties" adds to its score).
 
-    Best-of-n rows also get `merit`, the number per response that decided.
+    correct: 1 or 0; best-of-n: the credit in [0, 1]; "Ties": whether every right response is above all others
+    merit:   of best-of-n rows, the number per response that decided
     """
     if not benchmark.best_of_n:
-        return row | {"correct": int(row["score"] > 0)}
+        return row | {"correct": int(row["score"] > 0)}, None
     values = merits(row["scores"], winner, tau)
+    prompt = None
     if row["subset"] == TIES:
-        correct = float(_ties_prompt(row, winner, tau).accurate)
-    else:
-        correct = best_of_n_credit(values, row["right"])
-    return row | {"merit": [float(value) for value in values], "correct": correct}
+        prompt = TiesPrompt.judge(*parse_ties_id(row["id"]), values, row["right"])
+    correct = best_of_n_credit(values) if prompt is None else float(prompt.accurate)
+    return row | {"merit": [float(value) for value in values], "correct": correct}, prompt
 
 
-def summarize(benchmark: Benchmark, rows: Iterable[dict], winner: str, tau: float) -> dict[str, dict]:
-    """{subset: statistics} in the benchmark's order, from judged rows.
+def summarize(benchmark: Benchmark, judged: Iterable[tuple[dict, TiesPrompt | None]]) -> dict[str, dict]:
+    """{subset: statistics} in the benchmark's order, from what `judge` says of each row.
 
     accuracy:                    share of correct rows (mean credit); of "Ties" the official score, with its parts
-    n, correct:                  rows, and the sum of what they got (of "Ties": accurate rows)
-    ties:                        rows without a winner: a score of exactly 0; several at the top
+    n, official:                 rows, and how many the official set has
+    correct:                     the sum of what the rows got (of "Ties": accurate rows)
+    ties:                        rows without a single winner: a score of exactly 0; several at the top (not "Ties")
     accuracy_low, accuracy_high: 95 % interval (Wilson; of "Ties" a bootstrap over pairs of prompts)
     probability:                 version 1: mean probability given to the chosen response
     cyclic_share:                version 2: mean over the rows
+    unpaired:                    "Ties": prompts whose partner is not in the data
     """
-    by_subset: dict[str, list[dict]] = {}
-    for row in rows:
-        by_subset.setdefault(row["subset"], []).append(row)
+    by_subset: dict[str, list[tuple[dict, TiesPrompt | None]]] = {}
+    for row, prompt in judged:
+        by_subset.setdefault(row["subset"], []).append((row, prompt))
     results = {}
-    for subset in (name for name in benchmark.subsets if name in by_subset):
-        some = by_subset[subset]
-        credit = math.fsum(row["correct"] for row in some)
-        result = {"accuracy": credit / len(some), "n": len(some), "correct": credit}
+    for subset in (name for name in benchmark.rows if name in by_subset):
+        rows, prompts = (list(column) for column in zip(*by_subset[subset], strict=True))
+        credit = math.fsum(row["correct"] for row in rows)
+        result = {"accuracy": credit / len(rows), "n": len(rows), "official": benchmark.rows[subset], "correct": credit}
         if benchmark.best_of_n:
-            result["ties"] = sum(row["merit"].count(max(row["merit"])) > 1 for row in some)
-            result["cyclic_share"] = math.fsum(row["cyclic_share"] for row in some) / len(some)
+            result["cyclic_share"] = math.fsum(row["cyclic_share"] for row in rows) / len(rows)
         else:
-            result["ties"] = sum(row["score"] == 0 for row in some)
-            result["probability"] = math.fsum(row["probability"] for row in some) / len(some)
+            result["probability"] = math.fsum(row["probability"] for row in rows) / len(rows)
         if benchmark.best_of_n and subset == TIES:
-            prompts = [_ties_prompt(row, winner, tau) for row in some]
-            found = ties_score(prompts)
-            result |= {"accuracy": found.score, **asdict(found)}
-            interval = ties_interval(prompts)
-            del result["ties"]  # several at the top is what is asked for
+            found, interval = ties_score(prompts), ties_interval(prompts)
+            kinds = [{prompt.number for prompt in prompts if prompt.kind == kind} for kind in ("ref", "tied")]
+            result |= {"accuracy": found.score, **asdict(found), "unpaired": len(kinds[0] ^ kinds[1])}
         else:
-            interval = wilson_interval(result["accuracy"], len(some))
+            interval = wilson_interval(result["accuracy"], len(rows))
+            tied = [
+                row["merit"].count(max(row["merit"])) > 1 if benchmark.best_of_n else row["score"] == 0 for row in rows
+            ]
+            result["ties"] = sum(tied)
         result["accuracy_low"], result["accuracy_high"] = interval
         results[subset] = result
     return results
 
 
-def _ties_prompt(row: dict, winner: str, tau: float) -> TiesPrompt:
-    return TiesPrompt.judge(*parse_ties_id(row["id"]), merits(row["scores"], winner, tau), row["right"])
-
-
 def aggregate(benchmark: Benchmark, results: dict[str, dict], prior: float | None = None) -> dict[str, float | None]:
-    """{section or average: score}; None where something it needs was not run.
+    """{section or average: score}; a section is over its subsets that were run, an average None unless all were.
 
     Args:
         prior: the prior sets' score, if the same model was run on them: version 1's leaderboard average.
     """
     accuracies = {subset: result["accuracy"] for subset, result in results.items()}
-    if benchmark.best_of_n:
-        return {"Average": mean_of_all(accuracies.get(subset) for subset in benchmark.subsets)}
     if benchmark is PREF_SETS:
         return {"Prior Sets": prior_score(accuracies)}
+    complete = benchmark.rows.keys() <= results.keys()
+    if benchmark.best_of_n:
+        return {"Average": mean_of_all(accuracies.values()) if complete else None}
     sections = section_scores(accuracies)
-    scores = sections | {"Average": mean_of_all(sections.values())}
+    scores = sections | {"Average": mean_of_all(sections.values()) if complete else None}
     if prior is not None:
-        scores |= {"Prior Sets": prior, "Leaderboard average": leaderboard_average(sections, prior)}
+        scores |= {
+            "Prior Sets": prior,
+            "Leaderboard average": leaderboard_average(sections, prior) if complete else None,
+        }
     return scores
 
 
 def official_results(
     benchmark: Benchmark, results: dict[str, dict], model: str, preference: PreferenceConfig, template: str, winner: str
 ) -> dict:
-    """The flat object that the official scripts write and the leaderboard reads: names, then subset: accuracy."""
-    kind = "Seq. Classifier" if preference.head == "bt" else "Custom Classifier"
-    if benchmark.best_of_n:
-        kind += f" (a response's score is its {WHAT_DECIDES[winner]})"
-    accuracies = {subset: result["accuracy"] for subset, result in results.items()}
-    return {"model": model, "model_type": kind, "chat_template": template} | accuracies
+    """The flat object that the official scripts write and the leaderboard reads: names, then subset: accuracy.
+
+    Where a version 2 result does not come from the official rule, `response_score` says from what.
+    """
+    names = {
+        "model": model,
+        "model_type": "Seq. Classifier" if preference.head == "bt" else "Custom Classifier",
+        "chat_template": template,
+    }
+    if benchmark.best_of_n and (preference.head, winner) != ("bt", "borda"):
+        names["response_score"] = f"{winner}: {WHAT_DECIDES[winner]}"
+    return names | {subset: result["accuracy"] for subset, result in results.items()}
 
 
 def format_report(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, float | None]) -> str:
@@ -153,20 +162,17 @@ def format_report(benchmark: Benchmark, results: dict[str, dict], scores: dict[s
 
 
 def _remarks(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, float | None]) -> list[str]:
+    """What a reader of the numbers has to know."""
     remarks = []
-    missing = [subset for subset in benchmark.subsets if subset not in results]
-    if missing:
-        named = f"{len(missing)} of {len(benchmark.subsets)} subsets are not in the data: {', '.join(missing)}"
-        remarks.append(f"{named}; no average is given over what is missing")
-    ties = sum(result.get("ties", 0) for result in results.values())
-    if ties and benchmark.best_of_n:
-        remarks.append(f"{ties} rows have several responses at the top, each of which gets its share")
-    elif ties:
-        remarks.append(f"{ties} scores are exactly 0; a tie counts as a loss")
-    if TIES in results and benchmark.best_of_n:
+    rows, official = sum(result["n"] for result in results.values()), sum(benchmark.rows.values())
+    missing = [subset for subset in benchmark.rows if subset not in results]
+    if any(result["n"] != result["official"] for result in results.values()) or missing:
         remarks.append(
-            f"the accuracy of '{TIES}' is its weighted score; 'correct' counts rows with every right one above"
+            f"{rows} rows in {len(results)} subsets; the official {benchmark.title} has {official} in "
+            f"{len(benchmark.rows)}: not comparable with published numbers"
         )
+    if missing:
+        remarks.append(f"not in the data: {', '.join(missing)}")
     partial = [
         name
         for name, counts in SECTIONS.items()
@@ -174,4 +180,16 @@ def _remarks(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, f
     ]
     if partial:
         remarks.append(f"over a part of their subsets: {', '.join(partial)}")
+    ties = sum(result.get("ties", 0) for result in results.values())
+    if ties:
+        means = "have several responses at the top, which share the credit" if benchmark.best_of_n else "tie, a loss"
+        remarks.append(f"{ties} rows {means}")
+    if TIES in results and benchmark.best_of_n:
+        remarks.append(
+            f"the accuracy of '{TIES}' is its weighted score; 'correct' counts rows with every right one above"
+        )
+        if results[TIES]["unpaired"]:
+            remarks.append(
+                f"{results[TIES]['unpaired']} prompts of '{TIES}' have no partner, so no margin of theirs counts"
+            )
     return [textwrap.fill(remark, 110, subsequent_indent="  ", break_on_hyphens=False) for remark in remarks]
