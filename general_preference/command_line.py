@@ -65,6 +65,9 @@ def quiet_other_libraries() -> None:
     import transformers
 
     main_process = is_main_process()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a name must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "accelerate", "DeepSpeed", "torch", "datasets", "fsspec", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)

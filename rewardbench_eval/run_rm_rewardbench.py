@@ -121,6 +121,9 @@ class RewardBenchArguments:
         """InputError for what cannot work, before anything is loaded."""
         if not self.model:
             raise InputError("--model is missing")
+        for name in ("dataset", "tokenizer", "chat_template", "output_dir"):
+            if getattr(self, name) == "":
+                raise InputError(f"--{name} is empty: give it a value, or drop it")
         for name in ("batch_size", "batch_tokens", "preprocessing_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -138,7 +141,8 @@ class RewardBenchArguments:
             raise InputError(f"--bf16 {self.bf16} and --torch_dtype {self.torch_dtype} disagree: drop one")
         if self.model_name is not None:
             name = PurePosixPath(self.model_name)
-            if name.is_absolute() or ".." in name.parts or not name.name:
+            shown = self.model_name.isprintable() and self.model_name.strip() and len(name.name.encode()) <= 200
+            if name.is_absolute() or ".." in name.parts or not name.name or not shown:
                 raise InputError(f"--model_name {self.model_name!r} is no name for files in --output_dir")
         if Path(self.output_dir).is_file():
             raise InputError(f"--output_dir {self.output_dir} is a file: name a folder")
@@ -182,6 +186,14 @@ def run(arguments: RewardBenchArguments) -> None:
             lambda: tokenize(rows, rm.encoder, arguments.preprocessing_workers, benchmark.title)
         )
         logger.info("%s", summarize_tokens(benchmark.title, table))
+        told_apart = (
+            not (same or cut) for same, cut in zip(table["identical"], table["identical_after_cut"], strict=True)
+        )
+        if any(table["identical_after_cut"]) and not any(told_apart):
+            raise InputError(
+                "every row's responses have the same tokens: raise --max_length, or mend a chat template that leaves "
+                "them out"
+            )
         store = result_store(arguments, len(table), processes.rank)
         made_with = processes.main_first(lambda: settings(arguments, rm, rows))
         processes.main_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)

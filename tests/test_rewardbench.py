@@ -314,6 +314,32 @@ def test_a_stop_loses_nothing(saved, data, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("change", [
+    {"score": 1.0}, {"subset": "hep-go"}, {"id": "other"}, {"score": "abc"}, {"score": None}, {"subset": None},
+])  # fmt: skip
+def test_rows_that_were_changed_by_hand_are_not_summed_up(saved, data, tmp_path, capsys, change):
+    assert run(saved(*HEADS["bt"]), tmp_path / "out", "--dataset", data) == 0
+    rows = read(tmp_path / "out" / "m.jsonl")
+    rows[3] |= change
+    write(tmp_path / "out" / "m.jsonl", rows)
+    assert run(saved(*HEADS["bt"]), tmp_path / "out", "--dataset", data) == 2
+    assert "was changed since" in capsys.readouterr().err
+    assert run(saved(*HEADS["bt"]), tmp_path / "out", "--dataset", data, "--overwrite") == 0
+
+
+def test_files_of_one_relative_name_are_two(saved, tmp_path, monkeypatch):
+    accuracies = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in pairs(1)]
+        file = write(tmp_path / place / "rows.jsonl", pairs(1) if place == "a" else swapped)
+        os.utime(file, (1, 1))
+        monkeypatch.chdir(tmp_path / place)
+        assert run(saved(*HEADS["bt"]), tmp_path / place, "--dataset", "rows.jsonl", "--model_name", "x") == 0
+        accuracies.append([row["correct"] for row in read(tmp_path / place / "x.jsonl")])
+    assert all(one + other == 1 for n, (one, other) in enumerate(zip(*accuracies, strict=True)) if n != 5)
+
+
 def test_debug_takes_ten_rows_and_keeps_to_itself(saved, data, tmp_path):
     model = saved(*HEADS["bt"])
     assert run(model, tmp_path / "out", "--dataset", data, "--debug") == 0
@@ -413,6 +439,10 @@ def test_empty_responses_are_scored_where_that_is_wanted(saved, tmp_path):
         (["--output_dir", "FILE"], "is a file"),
         (["--output_dir", "/proc/nothing"], "cannot be written"),
         (["--chat_template", "/nowhere/t.jinja"], "cannot be read (No such file or directory)"),
+        (["--chat_template", "HELLO"], "have the same tokens"),
+        (["--dataset", ""], "--dataset is empty"),
+        (["--model_name", "a\nb"], "is no name"),
+        (["--model_name", "m" * 240], "is no name"),
         (["--chat_template", "FOLDER"], "cannot be read (Is a directory)"),
         (["--chat_template", "BROKEN"], "is no chat template"),
         (["--chat_template", "BINARY"], "cannot be read (not UTF-8 text)"),
@@ -425,6 +455,8 @@ def test_empty_responses_are_scored_where_that_is_wanted(saved, tmp_path):
 def test_bad_flags_are_one_line_and_exit_code_2(saved, model_folder, data, tmp_path, capsys, flags, message):
     stand_ins = {"BASE": model_folder("llama"), "FILE": str(data), "FOLDER": str(tmp_path)}
     stand_ins |= {"BROKEN": str(tmp_path / "broken.jinja"), "BINARY": str(tmp_path / "binary.jinja")}
+    stand_ins |= {"HELLO": str(tmp_path / "hello.jinja")}
+    (tmp_path / "hello.jinja").write_text("hello")
     (tmp_path / "broken.jinja").write_text("{% for %}")
     (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe\x00")
     flags = [stand_ins.get(value, value) for value in flags]

@@ -77,7 +77,8 @@ def parse_sources(text: str) -> list[Source]:
 
 def place_of(name: str, index: int, path: str = "") -> str:
     """How a message names a row: its place in the file where it has no id of its own, else its number and id."""
-    return name if is_place(name) else f"{path}{', ' if path else ''}row {index + 1} (id {name})"
+    shown = name if name.isprintable() else repr(name)
+    return name if is_place(name) else f"{path}{', ' if path else ''}row {index + 1} (id {shown})"
 
 
 def is_place(name: str) -> bool:
@@ -106,7 +107,10 @@ def load_source(
     """
     files = _files(source.path)
     # A hub dataset has no files here: its name and the fingerprint of what is loaded stand for them.
-    signature = [(str(file), *_stat(file)) for file in files] or [(source.path, _from_hub(source.path)._fingerprint)]
+    # Two files may share a relative name, a size and a time: the whole path is part of the key.
+    signature = [(str(file), str(file.resolve()), *_stat(file)) for file in files] or [
+        (source.path, _from_hub(source.path)._fingerprint)
+    ]
     arguments = {"path": source.path, "signature": signature, "custom": custom, "version": READER_VERSION}
     if next(_rows(**arguments), None) is None:
         raise InputError(f"{source.path} holds no records: check that it is the right file")

@@ -6,8 +6,10 @@ they were made with; results of other settings are never mixed.
 """
 
 import fcntl
+import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
 ASKED = "asked"  # the part of the settings that is kept for people: it may change without changing a row
+JUDGED = ("correct", "merit")  # columns that are found out from a row afterwards, see `replace_rows`
 FILES = "files"  # the names of what the run writes beside the rows; only these may a later run replace
 
 
@@ -66,7 +69,10 @@ class ResultStore:
         found = self._settings()
         same = found is not None and _matters(found) == _matters(settings)
         whole = not self.output.exists() or self._is_whole()
-        if not (same and whole) and not overwrite and (found is not None or self.output.exists()):
+        if found is None and self.output.exists():
+            self._release_if_new()
+            raise InputError(f"{self.output} is not of a run: choose another {self.flag}, or remove it")
+        if not (same and whole) and not overwrite and found is not None:
             problem = (
                 _difference(found, settings) if not same else f"it was changed since its {self.count} rows were made"
             )
@@ -91,13 +97,26 @@ class ResultStore:
         known = (self._settings() or {}).get(FILES, [])
         for path in self._written:
             if path.is_dir() or (path.exists() and path.name not in known):
-                raise InputError(f"{path} is not of a run and would be replaced: choose another {self.flag}")
+                raise InputError(
+                    f"{path} is not of a run and would be replaced: choose another {self.flag}, or remove it"
+                )
+        if self.output.is_dir():
+            raise InputError(f"{self.output} is a folder: choose another {self.flag}")
 
     def _is_whole(self) -> bool:
-        """Whether the output still holds one row for every comparison."""
+        """Whether the output still holds the rows that were computed, one for every comparison."""
+        recorded = _read_json(self.summary).get("rows")
         with self.output.open("rb") as lines:
             rows = [_is_row(line) for line in lines]
-        return len(rows) == self.count and all(rows)
+        whole = len(rows) == self.count and all(rows)
+        return whole and recorded in (None, self._fingerprint())
+
+    def _fingerprint(self) -> str:
+        """sha256 over the rows as they were computed."""
+        digest = hashlib.sha256()
+        for row in self.rows():
+            digest.update(json.dumps({key: row[key] for key in row if key not in JUDGED}).encode())
+        return digest.hexdigest()
 
     def finished(self) -> set[int]:
         """Indices whose rows are on disk. One process asks, once the output is claimed, and tells the others."""
@@ -138,19 +157,21 @@ class ResultStore:
             yield from map(json.loads, lines)
 
     def replace_rows(self, rows: list[dict]) -> None:
-        """Write the merged rows anew, with what was found out about them since. On the main process."""
+        """Write the merged rows anew, with the columns `JUDGED` that were found out since. On the main process."""
         replace_lines(self.output, [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows])
 
     def finish(self, summary: dict) -> None:
         """Write the summary beside the output and drop the parts. On the main process."""
         settings = _read_json(self.parts / SETTINGS)
-        replace_text(self.summary, json.dumps({"settings": settings} | summary, indent=2))
+        whole = {"settings": settings} | summary | {"rows": self._fingerprint()}
+        replace_text(self.summary, json.dumps(whole, indent=2))
         self._remove_parts()
 
     def _settings(self) -> dict | None:
         """What the rows that are there were made with; None if nothing is there or nothing says so."""
         found = _read_json(self.parts / SETTINGS) or _read_json(self.summary).get("settings")
-        return found if isinstance(found, dict) and found else None
+        valid = isinstance(found, dict) and found and isinstance(found.get(ASKED, {}), dict)
+        return found if valid else None
 
     def _release_if_new(self) -> None:
         """Leave no empty parts folder beside the results of an earlier run."""
@@ -175,7 +196,7 @@ def _read_json(path: Path) -> dict:
     """The object in a JSON file; an empty one if there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -184,9 +205,7 @@ def _matters(settings: dict) -> dict:
     return {name: value for name, value in settings.items() if name not in (ASKED, FILES)}
 
 
-def _difference(found: dict | None, settings: dict) -> str:
-    if found is None:
-        return "there is a file that no run of this script left"
+def _difference(found: dict, settings: dict) -> str:
     before, now = (_matters(some) | some.get(ASKED, {}) for some in (found, settings))
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     values = [f"{name} = {before.get(name)!r}, now {now.get(name)!r}" for name in names]
@@ -198,16 +217,24 @@ def _rows(part: Path, count: int) -> Iterator[tuple[int, bytes]]:
     with part.open("rb") as lines:
         for line in lines:
             index, _, row = line.partition(b"\t")
-            if line.endswith(b"\n") and index.isdigit() and int(index) < count and _is_row(row):
+            known = len(index) < 10 and index.isdigit() and int(index) < count
+            if known and line.endswith(b"\n") and _is_row(row):
                 yield int(index), row
 
 
 def _is_row(line: bytes) -> bool:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and {"id", "score", "probability"} <= row.keys()
+    return isinstance(row, dict) and "id" in row and all(_are_numbers(row.get(key)) for key in ("score", "probability"))
+
+
+def _are_numbers(value: object) -> bool:
+    """A finite number, or a list of these."""
+    if isinstance(value, list):
+        return all(map(_are_numbers, value))
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _clean(part: Path, count: int) -> None:

@@ -126,7 +126,7 @@ def right_responses(comparison: dict) -> int:
 
 def parse_ties_id(text: str) -> tuple[str, int]:
     """`"tied:7"` -> ("tied", 7): the kind of a row of "Ties" and the number it shares with its partner."""
-    found = re.fullmatch(r"(ref|tied):(\d+)", text)
+    found = re.fullmatch(r"(ref|tied):([0-9]{1,9})", text)
     if found is None:
         raise InputError(f"the id of a row of '{TIES}' is {text!r}, expected ref:N or tied:N")
     return found[1], int(found[2])
@@ -137,7 +137,7 @@ def _problem(benchmark: Benchmark, row: dict, allow_empty: bool) -> str:
     if not row["subset"]:
         return "it has no subset"
     if row["subset"] not in benchmark.rows:
-        return f"unknown subset '{row['subset']}'; {benchmark.title} has {', '.join(benchmark.rows)}"
+        return f"unknown subset {row['subset']!r}; {benchmark.title} has {', '.join(benchmark.rows)}"
     right, count = right_responses(row), len(row["responses"])
     stated = list(zip(row["first"], row["second"], row["label"], strict=True))
     if stated != [(i, j, 1.0) for i in range(right) for j in range(right, count)]:
