@@ -11,7 +11,6 @@ was given cannot be used, 130 interrupted.
 """
 
 import logging
-import os
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,9 +26,9 @@ from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import stable_hash
 from general_preference.errors import InputError
 from general_preference.inference.batch_inference import ResultSummary, result_row, score_remaining
+from general_preference.inference.model_arguments import ModelArguments, check_positive
 from general_preference.inference.pictures import draw_reliability
 from general_preference.inference.results import ASKED, ResultStore
-from general_preference.models.device import choose_device, use_device
 from general_preference.models.pretrained import checkpoint_identity
 from general_preference.processes import Processes
 
@@ -58,63 +57,42 @@ class BatchArguments:
     on_bad_record: str = flag(
         "stop", "a record that does not fit: stop the run, or skip and count it", choices=["stop", "skip"]
     )
-    preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenise")
     max_len: int | None = flag(
         None, "tokens of prompt and one response together; default what the model was trained with"
     )
-    is_general_preference: bool | None = flag(None, "what the model is expected to be; a contradiction is an error")
-    value_head_dim: int | None = flag(None, "the size D the model is expected to have; a contradiction is an error")
-    add_prompt_head: bool | None = flag(
-        None, "whether the model is expected to have a gate; a contradiction is an error"
-    )
-    general_preference_tau: float | None = flag(
-        None, "temperature of published weights, which record none (default 0.1); otherwise the model's own",
-        aliases=["--tau"],
-    )  # fmt: skip
-    bf16: bool | None = flag(None, "bfloat16 backbone; default on GPUs that compute it fast")
-    flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
-    attn_implementation: str = flag("auto", "attention kernel; auto takes the best one the architecture has",
-                                    choices=["auto", "sdpa", "eager", "flash_attention_2"])  # fmt: skip
     disable_fast_tokenizer: bool = flag(False, "use the slow (Python) tokenizer where a model has both")
-    trust_remote_code: bool = flag(False, "run code that comes with the model")
-    device: str = flag("auto", "auto (one GPU per process, else mps or the CPU), cuda:N, mps or cpu")
     micro_batch_size: int | None = flag(None, "comparisons in one call at most; default as many as --batch_tokens hold")
-    batch_tokens: int | None = flag(None, "tokens in one call at most, padding included; default fits the device")
     save_embeddings: bool = flag(False, "also write each response's embedding and each prompt's gate")
     overwrite: bool = flag(False, "replace results of another model, other data or other settings in --output_path")
-    local_rank: int = flag(-1, "set by launchers")
 
     def check(self) -> None:
         """InputError for what cannot work, before anything is loaded."""
         for name in ("pretrain", "dataset"):
             if not getattr(self, name):
                 raise InputError(f"--{name} is missing")
-        for name in ("max_samples", "micro_batch_size", "batch_tokens", "preprocessing_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name} {value} must be at least 1")
+        check_positive(self, "max_samples", "micro_batch_size")
         if Path(self.output_path).is_dir():
             raise InputError(f"--output_path {self.output_path} is a folder: name a file in it")
-        if self.flash_attn and self.attn_implementation not in ("auto", "flash_attention_2"):
-            raise InputError(f"--flash_attn and --attn_implementation {self.attn_implementation} disagree: drop one")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn what can go wrong into one line and an exit code."""
-    (arguments,) = parse_flags(
-        (BatchArguments,), argv, "Score comparisons with a preference model. Every flag: --help."
+    arguments, model = parse_flags(
+        (BatchArguments, ModelArguments), argv, "Score comparisons with a preference model. Every flag: --help."
     )
-    return exit_code(lambda: run(arguments), kept="finished rows are kept: the same command continues")
+    return exit_code(lambda: run(arguments, model), kept="finished rows are kept: the same command continues")
 
 
-def run(arguments: BatchArguments) -> None:
+def run(arguments: BatchArguments, model: ModelArguments) -> None:
     """From paths to results."""
     arguments.check()
+    model.check()
     refuse_own_input(arguments)
     quiet_other_libraries()
     with Processes.join() as processes:
-        rm = processes.main_first(lambda: load_pipeline(arguments, processes.local_rank))
-        table, read = processes.main_first(lambda: load_table(arguments, rm))
+        options = {"max_length": arguments.max_len, "disable_fast_tokenizer": arguments.disable_fast_tokenizer}
+        rm = processes.main_first(lambda: model.load(arguments.pretrain, processes.local_rank, **options))
+        table, read = processes.main_first(lambda: load_table(arguments, rm, model.preprocessing_workers))
         for one in read:
             logger.info("%s", one)
         store = result_store(arguments.output_path, len(table), processes.rank)
@@ -142,25 +120,7 @@ def result_store(output_path: str, count: int, rank: int) -> ResultStore:
     return ResultStore(Path(output_path), count, rank, flag="--output_path", beside=(PICTURE,))
 
 
-def load_pipeline(arguments: BatchArguments, local_rank: int) -> GPMPipeline:
-    """The model on this process's device."""
-    return GPMPipeline(
-        arguments.pretrain,
-        device=use_device(choose_device(arguments.device, local_rank)),
-        value_head_dim=arguments.value_head_dim,
-        is_general_preference=arguments.is_general_preference,
-        bf16=arguments.bf16,
-        max_length=arguments.max_len,
-        tau=arguments.general_preference_tau,
-        add_prompt_head=arguments.add_prompt_head,
-        attn_implementation="flash_attention_2" if arguments.flash_attn else arguments.attn_implementation,
-        batch_tokens=arguments.batch_tokens,
-        disable_fast_tokenizer=arguments.disable_fast_tokenizer,
-        trust_remote_code=arguments.trust_remote_code,
-    )
-
-
-def load_table(arguments: BatchArguments, rm: GPMPipeline) -> tuple[datasets.Dataset, list[Summary]]:
+def load_table(arguments: BatchArguments, rm: GPMPipeline, workers: int) -> tuple[datasets.Dataset, list[Summary]]:
     """(tokenised comparisons in the order of the results, what each set held). Without subsets, sets are subsets."""
     sources = parse_sources(arguments.dataset)
     probabilities = parse_probabilities(arguments.dataset_probs, len(sources))
@@ -169,7 +129,7 @@ def load_table(arguments: BatchArguments, rm: GPMPipeline) -> tuple[datasets.Dat
         rm.encoder,
         custom=arguments.is_custom_dataset,
         skip_bad=arguments.on_bad_record == "skip",
-        workers=arguments.preprocessing_workers,
+        workers=workers,
     )
     read = [summarize(source.name, table, left_out[source.name]) for source, table in zip(sources, tables, strict=True)]
     if len(tables) > 1:

@@ -33,8 +33,8 @@ from general_preference.datasets.tokenization import DEFAULT_TEMPLATE, load_toke
 from general_preference.errors import InputError
 from general_preference.files import replace_text
 from general_preference.inference.batch_inference import result_row, score_remaining
+from general_preference.inference.model_arguments import ModelArguments, check_positive
 from general_preference.inference.results import ASKED, ResultStore
-from general_preference.models.device import choose_device, use_device
 from general_preference.models.pretrained import checkpoint_identity
 from general_preference.processes import Processes
 from general_preference.rewardbench.data import (
@@ -91,31 +91,13 @@ class RewardBenchArguments:
         None, "tokens of prompt and one response together; default what the model was trained with"
     )
     batch_size: int = flag(64, "rows in one call at most")
-    batch_tokens: int | None = flag(None, "tokens in one call at most, padding included; default fits the device")
     torch_dtype: str | None = flag(
         None, "the backbone's dtype; default bfloat16 on GPUs that compute it fast, else float32", choices=list(DTYPES)
     )
-    bf16: bool | None = flag(None, "same as --torch_dtype bfloat16; false: float32")
-    flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
-    attn_implementation: str = flag("auto", "attention kernel; auto takes the best one the architecture has",
-                                    choices=["auto", "sdpa", "eager", "flash_attention_2"])  # fmt: skip
-    device: str = flag("auto", "auto (one GPU per process, else mps or the CPU), cuda:N, mps or cpu")
-    trust_remote_code: bool = flag(False, "run code that comes with the model")
-    is_general_preference: bool | None = flag(None, "what the model is expected to be; a contradiction is an error")
-    value_head_dim: int | None = flag(None, "the size D the model is expected to have; a contradiction is an error")
-    add_prompt_head: bool | None = flag(
-        None, "whether the model is expected to have a gate; a contradiction is an error"
-    )
-    general_preference_tau: float | None = flag(
-        None, "temperature of published weights, which record none (default 0.1); otherwise the model's own",
-        aliases=["--tau"],
-    )  # fmt: skip
     is_custom_model: bool | None = flag(None, "always so here: models of this repository; false is an error")
     not_quantized: bool | None = flag(None, "always so here: weights are never quantised; false is an error")
     do_not_save: bool | None = flag(None, "always so here: nothing is uploaded to the hub; false is an error")
     disable_beaker_save: bool = flag(False, "in a Beaker job: do not also write /output/metrics.json")
-    preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenise")
-    local_rank: int = flag(-1, "set by launchers")
 
     def check(self) -> None:
         """InputError for what cannot work, before anything is loaded."""
@@ -124,10 +106,7 @@ class RewardBenchArguments:
         for name in ("dataset", "tokenizer", "chat_template", "output_dir"):
             if getattr(self, name) == "":
                 raise InputError(f"--{name} is empty: give it a value, or drop it")
-        for name in ("batch_size", "batch_tokens", "preprocessing_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name} {value} must be at least 1")
+        check_positive(self, "batch_size")
         for name in ("is_custom_model", "not_quantized", "do_not_save"):
             if getattr(self, name) is False:
                 raise InputError(f"--{name} false is not possible here (--help says why): drop it")
@@ -135,10 +114,6 @@ class RewardBenchArguments:
             raise InputError("--pref_sets belongs to --rewardbench_version 1: drop one")
         if self.winner != "borda" and self.rewardbench_version == 1:
             raise InputError(f"--winner {self.winner} needs --rewardbench_version 2: a pair has its own winner")
-        if self.flash_attn and self.attn_implementation not in ("auto", "flash_attention_2"):
-            raise InputError(f"--flash_attn and --attn_implementation {self.attn_implementation} disagree: drop one")
-        if self.bf16 is not None and self.torch_dtype not in (None, "bfloat16" if self.bf16 else "float32"):
-            raise InputError(f"--bf16 {self.bf16} and --torch_dtype {self.torch_dtype} disagree: drop one")
         if self.model_name is not None:
             name = PurePosixPath(self.model_name)
             shown = self.model_name.isprintable() and self.model_name.strip() and len(name.name.encode()) <= 200
@@ -165,15 +140,16 @@ class RewardBenchArguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn what can go wrong into one line and an exit code."""
-    (arguments,) = parse_flags(
-        (RewardBenchArguments,), argv, "Run a preference model on RewardBench. --help: all flags."
+    arguments, model = parse_flags(
+        (RewardBenchArguments, ModelArguments), argv, "Run a preference model on RewardBench. Every flag: --help."
     )
-    return exit_code(lambda: run(arguments), kept="finished rows are kept: the same command continues")
+    return exit_code(lambda: run(arguments, model), kept="finished rows are kept: the same command continues")
 
 
-def run(arguments: RewardBenchArguments) -> None:
+def run(arguments: RewardBenchArguments, model: ModelArguments) -> None:
     """From a model's name to its results."""
     arguments.check()
+    model.check()
     benchmark = arguments.benchmark
     refuse_own_input(arguments)
     quiet_other_libraries()
@@ -181,10 +157,8 @@ def run(arguments: RewardBenchArguments) -> None:
         rows = processes.main_first(
             lambda: load_benchmark(benchmark, arguments.dataset, arguments.debug, arguments.allow_empty_responses)
         )
-        rm = processes.main_first(lambda: load_pipeline(arguments, processes.local_rank))
-        table = processes.main_first(
-            lambda: tokenize(rows, rm.encoder, arguments.preprocessing_workers, benchmark.title)
-        )
+        rm = processes.main_first(lambda: load_pipeline(arguments, model, processes.local_rank))
+        table = processes.main_first(lambda: tokenize(rows, rm.encoder, model.preprocessing_workers, benchmark.title))
         logger.info("%s", summarize_tokens(benchmark.title, table))
         told_apart = (
             not (same or cut) for same, cut in zip(table["identical"], table["identical_after_cut"], strict=True)
@@ -220,31 +194,22 @@ def refuse_own_input(arguments: RewardBenchArguments) -> None:
             raise InputError(f"{written.output} and what stands beside it would replace --dataset {source.path}")
 
 
-def load_pipeline(arguments: RewardBenchArguments, local_rank: int) -> GPMPipeline:
+def load_pipeline(arguments: RewardBenchArguments, model: ModelArguments, local_rank: int) -> GPMPipeline:
     """The model on this process's device."""
-    dtype = None if arguments.torch_dtype is None else getattr(torch, arguments.torch_dtype)
-    return GPMPipeline(
+    return model.load(
         arguments.model,
-        device=use_device(choose_device(arguments.device, local_rank)),
-        value_head_dim=arguments.value_head_dim,
-        is_general_preference=arguments.is_general_preference,
-        bf16=arguments.bf16,
+        local_rank,
         max_length=arguments.max_length,
-        tau=arguments.general_preference_tau,
-        add_prompt_head=arguments.add_prompt_head,
-        dtype=dtype,
-        tokenizer=load_other_tokenizer(arguments),
-        attn_implementation="flash_attention_2" if arguments.flash_attn else arguments.attn_implementation,
-        batch_tokens=arguments.batch_tokens,
-        trust_remote_code=arguments.trust_remote_code,
+        dtype=None if arguments.torch_dtype is None else getattr(torch, arguments.torch_dtype),
+        tokenizer=load_other_tokenizer(arguments, model.trust_remote_code),
     )
 
 
-def load_other_tokenizer(arguments: RewardBenchArguments):
+def load_other_tokenizer(arguments: RewardBenchArguments, trust_remote_code: bool):
     """The tokenizer that --tokenizer and --chat_template ask for; None for the model's own."""
     if arguments.tokenizer is None and arguments.chat_template is None:
         return None
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model, trust_remote_code=trust_remote_code)
     wanted = arguments.chat_template
     if wanted is None:
         return tokenizer

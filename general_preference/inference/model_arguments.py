@@ -1,0 +1,63 @@
+"""The flags with which a script names the model it runs, and the pipeline they make."""
+
+import os
+from dataclasses import dataclass
+
+from general_preference.command_line import flag
+from general_preference.errors import InputError
+from general_preference.inference.pipeline import GPMPipeline
+from general_preference.models.device import choose_device, use_device
+
+
+@dataclass
+class ModelArguments:
+    """What the model is expected to be, and how it is run. The same in every script that runs a trained model."""
+
+    is_general_preference: bool | None = flag(None, "what the model is expected to be; a contradiction is an error")
+    value_head_dim: int | None = flag(None, "the size D the model is expected to have; a contradiction is an error")
+    add_prompt_head: bool | None = flag(
+        None, "whether the model is expected to have a gate; a contradiction is an error"
+    )
+    general_preference_tau: float | None = flag(
+        None, "temperature of published weights, which record none (default 0.1); otherwise the model's own",
+        aliases=["--tau"],
+    )  # fmt: skip
+    bf16: bool | None = flag(None, "bfloat16 backbone; default on GPUs that compute it fast")
+    flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
+    attn_implementation: str = flag("auto", "attention kernel; auto takes the best one the architecture has",
+                                    choices=["auto", "sdpa", "eager", "flash_attention_2"])  # fmt: skip
+    trust_remote_code: bool = flag(False, "run code that comes with the model")
+    device: str = flag("auto", "auto (one GPU per process, else mps or the CPU), cuda:N, mps or cpu")
+    batch_tokens: int | None = flag(None, "tokens in one call at most, padding included; default fits the device")
+    preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenise")
+    local_rank: int = flag(-1, "set by launchers")
+
+    def check(self) -> None:
+        """InputError for what cannot work, before anything is loaded."""
+        check_positive(self, "batch_tokens", "preprocessing_workers")
+        if self.flash_attn and self.attn_implementation not in ("auto", "flash_attention_2"):
+            raise InputError(f"--flash_attn and --attn_implementation {self.attn_implementation} disagree: drop one")
+
+    def load(self, path: str, local_rank: int, **options) -> GPMPipeline:
+        """The model at `path` on this process's device; `options` are further arguments of `GPMPipeline`."""
+        return GPMPipeline(
+            path,
+            device=use_device(choose_device(self.device, local_rank)),
+            value_head_dim=self.value_head_dim,
+            is_general_preference=self.is_general_preference,
+            bf16=self.bf16,
+            tau=self.general_preference_tau,
+            add_prompt_head=self.add_prompt_head,
+            attn_implementation="flash_attention_2" if self.flash_attn else self.attn_implementation,
+            batch_tokens=self.batch_tokens,
+            trust_remote_code=self.trust_remote_code,
+            **options,
+        )
+
+
+def check_positive(arguments: object, *names: str) -> None:
+    """InputError for a flag below 1; None is no value."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value} must be at least 1")
