@@ -29,6 +29,6 @@ setup(
         "train": ["deepspeed>=0.18", "wandb", "matplotlib"],
         "flash": ["flash-attn"],
         "lora": ["peft>=0.18"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "peft>=0.18"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "peft>=0.18", "trl"],
     },
 )

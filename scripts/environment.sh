@@ -51,7 +51,8 @@ if ((GPUS == 0)); then
   # glibc gives large temporaries back to the kernel after every operation; keeping them is several times faster.
   export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
   # Threads that wait by spinning slow each other down tenfold as soon as something else runs on the machine.
-  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+  # A few microseconds of it, before they sleep, save more than they cost (about a tenth of a step; 4 % when busy).
+  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}
   if ((NPROC > 1)); then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NPROC - 1) / NPROC))}
   fi

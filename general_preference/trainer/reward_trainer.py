@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,15 +140,10 @@ class RewardTrainer:
         output, start = self.arguments.output, self.state.step
         self.metrics = self._metrics_logger(start)
         window = Window(self.strategy, self.arguments.data.return_prompt_length)
-        batches = iter(
-            self._loader(self.train_set, self.sampler.micro_batches(self.arguments.optimizer.max_epochs, start))
-        )
         results: dict[str, dict] = {}
         quiet = not self.strategy.is_main
         with tqdm(total=self.steps, initial=start, desc="train", unit="step", disable=quiet, mininterval=1) as bar:
-            for step in range(start + 1, self.steps + 1):
-                self._step(batches, window, step)
-                self.state.step = step
+            for step in self.train_steps(window):
                 if step % output.logging_steps == 0 or step == self.steps:
                     bar.set_postfix(self._log(window, step), refresh=False)
                 bar.update()
@@ -161,6 +157,15 @@ class RewardTrainer:
             results = {name: self.evaluate(name) for name in self.eval_sets}
         self._finish(results)
         return results
+
+    def train_steps(self, window: "Window") -> Iterator[int]:
+        """Optimizer steps from where the run stands to its end; yields the number of each when it is done."""
+        epochs, start = self.arguments.optimizer.max_epochs, self.state.step
+        batches = iter(self._loader(self.train_set, self.sampler.micro_batches(epochs, start)))
+        for step in range(start + 1, self.steps + 1):
+            self._step(batches, window, step)
+            self.state.step = step
+            yield step
 
     def _step(self, batches, window: "Window", step: int) -> None:
         self.strategy.train_mode(True)

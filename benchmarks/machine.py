@@ -1,0 +1,57 @@
+"""What benchmarks say about the machine they ran on."""
+
+import os
+import platform
+import resource
+import statistics
+import time
+
+import torch
+
+
+def describe_machine() -> str:
+    """Device, cores and library versions, on one line."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    model = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), device)
+    name = device if torch.cuda.is_available() else model
+    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def matmul_rate(size: int = 2048, repeats: int = 9, dtype: torch.dtype = torch.float32) -> float:
+    """Floating-point operations per second of large square matrix products: the median of a few."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    first, second = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        first @ second
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / statistics.median(seconds[2:])
+
+
+def peak_memory() -> int:
+    """Bytes that this process held at most: on the GPU if there is one, else its resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def launcher_environment() -> dict[str, str]:
+    """The environment that scripts/environment.sh makes and explains: how freed memory is kept, how threads wait."""
+    return {
+        "MALLOC_MMAP_THRESHOLD_": "4294967296",
+        "MALLOC_TRIM_THRESHOLD_": "8589934592",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "5000",
+        "DS_ACCELERATOR": "cpu" if not torch.cuda.is_available() else "cuda",
+    }
+
+
+def _cpu_info() -> list[str]:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []

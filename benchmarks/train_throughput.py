@@ -1,0 +1,422 @@
+#!/usr/bin/env python3
+"""One training step, side by side: this trainer, a padded two-sequence step, and TRL's RewardTrainer.
+
+    python benchmarks/train_throughput.py [--dataset FILE] [--output RESULT.json] [--micro_batches 1,2,4,8]
+
+All train the same random Llama on the same comparisons in the same order, a global batch per optimizer step, each in
+processes of its own and at its own best micro-batch, by default all in the environment of this project's launchers
+(--plain_peers gives it to this trainer alone). Printed for each: comparisons and unique tokens per second, peak
+memory, and the share of the arithmetic limit, 6 * non-embedding parameters * unique tokens (each prompt once) at the
+rate of large matrix products that the machine shows at the start. Writes RESULT.json and a picture beside it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for scripts/
+
+import torch
+
+from benchmarks.machine import describe_machine, launcher_environment, matmul_rate, peak_memory
+from general_preference.command_line import align, exit_code
+from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
+from general_preference.errors import InputError
+from general_preference.files import replace_lines, replace_text
+from general_preference.plotting import load_pyplot
+from scripts.make_tiny_model import CHAT_TEMPLATE, read_texts, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP = 1  # steps that are not timed: the first allocates
+TITLES = {"this": "this trainer", "padded": "padded pairs, eager", "trl": "TRL RewardTrainer"}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Flags; the last ones are for the processes that this script starts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default=str(ROOT / "data" / "mixed" / "train.jsonl"), help="comparisons")
+    parser.add_argument("--output", type=Path, default=Path("train_throughput.json"), help="JSON; a .png beside it")
+    parser.add_argument("--implementations", default="this,padded,trl", help=f"of {', '.join(TITLES)}")
+    parser.add_argument("--micro_batches", default="1,2,4,8", help="tried for each; the fastest one is reported")
+    parser.add_argument("--global_batch", type=int, default=32, help="comparisons per optimizer step")
+    parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps of a run")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each at its best micro-batch, taking turns")
+    parser.add_argument("--max_len", type=int, default=512)
+    parser.add_argument("--head", choices=["bt", "gpm"], default="bt", help="TRL knows bt alone")
+    parser.add_argument("--regularizer", action="store_true", help="add the language-model regulariser (this trainer)")
+    parser.add_argument("--plain_peers", action="store_true", help="run the others without this launchers' environment")
+    parser.add_argument("--hidden_size", type=int, default=384)
+    parser.add_argument("--intermediate_size", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--key_value_heads", type=int, default=2)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--zero_stage", type=int, default=0)
+    parser.add_argument("--run", choices=list(TITLES), help=argparse.SUPPRESS)
+    parser.add_argument("--micro_batch", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--backbone", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure all, or be one of the measured processes."""
+    arguments = parse(argv)
+    work = (lambda: run_one(arguments)) if arguments.run else (lambda: measure(arguments))
+    return exit_code(work, kept="nothing was written")
+
+
+# --- the process that starts the others ---------------------------------------------------------------------------
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Find each implementation's best micro-batch, run the best in turns, print, write."""
+    names = arguments.implementations.split(",")
+    if unknown := [name for name in names if name not in TITLES]:
+        raise InputError(f"--implementations {unknown[0]} is none of {', '.join(TITLES)}")
+    if "trl" in names and (find_spec("trl") is None or arguments.head != "bt"):
+        print("without TRL: " + ("not installed (pip install trl)" if arguments.head == "bt" else "it knows bt alone"))
+        names.remove("trl")
+    try:
+        sizes = [int(size) for size in arguments.micro_batches.split(",")]
+    except ValueError:
+        raise InputError(f"--micro_batches {arguments.micro_batches} is no list such as 1,2,4") from None
+    if min(sizes) < 1 or any(arguments.global_batch % size for size in sizes):
+        raise InputError(f"--global_batch {arguments.global_batch} must be a multiple of every micro-batch")
+    if arguments.steps < 1:
+        raise InputError(f"--steps {arguments.steps} must be at least 1")
+    rate = matmul_rate()
+    print(f"{describe_machine()}\nmatrix products: {rate / 1e9:.0f} GFLOP/s in fp32")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.backbone = Path(folder) / "backbone"
+        arguments.dataset = write_pairs(arguments.dataset, Path(folder) / "pairs.jsonl")
+        make_backbone(arguments)
+        runs = []
+        for name in names:
+            for size in sizes:
+                runs.append(start(arguments, name, size))
+                print(row_text(runs[-1], rate), flush=True)
+        best = {name: max((run for run in runs if run["name"] == name), key=speed)["micro_batch"] for name in names}
+        for _ in range(arguments.rounds):
+            for name in names:
+                runs.append(start(arguments, name, best[name]))
+                print(row_text(runs[-1], rate), flush=True)
+    report(arguments, names, best, runs, rate)
+
+
+def write_pairs(dataset: str, file: Path) -> str:
+    """The comparisons as pairs of conversations, the shape that all implementations know; groups become several."""
+    from general_preference.datasets.sources import load_source, parse_sources
+
+    pairs = []
+    for source in parse_sources(dataset):
+        for row in load_source(source)[0]:
+            for first, second in zip(row["first"], row["second"], strict=True):
+                chosen, rejected = (row["prompt"] + row["responses"][side] for side in (first, second))
+                pairs.append(json.dumps({"chosen": chosen, "rejected": rejected}))
+    replace_lines(file, pairs)
+    return str(file)
+
+
+def make_backbone(arguments: argparse.Namespace) -> None:
+    """A random Llama in fp32, with a tokenizer made of the data's own text."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = train_tokenizer(read_texts([arguments.dataset]), arguments.vocabulary)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=arguments.vocabulary,
+        hidden_size=arguments.hidden_size,
+        intermediate_size=arguments.intermediate_size,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.key_value_heads,
+        max_position_embeddings=max(2048, arguments.max_len),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).float().save_pretrained(arguments.backbone)
+    tokenizer.save_pretrained(arguments.backbone)
+
+
+def start(arguments: argparse.Namespace, name: str, micro_batch: int) -> dict:
+    """One measured process; what it found."""
+    switches = ("regularizer", "plain_peers")
+    flags = [f"--{key}={value}" for key, value in vars(arguments).items()
+             if key not in ("run", "micro_batch", *switches) and value is not None]  # fmt: skip
+    flags += [f"--{key}" for key in switches if getattr(arguments, key)]
+    command = [sys.executable, __file__, *flags, f"--run={name}", f"--micro_batch={micro_batch}"]
+    tuned = name == "this" or not arguments.plain_peers
+    environment = os.environ | (launcher_environment() if tuned else {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+        raise InputError(f"{TITLES[name]}, micro-batch {micro_batch}: {reason}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def speed(run: dict) -> float:
+    """Comparisons per second over the timed steps."""
+    return run["comparisons"] / run["seconds"]
+
+
+def share_of_limit(run: dict, rate: float) -> float:
+    """Unique tokens' arithmetic over what the machine could have done in that time."""
+    return 6 * run["parameters"] * run["unique_tokens"] / run["seconds"] / rate
+
+
+def row_text(run: dict, rate: float) -> str:
+    """One line about one measured process."""
+    return (
+        f"{TITLES[run['name']]:20} micro-batch {run['micro_batch']:2}: {speed(run):6.2f} comparisons/s, "
+        f"{share_of_limit(run, rate):.2f} of the limit, peak {run['peak_bytes'] / 2**30:.2f} GiB, "
+        f"first loss {run['losses'][0]:.6f}"
+    )
+
+
+def report(arguments: argparse.Namespace, names: list[str], best: dict[str, int], runs: list[dict], rate: float):
+    """The table, the JSON, the picture."""
+    chosen = {name: [run for run in runs if (run["name"], run["micro_batch"]) == (name, best[name])] for name in names}
+    middle = {name: statistics.median(map(speed, some)) for name, some in chosen.items()}
+    rows = [["", "micro-batch", "comparisons/s", "unique tokens/s", "of the limit", "peak GiB", "this / it"], None]
+    for name, some in chosen.items():
+        tokens = statistics.median(run["unique_tokens"] / run["seconds"] for run in some)
+        rows.append([
+            TITLES[name], str(best[name]), f"{middle[name]:.2f}", f"{tokens:.0f}",
+            f"{statistics.median(share_of_limit(run, rate) for run in some):.2f}",
+            f"{max(run['peak_bytes'] for run in some) / 2**30:.2f}",
+            f"{middle['this'] / middle[name]:.2f}" if "this" in middle else "-",
+        ])  # fmt: skip
+    print("\n" + "\n".join(align(rows)))
+    first = {name: some[0]["losses"][0] for name, some in chosen.items()}
+    if {"this", "padded"} <= first.keys():
+        print(f"\nloss of the first step, this and padded: difference {abs(first['this'] - first['padded']):.1e}")
+    settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("run", "micro_batch")}
+    found = {"machine": describe_machine(), "matmul_flops": rate, "settings": settings, "best": best, "runs": runs}
+    packages = {name: version(name) for name in ("torch", "transformers", "deepspeed") + (("trl",) * ("trl" in names))}
+    replace_text(arguments.output, json.dumps(found | {"packages": packages}, indent=2))
+    picture = arguments.output.with_suffix(".png")
+    print(f"\nResult: {arguments.output}" + (f"\nPicture: {picture}" if draw(runs, rate, picture) else ""))
+
+
+def draw(runs: list[dict], rate: float, path: Path) -> bool:
+    """Speed over micro-batch, and the limit."""
+    pyplot = load_pyplot()
+    if pyplot is None:
+        return False
+    figure, axis = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
+    for name in dict.fromkeys(run["name"] for run in runs):
+        sizes = sorted({run["micro_batch"] for run in runs if run["name"] == name})
+        found = [[speed(run) for run in runs if (run["name"], run["micro_batch"]) == (name, size)] for size in sizes]
+        axis.plot(sizes, [statistics.median(some) for some in found], "o-", label=TITLES[name])
+    one = runs[0]
+    limit = rate * one["comparisons"] / (6 * one["parameters"] * one["unique_tokens"])
+    axis.axhline(limit, color="0.4", ls="--", lw=1, label="arithmetic limit")
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="micro-batch (comparisons)", ylabel="comparisons per second", ylim=(0, 1.1 * limit))
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
+
+
+# --- one measured process -----------------------------------------------------------------------------------------
+
+
+def run_one(arguments: argparse.Namespace) -> None:
+    """Train a few steps one way; the last line of the output is the result as JSON."""
+    found = {"this": run_this, "padded": run_padded, "trl": run_trl}[arguments.run](arguments)
+    model, table, order = found.pop("model"), found.pop("table"), found.pop("order")
+    timed = order[WARM_UP * arguments.global_batch :]
+    lengths = table["length"][:]
+    found |= {
+        "name": arguments.run,
+        "micro_batch": arguments.micro_batch,
+        "comparisons": len(timed),
+        "unique_tokens": sum(lengths[index] for index in timed),
+        "parameters": non_embedding_parameters(model),
+        "peak_bytes": peak_memory(),
+    }
+    print("\n" + json.dumps(found))
+
+
+def non_embedding_parameters(model) -> int:
+    """Weights that multiply every token: those of the layers."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".layers." in name)
+
+
+def trainer_arguments(arguments: argparse.Namespace):
+    """The flags of the training script that describe this benchmark."""
+    from general_preference.trainer.arguments import parse_arguments
+
+    flags = {
+        "pretrain": arguments.backbone,
+        "dataset": arguments.dataset,
+        "preference_head": arguments.head,
+        "max_len": arguments.max_len,
+        "micro_train_batch_size": arguments.micro_batch,
+        "accumulated_gradient": arguments.global_batch // arguments.micro_batch,
+        "learning_rate": 1e-4,
+        "warmup_ratio": 0,
+        "zero_stage": arguments.zero_stage,
+        "add_pretrain_loss": arguments.regularizer,
+        "logging_steps": 10**6,
+    }
+    return parse_arguments([f"--{name}={value}" for name, value in flags.items()])
+
+
+def load_table(arguments: argparse.Namespace):
+    """(tokenised comparisons, the order in which a run of the trainer sees them, for as many steps as are run)."""
+    from general_preference.datasets.sampler import StepSampler
+    from scripts.train_rm_general_preference import prepare_data
+
+    encoder = ComparisonTokenizer(load_tokenizer(str(arguments.backbone)), arguments.max_len)
+    flags = trainer_arguments(arguments)
+    table, *_ = prepare_data(flags, encoder)
+    steps = WARM_UP + arguments.steps
+    order = StepSampler(table["length"][:], micro_batch_size=arguments.global_batch, seed=flags.optimizer.seed).order(0)
+    if len(order) < steps * arguments.global_batch:
+        raise InputError(f"--dataset has {len(order)} pairs, {steps} steps need more: lower --steps or --global_batch")
+    return table, order[: steps * arguments.global_batch]
+
+
+def run_this(arguments: argparse.Namespace) -> dict:
+    """The trainer's own steps: data pipeline, engine, optimizer, metrics."""
+    from general_preference.trainer.reward_trainer import RewardTrainer, Window
+    from general_preference.trainer.strategy import Strategy
+    from scripts.train_rm_general_preference import make_model, resolve_preference
+
+    table, order = load_table(arguments)
+    flags = trainer_arguments(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        flags.output.save_path = folder
+        strategy = Strategy(flags.engine, flags.optimizer)
+        model = make_model(flags, resolve_preference(flags), strategy)
+        trainer = RewardTrainer(flags, strategy, model, load_tokenizer(str(arguments.backbone)), table, {})
+        window, losses, began = Window(strategy, False), [], 0.0
+        for step in trainer.train_steps(window):
+            losses.append(window.reduce(flags)["train/loss"])
+            if step == WARM_UP:
+                began = time.perf_counter()
+            if step == WARM_UP + arguments.steps:
+                break
+        seconds = time.perf_counter() - began
+        strategy.close()
+    return {"seconds": seconds, "losses": losses, "model": model, "table": table, "order": order}
+
+
+def run_padded(arguments: argparse.Namespace) -> dict:
+    """Chosen and rejected as two left-padded sequences of one batch, eager attention, torch's AdamW."""
+    from general_preference.models.losses import preference_loss
+    from general_preference.models.pretrained import get_reward_model
+    from general_preference.models.score import normalize_embedding, preference_score
+
+    table, order = load_table(arguments)
+    flags = trainer_arguments(arguments)
+    preference = flags.model.preference(arguments.max_len)
+    model = get_reward_model(str(arguments.backbone), bf16=False, preference=preference, attn_implementation="eager")
+    model.freeze_unused(language_model_head=False)
+    model.train()
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    backbone, size = model.language_model.base_model, arguments.micro_batch
+    accumulation = arguments.global_batch // size
+    losses, began = [], 0.0
+    for step in range(WARM_UP + arguments.steps):
+        if step == WARM_UP:
+            began = time.perf_counter()
+        total = 0.0
+        batch = order[step * arguments.global_batch : (step + 1) * arguments.global_batch]
+        for start in range(0, arguments.global_batch, size):
+            rows = [table[index] for index in batch[start : start + size]]
+            ids = [row["prompt_ids"] + row["response_ids"][side] for side in (0, 1) for row in rows]
+            longest = max(map(len, ids))
+            input_ids = torch.tensor([[0] * (longest - len(some)) + some for some in ids])
+            mask = torch.tensor([[0] * (longest - len(some)) + [1] * len(some) for some in ids])
+            hidden = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+            embeddings = model.value_head(hidden[:, -1])
+            if preference.normalize:
+                embeddings = normalize_embedding(embeddings)
+            score = preference_score(embeddings[:size], embeddings[size:])
+            loss = preference_loss(score, temperature=preference.temperature).mean() / accumulation
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "losses": losses, "model": model, "table": table, "order": order}
+
+
+def run_trl(arguments: argparse.Namespace) -> dict:
+    """TRL's RewardTrainer with its defaults, on the same conversations in the same steps."""
+    import datasets
+    from transformers import AutoModelForSequenceClassification, TrainerCallback
+    from trl import RewardConfig, RewardTrainer
+
+    from general_preference.datasets.sources import load_source, parse_sources
+
+    table, order = load_table(arguments)
+    source, _ = load_source(parse_sources(arguments.dataset)[0])
+    records = [source[index] for index in order]
+    rows = [
+        {"chosen": record["prompt"] + record["responses"][0], "rejected": record["prompt"] + record["responses"][1]}
+        for record in records
+    ]
+    clock: dict[int, float] = {}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, _arguments, state, _control, **_):
+            clock[state.global_step] = time.perf_counter()
+
+    class InOrder(RewardTrainer):
+        def _get_train_sampler(self, *_, **__):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = RewardConfig(
+            output_dir=folder,
+            per_device_train_batch_size=arguments.micro_batch,
+            gradient_accumulation_steps=arguments.global_batch // arguments.micro_batch,
+            max_length=arguments.max_len,
+            learning_rate=1e-4,
+            num_train_epochs=1,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            bf16=False,
+            use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+        )
+        model = AutoModelForSequenceClassification.from_pretrained(
+            arguments.backbone, num_labels=1, dtype=torch.float32
+        )
+        trainer = InOrder(
+            model=model,
+            args=config,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=load_tokenizer(str(arguments.backbone)),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    seconds = clock[WARM_UP + arguments.steps] - clock[WARM_UP]
+    return {"seconds": seconds, "losses": losses, "model": model, "table": table, "order": order}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
