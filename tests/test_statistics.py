@@ -49,6 +49,17 @@ def test_parts_add_up(first, second, seed):
     torch.testing.assert_close(whole, parts)
 
 
+def test_what_does_not_count_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    score, label, loss = (torch.randn(40, generator=generator) for _ in range(3))
+    label, counted = (label > 0).float(), torch.rand(40, generator=generator) > 0.3
+    score[~counted], loss[~counted] = float("nan"), float("inf")
+    found = preference_sums(score, label, loss, 0.5, counted)
+    torch.testing.assert_close(found, preference_sums(score[counted], label[counted], loss[counted], 0.5))
+    assert preference_sums(score, label, loss, 0.5, torch.zeros(40, dtype=torch.bool)).tolist() == empty_sums().tolist()
+    assert torch.isnan(preference_sums(score, label, loss, 0.5)).any(), "a score that counts is never hidden"
+
+
 def test_nothing_counted():
     assert preference_statistics(empty_sums()) == {"n": 0}
 

@@ -13,19 +13,25 @@ _FIELDS = ("n", "loss", "correct", "ties", "probability", "margin")
 
 
 def preference_sums(
-    score: torch.Tensor, label: torch.Tensor, loss: torch.Tensor, temperature: float | torch.Tensor
+    score: torch.Tensor,
+    label: torch.Tensor,
+    loss: torch.Tensor,
+    temperature: float | torch.Tensor,
+    counted: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sums that describe M scored preferences.
+    """Sums that describe M scored preferences. Never waits for an accelerator.
 
     Args:
         score, label, loss: (M,) score of first against second, probability in [0, 1] that first is preferred, loss.
         temperature: tau of P = sigmoid(score / tau).
+        counted: (M,) booleans, which preferences count; None for all.
 
     Returns:
         (6 + 3 * CALIBRATION_BINS,) float64: count, loss, correct, ties, probability, margin; then per confidence bin
         the count, the summed confidence and the summed outcome. Zeros for M = 0.
     """
     score, label, loss = (tensor.detach().double() for tensor in (score, label, loss))
+    counted = torch.ones_like(score) if counted is None else counted.double()
     tau = temperature.detach().double() if isinstance(temperature, torch.Tensor) else temperature
     tie = (score == 0).double()
     wins = torch.where(score > 0, label, 1 - label)
@@ -33,12 +39,14 @@ def preference_sums(
     correct = torch.where((score == 0) | (label == 0.5), torch.full_like(label, 0.5), (wins > 0.5).double())
     toward_preferred = torch.where(label >= 0.5, score, -score)
     probability = torch.sigmoid(toward_preferred / tau)
-    head = torch.stack([torch.ones_like(score), loss, correct, tie, probability, toward_preferred]).sum(dim=1)
+    head = torch.stack([torch.ones_like(score), loss, correct, tie, probability, toward_preferred])
+    head = torch.where(counted > 0, head, 0.0).sum(dim=1)  # 0 * NaN would be NaN
 
     confidence = torch.sigmoid(score.abs() / tau)
     bins = ((confidence - 0.5) * 2 * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)
     per_bin = torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64, device=score.device)
-    per_bin.index_add_(1, bins, torch.stack([torch.ones_like(confidence), confidence, outcome]))
+    each = torch.stack([torch.ones_like(confidence), confidence, outcome])
+    per_bin.index_add_(1, bins, torch.where(counted > 0, each, 0.0))
     return torch.cat([head, per_bin.flatten()])
 
 

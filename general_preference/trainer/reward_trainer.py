@@ -242,7 +242,7 @@ class RewardTrainer:
             output = strategy.forward(**batch.model_inputs())
             losses = batch_loss(output, batch, self.arguments.loss)
             real = batch.weight > 0
-            sums += preference_sums(losses.score[real], batch.label[real], losses.preference[real], losses.temperature)
+            sums += preference_sums(losses.score, batch.label, losses.preference, losses.temperature, real)
             if strategy.is_main and name not in self.cycles:
                 cycle = embedded_cycle(name, batch, output, self.tokenizer)
                 self.cycles |= {name: cycle} if cycle is not None else {}
@@ -297,7 +297,7 @@ class Window:
         real = batch.weight > 0
         each = losses.preference if losses.regularizer is None else losses.preference + losses.regularizer
         self.steps.add(step)
-        self.sums += preference_sums(losses.score[real], batch.label[real], losses.preference[real], losses.temperature)
+        self.sums += preference_sums(losses.score, batch.label, losses.preference, losses.temperature, real)
         extra = torch.zeros_like(losses.preference) if losses.regularizer is None else losses.regularizer
         prompts = len(batch.prompt_ends)
         prompt_tokens = batch.position_ids.flatten()[batch.prompt_ends].sum() + prompts
