@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,16 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fo
 
 import torch
 
-from benchmarks.machine import describe_machine, launcher_environment, matmul_rate, peak_memory
+from benchmarks.machine import describe_machine, launcher_environment, matmul_rate
+from benchmarks.training_steps import run_one
 from general_preference.command_line import align, exit_code
-from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError
 from general_preference.files import replace_lines, replace_text
 from general_preference.plotting import load_pyplot
 from scripts.make_tiny_model import CHAT_TEMPLATE, read_texts, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP = 1  # steps that are not timed: the first allocates
 TITLES = {"this": "this trainer", "padded": "padded pairs, eager", "trl": "TRL RewardTrainer"}
 
 
@@ -72,9 +70,6 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     work = (lambda: run_one(arguments)) if arguments.run else (lambda: measure(arguments))
     return exit_code(work, kept="nothing was written")
-
-
-# --- the process that starts the others ---------------------------------------------------------------------------
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -200,7 +195,7 @@ def report(arguments: argparse.Namespace, names: list[str], best: dict[str, int]
         ])  # fmt: skip
     print("\n" + "\n".join(align(rows)))
     first = {name: some[0]["losses"][0] for name, some in chosen.items()}
-    if {"this", "padded"} <= first.keys():
+    if {"this", "padded"} <= first.keys() and not arguments.regularizer:
         print(f"\nloss of the first step, this and padded: difference {abs(first['this'] - first['padded']):.1e}")
     settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("run", "micro_batch")}
     found = {"machine": describe_machine(), "matmul_flops": rate, "settings": settings, "best": best, "runs": runs}
@@ -230,192 +225,6 @@ def draw(runs: list[dict], rate: float, path: Path) -> bool:
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True
-
-
-# --- one measured process -----------------------------------------------------------------------------------------
-
-
-def run_one(arguments: argparse.Namespace) -> None:
-    """Train a few steps one way; the last line of the output is the result as JSON."""
-    found = {"this": run_this, "padded": run_padded, "trl": run_trl}[arguments.run](arguments)
-    model, table, order = found.pop("model"), found.pop("table"), found.pop("order")
-    timed = order[WARM_UP * arguments.global_batch :]
-    lengths = table["length"][:]
-    found |= {
-        "name": arguments.run,
-        "micro_batch": arguments.micro_batch,
-        "comparisons": len(timed),
-        "unique_tokens": sum(lengths[index] for index in timed),
-        "parameters": non_embedding_parameters(model),
-        "peak_bytes": peak_memory(),
-    }
-    print("\n" + json.dumps(found))
-
-
-def non_embedding_parameters(model) -> int:
-    """Weights that multiply every token: those of the layers."""
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".layers." in name)
-
-
-def trainer_arguments(arguments: argparse.Namespace):
-    """The flags of the training script that describe this benchmark."""
-    from general_preference.trainer.arguments import parse_arguments
-
-    flags = {
-        "pretrain": arguments.backbone,
-        "dataset": arguments.dataset,
-        "preference_head": arguments.head,
-        "max_len": arguments.max_len,
-        "micro_train_batch_size": arguments.micro_batch,
-        "accumulated_gradient": arguments.global_batch // arguments.micro_batch,
-        "learning_rate": 1e-4,
-        "warmup_ratio": 0,
-        "zero_stage": arguments.zero_stage,
-        "add_pretrain_loss": arguments.regularizer,
-        "logging_steps": 10**6,
-    }
-    return parse_arguments([f"--{name}={value}" for name, value in flags.items()])
-
-
-def load_table(arguments: argparse.Namespace):
-    """(tokenised comparisons, the order in which a run of the trainer sees them, for as many steps as are run)."""
-    from general_preference.datasets.sampler import StepSampler
-    from scripts.train_rm_general_preference import prepare_data
-
-    encoder = ComparisonTokenizer(load_tokenizer(str(arguments.backbone)), arguments.max_len)
-    flags = trainer_arguments(arguments)
-    table, *_ = prepare_data(flags, encoder)
-    steps = WARM_UP + arguments.steps
-    order = StepSampler(table["length"][:], micro_batch_size=arguments.global_batch, seed=flags.optimizer.seed).order(0)
-    if len(order) < steps * arguments.global_batch:
-        raise InputError(f"--dataset has {len(order)} pairs, {steps} steps need more: lower --steps or --global_batch")
-    return table, order[: steps * arguments.global_batch]
-
-
-def run_this(arguments: argparse.Namespace) -> dict:
-    """The trainer's own steps: data pipeline, engine, optimizer, metrics."""
-    from general_preference.trainer.reward_trainer import RewardTrainer, Window
-    from general_preference.trainer.strategy import Strategy
-    from scripts.train_rm_general_preference import make_model, resolve_preference
-
-    table, order = load_table(arguments)
-    flags = trainer_arguments(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        flags.output.save_path = folder
-        strategy = Strategy(flags.engine, flags.optimizer)
-        model = make_model(flags, resolve_preference(flags), strategy)
-        trainer = RewardTrainer(flags, strategy, model, load_tokenizer(str(arguments.backbone)), table, {})
-        window, losses, began = Window(strategy, False), [], 0.0
-        for step in trainer.train_steps(window):
-            losses.append(window.reduce(flags)["train/loss"])
-            if step == WARM_UP:
-                began = time.perf_counter()
-            if step == WARM_UP + arguments.steps:
-                break
-        seconds = time.perf_counter() - began
-        strategy.close()
-    return {"seconds": seconds, "losses": losses, "model": model, "table": table, "order": order}
-
-
-def run_padded(arguments: argparse.Namespace) -> dict:
-    """Chosen and rejected as two left-padded sequences of one batch, eager attention, torch's AdamW."""
-    from general_preference.models.losses import preference_loss
-    from general_preference.models.pretrained import get_reward_model
-    from general_preference.models.score import normalize_embedding, preference_score
-
-    table, order = load_table(arguments)
-    flags = trainer_arguments(arguments)
-    preference = flags.model.preference(arguments.max_len)
-    model = get_reward_model(str(arguments.backbone), bf16=False, preference=preference, attn_implementation="eager")
-    model.freeze_unused(language_model_head=False)
-    model.train()
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
-    backbone, size = model.language_model.base_model, arguments.micro_batch
-    accumulation = arguments.global_batch // size
-    losses, began = [], 0.0
-    for step in range(WARM_UP + arguments.steps):
-        if step == WARM_UP:
-            began = time.perf_counter()
-        total = 0.0
-        batch = order[step * arguments.global_batch : (step + 1) * arguments.global_batch]
-        for start in range(0, arguments.global_batch, size):
-            rows = [table[index] for index in batch[start : start + size]]
-            ids = [row["prompt_ids"] + row["response_ids"][side] for side in (0, 1) for row in rows]
-            longest = max(map(len, ids))
-            input_ids = torch.tensor([[0] * (longest - len(some)) + some for some in ids])
-            mask = torch.tensor([[0] * (longest - len(some)) + [1] * len(some) for some in ids])
-            hidden = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-            embeddings = model.value_head(hidden[:, -1])
-            if preference.normalize:
-                embeddings = normalize_embedding(embeddings)
-            score = preference_score(embeddings[:size], embeddings[size:])
-            loss = preference_loss(score, temperature=preference.temperature).mean() / accumulation
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "losses": losses, "model": model, "table": table, "order": order}
-
-
-def run_trl(arguments: argparse.Namespace) -> dict:
-    """TRL's RewardTrainer with its defaults, on the same conversations in the same steps."""
-    import datasets
-    from transformers import AutoModelForSequenceClassification, TrainerCallback
-    from trl import RewardConfig, RewardTrainer
-
-    from general_preference.datasets.sources import load_source, parse_sources
-
-    table, order = load_table(arguments)
-    source, _ = load_source(parse_sources(arguments.dataset)[0])
-    records = [source[index] for index in order]
-    rows = [
-        {"chosen": record["prompt"] + record["responses"][0], "rejected": record["prompt"] + record["responses"][1]}
-        for record in records
-    ]
-    clock: dict[int, float] = {}
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, _arguments, state, _control, **_):
-            clock[state.global_step] = time.perf_counter()
-
-    class InOrder(RewardTrainer):
-        def _get_train_sampler(self, *_, **__):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = RewardConfig(
-            output_dir=folder,
-            per_device_train_batch_size=arguments.micro_batch,
-            gradient_accumulation_steps=arguments.global_batch // arguments.micro_batch,
-            max_length=arguments.max_len,
-            learning_rate=1e-4,
-            num_train_epochs=1,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            bf16=False,
-            use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-        )
-        model = AutoModelForSequenceClassification.from_pretrained(
-            arguments.backbone, num_labels=1, dtype=torch.float32
-        )
-        trainer = InOrder(
-            model=model,
-            args=config,
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=load_tokenizer(str(arguments.backbone)),
-            callbacks=[Clock()],
-        )
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    seconds = clock[WARM_UP + arguments.steps] - clock[WARM_UP]
-    return {"seconds": seconds, "losses": losses, "model": model, "table": table, "order": order}
 
 
 if __name__ == "__main__":

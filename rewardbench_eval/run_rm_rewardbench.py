@@ -26,6 +26,7 @@ import torch
 
 from general_preference import GPMPipeline
 from general_preference.command_line import exit_code, flag, parse_flags, quiet_other_libraries
+from general_preference.datasets.preparation import Summary
 from general_preference.datasets.preparation import summarize as summarize_tokens
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tables import tokenize
@@ -159,13 +160,11 @@ def run(arguments: RewardBenchArguments, model: ModelArguments) -> None:
         )
         rm = processes.main_first(lambda: load_pipeline(arguments, model, processes.local_rank))
         table = processes.main_first(lambda: tokenize(rows, rm.encoder, model.preprocessing_workers, benchmark.title))
-        logger.info("%s", summarize_tokens(benchmark.title, table))
-        told_apart = (
-            not (same or cut) for same, cut in zip(table["identical"], table["identical_after_cut"], strict=True)
-        )
-        if any(table["identical_after_cut"]) and not any(told_apart):
+        read = summarize_tokens(benchmark.title, table)
+        logger.info("%s", read)
+        if read.identical_after_cut and read.identical + read.identical_after_cut == len(table):
             raise InputError(
-                "every row's responses have the same tokens: raise --max_length, or mend a chat template that leaves "
+                "every row has responses with the same tokens: raise --max_length, or mend a chat template that leaves "
                 "them out"
             )
         store = result_store(arguments, len(table), processes.rank)
@@ -175,7 +174,7 @@ def run(arguments: RewardBenchArguments, model: ModelArguments) -> None:
             make_row = partial(best_of_n_row if benchmark.best_of_n else result_row, tau=rm.tau)
             score_remaining(rm, table, store, processes, make_row, arguments.batch_size)
             if processes.is_main:
-                report(arguments, rm, table, store, made_with, processes.world_size)
+                report(arguments, rm, read, store, made_with, processes.world_size)
         finally:
             store.close()
 
@@ -252,7 +251,7 @@ def settings(arguments: RewardBenchArguments, rm: GPMPipeline, rows: datasets.Da
 def report(
     arguments: RewardBenchArguments,
     rm: GPMPipeline,
-    table: datasets.Dataset,
+    read: Summary,
     store: ResultStore,
     made_with: dict,
     process_count: int,
@@ -272,11 +271,10 @@ def report(
     summary = {"benchmark": benchmark.title, "results": results, "scores": scores}
     if benchmark.best_of_n:
         summary["decided_by"] = {"winner": winner, "merit of a response": WHAT_DECIDES[winner]}
-    store.finish(summary | {"run": provenance(rm, table, process_count)})
+    store.finish(summary | {"run": provenance(rm, read, process_count)})
     print(f"\n{title}\n\n{format_report(benchmark, results, scores)}")
-    cut = summarize_tokens("", table)
-    if cut.prompt_cut or cut.response_cut:
-        print(f"cut to {rm.max_length} tokens: {cut.prompt_cut} prompts, responses of {cut.response_cut} rows")
+    if read.prompt_cut or read.response_cut:
+        print(f"cut to {rm.max_length} tokens: {read.prompt_cut} prompts, responses of {read.response_cut} rows")
     print()
     print(f"Result:  {store.beside(OFFICIAL)}\nRows:    {store.output}\nSummary: {store.summary}")
     if drawn:
@@ -289,23 +287,23 @@ def prior_score_of(arguments: RewardBenchArguments, made_with: dict) -> float | 
     """The score of the same model on the prior sets, if it was run into the same folder; else None."""
     try:
         found = json.loads(arguments.output(PREF_SETS, ".summary.json").read_text(encoding="utf-8"))
-        prior, theirs = found["scores"]["Prior Sets"], found["settings"]
+        prior = found["scores"]["Prior Sets"]
+        same = all(found["settings"][name] == made_with[name] for name in OF_THE_MODEL)
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    same = all(theirs.get(name) == made_with[name] for name in OF_THE_MODEL)
     if not same:
         logger.warning("%s is of another model or other settings: not averaged", arguments.output(PREF_SETS))
     return prior if same else None
 
 
-def provenance(rm: GPMPipeline, table: datasets.Dataset, process_count: int) -> dict:
+def provenance(rm: GPMPipeline, read: Summary, process_count: int) -> dict:
     """What is needed to repeat the run."""
     return {
         "command": sys.argv,
         "preference": asdict(rm.preference),
         "input_format": rm.preference.input_format,
         "chat_template": rm.tokenizer.chat_template,
-        "truncation": {"max_length": rm.max_length, **asdict(summarize_tokens("rows", table))},
+        "truncation": {"max_length": rm.max_length, **asdict(read)},
         "dtype": str(rm.model.dtype).removeprefix("torch."),
         "attn_implementation": rm.model.config._attn_implementation,
         "device": torch.cuda.get_device_name(rm.device) if rm.device.type == "cuda" else rm.device.type,

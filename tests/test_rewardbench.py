@@ -439,7 +439,7 @@ def test_empty_responses_are_scored_where_that_is_wanted(saved, tmp_path):
         (["--output_dir", "FILE"], "is a file"),
         (["--output_dir", "/proc/nothing"], "cannot be written"),
         (["--chat_template", "/nowhere/t.jinja"], "cannot be read (No such file or directory)"),
-        (["--chat_template", "HELLO"], "have the same tokens"),
+        (["--chat_template", "HELLO"], "responses with the same tokens"),
         (["--dataset", ""], "--dataset is empty"),
         (["--model_name", "a\nb"], "is no name"),
         (["--model_name", "m" * 240], "is no name"),
