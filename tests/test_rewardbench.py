@@ -139,7 +139,7 @@ def test_version_1_is_what_single_scores_say(saved, data, tmp_path, capsys, head
     assert sum(result["ties"] for result in summary["results"].values()) == 1
     printed = capsys.readouterr().out
     assert f"{sum(sections) / 4:.4f}" in printed and "1 rows tie, a loss" in printed
-    assert "46 rows in 23 subsets; the official RewardBench has 2985 in 23: not comparable" in printed
+    assert "46 rows in 23 subsets; officially 2985 in 23: not comparable" in printed
     assert (tmp_path / "out" / "m.png").stat().st_size > 10_000
     made = summary["run"]
     assert (

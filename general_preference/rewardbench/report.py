@@ -168,7 +168,7 @@ def _remarks(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, f
     missing = [subset for subset in benchmark.rows if subset not in results]
     if any(result["n"] != result["official"] for result in results.values()) or missing:
         remarks.append(
-            f"{rows} rows in {len(results)} subsets; the official {benchmark.title} has {official} in "
+            f"{rows} rows in {len(results)} subsets; officially {official} in "
             f"{len(benchmark.rows)}: not comparable with published numbers"
         )
     if missing:
