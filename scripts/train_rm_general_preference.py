@@ -161,7 +161,6 @@ def prepare_data(arguments: Arguments, encoder: ComparisonTokenizer):
 def make_model(arguments: Arguments, preference: PreferenceConfig, strategy):
     """The model with its heads, adapters and frozen parts, before the engine wraps it."""
     options = arguments.model
-    flash = options.flash_attn or options.attn_implementation == "flash_attention_2"
     model = get_reward_model(
         options.pretrain,
         bf16=arguments.engine.bf16,
@@ -170,12 +169,13 @@ def make_model(arguments: Arguments, preference: PreferenceConfig, strategy):
         lora_alpha=options.lora_alpha,
         target_modules=options.target_modules,
         lora_dropout=options.lora_dropout,
-        use_flash_attention_2=flash,
+        use_flash_attention_2=options.flash_attn,
         ds_config=strategy.config(),
         preference=preference,
-        attn_implementation=None if options.attn_implementation == "auto" else options.attn_implementation,
+        attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
         seed=arguments.optimizer.seed,
+        device=strategy.device,
     )
     check_positions(model, preference.max_length)
     model.freeze_unused(language_model_head=arguments.loss.add_pretrain_loss)

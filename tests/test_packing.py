@@ -4,52 +4,48 @@ import pytest
 import torch
 
 from general_preference.datasets.packing import Collator
-from general_preference.models import attention
+from general_preference.errors import InputError
+from general_preference.models import attention, attention_choice, packed_attention
+from general_preference.models.attention import RowLayout
 from general_preference.trainer.arguments import LossArguments
 from general_preference.trainer.reward_trainer import batch_loss
 from tests.conftest import FAMILIES, MAIN_FAMILIES, random_comparisons
 
-# What a kernel call must save for blocks to be used: nothing, so that they always are, or more than there is.
-BLOCKS, DENSE = 0, 10**12
+PACKED, MASKED, SEPARATE = RowLayout(packed=True), RowLayout(), RowLayout(shared=False)
 WINDOWED = ("mistral_window", "gemma2", "gemma3")
+CPU = torch.device("cpu")
 
 
 def relative(a, b):
     return (a - b).abs().max().item() / max(b.abs().max().item(), 1e-12)
 
 
-def run(model, comparisons, shared, regularized=""):
-    batch = Collator(0, shared, regularized)(comparisons)
+def run(model, comparisons, layout=None, regularized=""):
+    batch = Collator(0, layout or model.row_layout, regularized)(comparisons)
     return batch, model(**batch.model_inputs())
 
 
-@pytest.mark.parametrize("call_cost", [BLOCKS, DENSE])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_prompts_equal_separate_sequences(make_model, monkeypatch, family, call_cost):
-    monkeypatch.setattr(attention, "_CALL_COST", call_cost)
+def test_shared_prompts_equal_separate_sequences(make_model, family):
     model = make_model(family)
-    assert model.shares_prompts, "every family here can be masked exactly"
+    assert model.row_layout == (MASKED if family in WINDOWED else PACKED), "every family here can be computed exactly"
     comparisons = random_comparisons(6, model.config.vocab_size)
-    segments = Collator(0, True)(comparisons).segments
-    by_blocks = call_cost == BLOCKS and family not in WINDOWED
-    assert (attention.row_blocks(model.config, segments, model.dtype, True) is not None) == by_blocks
     with torch.no_grad():
-        _, shared = run(model, comparisons, True, "both")
-        _, separate = run(model, comparisons, False, "both")
-    names = {"embeddings", "prompt_hidden_states", "temperature", "gates", "log_probs", "counts"}
-    assert shared.keys() == separate.keys() == names
-    for name in shared:
-        assert relative(shared[name], separate[name]) < 1e-5, name
+        _, separate = run(model, comparisons, SEPARATE, "both")
+        for layout in {model.row_layout, MASKED}:
+            batch, shared = run(model, comparisons, layout, "both")
+            assert (batch.sequences is not None) == layout.packed and batch.shared
+            names = {"embeddings", "prompt_hidden_states", "temperature", "gates", "log_probs", "counts"}
+            assert shared.keys() == separate.keys() == names
+            for name in shared:
+                assert relative(shared[name], separate[name]) < 1e-5, (name, layout)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("call_cost", [BLOCKS, DENSE])
+@pytest.mark.parametrize("layout", [PACKED, MASKED])
 @pytest.mark.parametrize("family", MAIN_FAMILIES)
 @pytest.mark.parametrize("kind", ["vanilla", "reference_free"])
-def test_gradients_of_shared_prompts_equal_those_of_separate_sequences(
-    make_model, monkeypatch, family, kind, call_cost, checkpointing
-):
-    monkeypatch.setattr(attention, "_CALL_COST", call_cost)
+def test_gradients_of_shared_prompts_equal_those_of_separate_sequences(make_model, family, kind, layout, checkpointing):
     model = make_model(family)
     if checkpointing:
         model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -57,8 +53,8 @@ def test_gradients_of_shared_prompts_equal_those_of_separate_sequences(
     arguments = LossArguments(add_pretrain_loss=True, ptx_loss=kind, ptx_loss_coef=0.3, margin_loss=True)
     comparisons = random_comparisons(5, model.config.vocab_size, seed=1)
     gradients = []
-    for shared in (True, False):
-        batch, output = run(model, comparisons, shared, "both")
+    for rows in (layout, SEPARATE):
+        batch, output = run(model, comparisons, rows, "both")
         losses = batch_loss(output, batch, arguments)
         model.zero_grad()
         losses.total.backward()
@@ -74,16 +70,16 @@ def test_padding_mates_and_order_do_not_matter(make_model, family):
     model = make_model(family)
     comparisons = random_comparisons(7, model.config.vocab_size, seed=2)
     with torch.no_grad():
-        _, together = run(model, comparisons, True)
+        _, together = run(model, comparisons)
         start = 0
         for comparison in comparisons:
-            _, alone = run(model, [comparison], True)
+            _, alone = run(model, [comparison])
             count = len(comparison["response_ids"])
             assert relative(together["embeddings"][start : start + count], alone["embeddings"]) < 1e-5
             start += count
-        _, backwards = run(model, comparisons[::-1], True)
+        _, backwards = run(model, comparisons[::-1])
         assert relative(backwards["gates"].flip(0), together["gates"]) < 1e-5
-        padded = Collator(17, True)(comparisons)
+        padded = Collator(17, MASKED)(comparisons)
         assert relative(model(**padded.model_inputs())["embeddings"], together["embeddings"]) < 1e-6
 
 
@@ -91,7 +87,7 @@ def test_scores_agree_with_a_plain_forward_of_the_backbone(make_model):
     model = make_model("llama", "bt", 1, False)
     comparison = random_comparisons(1, model.config.vocab_size)[0]
     with torch.no_grad():
-        _, output = run(model, [comparison], True)
+        _, output = run(model, [comparison])
         for index, response in enumerate(comparison["response_ids"]):
             ids = torch.tensor([comparison["prompt_ids"] + response])
             hidden = model.language_model.base_model(ids).last_hidden_state[0, -1]
@@ -105,7 +101,7 @@ def test_regulariser_equals_full_logits(make_model, response_only):
     model = make_model("qwen2")
     arguments = LossArguments(add_pretrain_loss=True, ptx_loss_coef=0.5, ptx_response_only=response_only)
     for comparison in random_comparisons(4, model.config.vocab_size, seed=3, groups=False):
-        batch, output = run(model, [comparison], True, "chosen")
+        batch, output = run(model, [comparison], None, "chosen")
         losses = batch_loss(output, batch, arguments)
         ids = torch.tensor([comparison["prompt_ids"] + comparison["response_ids"][0]])
         mask = torch.ones_like(ids)
@@ -124,7 +120,7 @@ def test_exact_tensors_of_a_small_batch():
         {"prompt_ids": [1], "response_ids": [[6, 5], [7, 5], [8, 5]], "first": [2, 0], "second": [0, 1],
          "label": [0.9, 0.5], "margin": 0.0, "id": "b"},
     ]  # fmt: skip
-    batch = Collator(0, True, "chosen")(comparisons)
+    batch = Collator(0, MASKED, "chosen")(comparisons)
     assert batch.input_ids.tolist() == [[1, 7, 8, 5, 9, 10, 5], [1, 6, 5, 7, 5, 8, 5]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 2, 1, 2, 1, 2]]
     assert batch.segments.tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 2, 2, 3, 3]]
@@ -135,9 +131,20 @@ def test_exact_tensors_of_a_small_batch():
     assert sources.tolist() == [0, 1, 2, 7, 8, 7, 12]
     assert tokens.tolist() == [7, 8, 5, 6, 5, 8, 5]
     assert owners.tolist() == [5, 0, 0, 2, 2, 4, 4]
-    separate = Collator(0, False)(comparisons)
+    separate = Collator(0, SEPARATE)(comparisons)
     assert separate.input_ids.shape == (5, 5) and separate.segments.max() == 1
     assert separate.prompt_ends.tolist() == [1, 10]
+    packed = Collator(0, PACKED, "chosen")(comparisons)
+    assert packed.input_ids.tolist() == [[1, 7, 8, 5, 9, 10, 5, 1, 6, 5, 7, 5, 8, 5]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 1, 2, 1, 2]]
+    assert packed.response_ends.tolist() == [3, 6, 9, 11, 13] and packed.prompt_ends.tolist() == [1, 7]
+    assert [part.tolist() for part in packed.targets] == [sources.tolist(), tokens.tolist(), owners.tolist()]
+    assert packed.sequences.queries == [4, 3, 3, 2, 2] and packed.sequences.keys == [4, 5, 3, 3, 3]
+    assert packed.sequences.key_index.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8, 9, 7, 10, 11, 7, 12, 13]
+    assert packed.sequences.query_ends.tolist() == [0, 4, 7, 10, 12, 14]
+    assert packed.sequences.key_ends.tolist() == [0, 4, 9, 12, 15, 18]
+    rounded = Collator(0, RowLayout(packed=True, rounded=True))(comparisons)
+    assert rounded.input_ids.shape == (1, 128) and rounded.sequences is None and rounded.segments[0, 14] == -1
 
 
 def test_architectures_without_an_exact_mask_fall_back():
@@ -150,17 +157,82 @@ def test_architectures_without_an_exact_mask_fall_back():
     assert not attention.shares_prompts(Config)
     Config.layer_types = ("full_attention",)
     assert attention.shares_prompts(Config)
+    assert attention.packs_rows(Config) is False, "an architecture that nobody compared"
     Config._attn_implementation = "flash_attention_2"
     assert not attention.shares_prompts(Config)
 
 
-def test_an_architecture_that_drops_the_blocks_is_noticed(make_model, monkeypatch):
-    monkeypatch.setattr(attention, "_CALL_COST", BLOCKS)
+def test_an_architecture_that_drops_the_sequences_is_noticed(make_model, monkeypatch):
     model = make_model("llama")
     forward = model.language_model.base_model.forward
-    monkeypatch.setattr(model.language_model.base_model, "forward", lambda row_blocks, **rest: forward(**rest))
-    with pytest.raises(RuntimeError, match="llama did not hand the row blocks"):
-        run(model, random_comparisons(2, model.config.vocab_size), True)
+    monkeypatch.setattr(model.language_model.base_model, "forward", lambda sequences, **rest: forward(**rest))
+    with pytest.raises(RuntimeError, match="llama did not hand the sequences"):
+        run(model, random_comparisons(2, model.config.vocab_size))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
+def test_flex_attention_equals_separate_sequences(make_model, family):
+    """Forward, and not compiled: on CPUs FlexAttention has no backward."""
+    model = make_model(family)
+    comparisons = random_comparisons(6, model.config.vocab_size)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        _, separate = run(model, comparisons, SEPARATE, "both")
+        model.config._attn_implementation = attention.FLEX
+        try:
+            assert model.row_layout == RowLayout(packed=True, rounded=True)
+            batch, shared = run(model, comparisons, None, "both")
+        finally:
+            model.config._attn_implementation = "packed_sdpa"
+    assert batch.input_ids.shape[1] % 128 == 0 and batch.segments.min() == -1
+    for name in separate:
+        assert relative(shared[name], separate[name]) < 1e-5, name
+
+
+def test_packed_rows_get_few_lengths():
+    layout = RowLayout(packed=True, rounded=True)
+    lengths = {layout.row_length(tokens) for tokens in range(1, 16385)}
+    assert len(lengths) < 50
+    assert all(tokens <= layout.row_length(tokens) <= tokens * 9 / 8 + 127 for tokens in range(1, 16385, 7))
+    assert all(layout.row_length(tokens) % 128 == 0 for tokens in range(1, 16385, 7))
+    assert PACKED.row_length(1001) == 1001
+
+
+def test_a_kernel_is_compared_with_plain_attention(monkeypatch):
+    class Config:
+        num_attention_heads, num_key_value_heads, head_dim, hidden_size = 6, 2, 8, 48
+
+    assert attention_choice.kernel_error(Config, "packed_sdpa", CPU, torch.float32) < 1e-5
+
+    def looks_ahead(query, key, value, sequences, scale, dropout):
+        everything = [torch.zeros(count, seen) for count, seen in zip(sequences.queries, sequences.keys, strict=True)]
+        monkeypatch.setattr(sequences, "masks", lambda dtype: everything)
+        return packed_attention.by_sdpa(query, key, value, sequences, scale, dropout)
+
+    monkeypatch.setitem(packed_attention.KERNELS, "wrong", looks_ahead)
+    assert attention_choice.kernel_error(Config, "wrong", CPU, torch.float32) > 0.1
+
+
+@pytest.mark.parametrize("wanted", ["varlen", "flex_attention"])
+def test_a_kernel_that_cannot_run_here_is_refused(make_model, wanted):
+    with pytest.raises(
+        InputError, match=f"--attn_implementation {wanted}: it needs a GPU, and this runs on cpu: use auto"
+    ):
+        make_model("llama", attn_implementation=wanted)
+    with pytest.raises(InputError, match="not known to be exact for gemma2"):
+        make_model("gemma2", attn_implementation=wanted)
+    with pytest.raises(InputError, match="'fastest' is none of auto, sdpa"):
+        make_model("llama", attn_implementation="fastest")
+
+
+@pytest.mark.parametrize("wanted", ["eager", "sdpa", "auto", None])
+def test_the_kernel_that_is_asked_for_runs(make_model, wanted):
+    model = make_model("llama", attn_implementation=wanted)
+    assert model.config._attn_implementation == ("eager" if wanted == "eager" else "packed_sdpa")
+    comparisons = random_comparisons(3, model.config.vocab_size)
+    with torch.no_grad():
+        _, found = run(model, comparisons)
+        _, expected = run(make_model("llama"), comparisons, SEPARATE)
+    assert relative(found["embeddings"], expected["embeddings"]) < 1e-5
 
 
 def test_the_self_check_notices_a_wrong_mask(make_model, monkeypatch):

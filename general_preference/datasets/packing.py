@@ -3,14 +3,18 @@
 A row is [prompt][response 1][response 2]... with positions that continue from the prompt's end for every response, so
 a prompt's tokens are computed once. `models/attention.py` turns `segments` into the mask that makes this exact. Where
 an architecture cannot take such a mask, every response gets a row with its own copy of the prompt; everything else
-about the batch (what is read where, who is compared with whom) stays the same.
+about the batch (what is read where, who is compared with whom) stays the same. Most do more: their kernels take all
+comparisons of a batch in one row, end to end, without padding. `models.attention.RowLayout` says which it is.
 """
 
 from dataclasses import dataclass, fields
 
 import torch
 
-from general_preference.models.attention import PADDING, PROMPT
+from general_preference.models.attention import PADDING, PROMPT, RowLayout
+from general_preference.models.packed_attention import PackedSequences, pack_sequences
+
+Block = tuple[list[int], list[list[int]]]  # ids of a prompt, ids of each response behind it
 
 
 @dataclass
@@ -18,7 +22,8 @@ class Batch:
     """R rows of L tokens that hold G comparisons with N responses and M preferences.
 
     input_ids, position_ids, segments: (R, L); segments are -1 padding, 0 prompt, k >= 1 the row's k-th response
-    shared:        rows hold several responses behind one prompt
+    shared:        rows hold several responses behind one prompt, or several comparisons
+    sequences:     how a packed row attends; None for padded rows and for kernels that take a mask
     response_ends: (N,) where each response's end token stands in the flattened rows
     prompt_ends:   (G,) where each prompt's last token stands
     first, second: (M,) indices into the N responses; first is the preferred one
@@ -33,6 +38,7 @@ class Batch:
     position_ids: torch.Tensor
     segments: torch.Tensor
     shared: bool
+    sequences: PackedSequences | None
     response_ends: torch.Tensor
     prompt_ends: torch.Tensor
     first: torch.Tensor
@@ -46,28 +52,26 @@ class Batch:
 
     def model_inputs(self) -> dict:
         """The keyword arguments of `RewardModel.forward`."""
-        names = ("input_ids", "position_ids", "segments", "shared", "response_ends", "prompt_ends", "targets")
-        return {name: getattr(self, name) for name in names}
+        names = ("input_ids", "position_ids", "segments", "shared", "sequences", "response_ends", "prompt_ends")
+        return {name: getattr(self, name) for name in (*names, "targets")}
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
-
-        def move(value):
-            if isinstance(value, torch.Tensor):
-                return value.to(device, non_blocking=True)
-            return tuple(map(move, value)) if isinstance(value, tuple) else value
-
-        return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Page-locked tensors, so that a data loader's copies to an accelerator overlap with its work."""
+        return self._map(torch.Tensor.pin_memory)
 
-        def pin(value):
+    def _map(self, move) -> "Batch":
+        def moved(value):
             if isinstance(value, torch.Tensor):
-                return value.pin_memory()
-            return tuple(map(pin, value)) if isinstance(value, tuple) else value
+                return move(value)
+            if isinstance(value, PackedSequences):
+                return value.map(move)
+            return tuple(map(moved, value)) if isinstance(value, tuple) else value
 
-        return Batch(**{field.name: pin(getattr(self, field.name)) for field in fields(self)})
+        return Batch(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
 
 
 @dataclass
@@ -75,60 +79,63 @@ class Collator:
     """Turns tokenised comparisons into a `Batch`.
 
     pad_id:      any token id; padding is never attended to nor read.
-    shared:      whether the model can share prompts (`RewardModel.shares_prompts`). Rows that hold one response each
-                 are plain sequences anyway: no mask of length times length is made for them.
+    layout:      what the model's kernel wants (`RewardModel.row_layout`). Unpacked rows that hold one response each are
+                 plain sequences even if prompts could be shared: no mask of length times length is made for them.
     regularized: whose tokens get log-probs: "" nobody's, "chosen", or "both" (reference_free compares them).
     """
 
     pad_id: int
-    shared: bool = True
+    layout: RowLayout = RowLayout()
     regularized: str = ""
 
     def __call__(self, comparisons: list[dict]) -> Batch:
         """Comparisons with the columns of `tables.TOKENIZED` and optionally `weight` (default 1)."""
-        rows, response_ends, prompt_ends = [], [], []
-        shared = self.shared and any(len(comparison["response_ids"]) > 1 for comparison in comparisons)
+        packed = self.layout.packed
+        shared = packed or (self.layout.shared and any(len(c["response_ids"]) > 1 for c in comparisons))
+        # A block is a prompt and the responses behind it: one per comparison, or one per response.
+        blocks: list[Block] = []
+        first_blocks = []
         for comparison in comparisons:
-            prompt, responses = comparison["prompt_ids"], comparison["response_ids"]
-            groups = [responses] if shared else [[response] for response in responses]
-            prompt_ends.append((len(rows), len(prompt) - 1))
-            for group in groups:
-                end = len(prompt)
-                for response in group:
-                    end += len(response)
-                    response_ends.append((len(rows), end - 1))
-                rows.append((prompt, group))
-        length = max(len(prompt) + sum(map(len, group)) for prompt, group in rows)
+            first_blocks.append(len(blocks))
+            responses = comparison["response_ids"]
+            blocks += [
+                (comparison["prompt_ids"], some) for some in ([responses] if shared else [[r] for r in responses])
+            ]
+        rows = [blocks] if packed else [[block] for block in blocks]
+        length = self.layout.row_length(max(sum(map(_tokens, row)) for row in rows))
+        prompt_ends, response_ends = _ends(rows, length)
+        prompt_ends = [prompt_ends[index] for index in first_blocks]
         ids, positions, segments = self._lay_out(rows, length)
+        lengths = [(len(prompt), list(map(len, responses))) for prompt, responses in blocks]
         return Batch(
             input_ids=ids,
             position_ids=positions,
             segments=segments,
             shared=shared,
-            response_ends=torch.tensor([row * length + column for row, column in response_ends]),
-            prompt_ends=torch.tensor([row * length + column for row, column in prompt_ends]),
+            sequences=pack_sequences(lengths) if packed and not self.layout.rounded else None,
+            response_ends=torch.tensor(response_ends),
+            prompt_ends=torch.tensor(prompt_ends),
             **_preferences(comparisons),
-            targets=self._targets(comparisons, response_ends, prompt_ends, length) if self.regularized else None,
+            targets=self._targets(comparisons, response_ends, prompt_ends) if self.regularized else None,
             ids=[comparison.get("id", "") for comparison in comparisons],
         )
 
-    def _lay_out(self, rows, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _lay_out(self, rows: list[list[Block]], length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ids = torch.full((len(rows), length), self.pad_id)
         positions = torch.zeros(len(rows), length, dtype=torch.long)
         segments = torch.full((len(rows), length), PADDING)
-        for row, (prompt, group) in enumerate(rows):
-            end = len(prompt)
-            ids[row, :end] = torch.as_tensor(prompt)
-            positions[row, :end] = torch.arange(end)
-            segments[row, :end] = PROMPT
-            for number, response in enumerate(group, 1):
-                start, end = end, end + len(response)
-                ids[row, start:end] = torch.as_tensor(response)
-                positions[row, start:end] = torch.arange(len(prompt), len(prompt) + len(response))
-                segments[row, start:end] = number
+        for row, parts in enumerate(rows):
+            end = 0
+            for prompt, group in parts:
+                for number, part in enumerate([prompt, *group], PROMPT):
+                    start, end = end, end + len(part)
+                    before = 0 if number == PROMPT else len(prompt)
+                    ids[row, start:end] = torch.as_tensor(part)
+                    positions[row, start:end] = torch.arange(before, before + len(part))
+                    segments[row, start:end] = number
         return ids, positions, segments
 
-    def _targets(self, comparisons, response_ends, prompt_ends, length: int):
+    def _targets(self, comparisons, response_ends, prompt_ends):
         """Which hidden state predicts which token, and whose log-prob that is: responses first, then prompts."""
         sources, tokens, owners = [], [], []
 
@@ -140,17 +147,33 @@ class Collator:
         response, total = 0, len(response_ends)
         for index, comparison in enumerate(comparisons):
             prompt = comparison["prompt_ids"]
-            row, column = prompt_ends[index]
-            prompt_end = row * length + column
+            prompt_end = prompt_ends[index]
             add(prompt_end - len(prompt) + 1, len(prompt) - 1, prompt[1:], total + index)
             wanted = set(comparison["first"]) | (set(comparison["second"]) if self.regularized == "both" else set())
             for number, ids in enumerate(comparison["response_ids"]):
-                row, column = response_ends[response]
                 if number in wanted:
                     add(prompt_end, 1, ids[:1], response)
-                    add(row * length + column - len(ids) + 1, len(ids) - 1, ids[1:], response)
+                    add(response_ends[response] - len(ids) + 1, len(ids) - 1, ids[1:], response)
                 response += 1
         return torch.cat(sources), torch.cat(tokens), torch.cat(owners)
+
+
+def _tokens(block: Block) -> int:
+    return len(block[0]) + sum(map(len, block[1]))
+
+
+def _ends(rows: list[list[Block]], length: int) -> tuple[list[int], list[int]]:
+    """Where in the flattened rows the last token of each block's prompt stands, and of each response."""
+    prompts, responses = [], []
+    for number, row in enumerate(rows):
+        end = number * length
+        for prompt, group in row:
+            end += len(prompt)
+            prompts.append(end - 1)
+            for response in group:
+                end += len(response)
+                responses.append(end - 1)
+    return prompts, responses
 
 
 def _preferences(comparisons: list[dict]) -> dict[str, torch.Tensor]:

@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from general_preference.datasets.packing import Collator
 from general_preference.errors import NonFiniteError
+from general_preference.models.attention import RowLayout
 from general_preference.models.reward_model import RewardModel
 from general_preference.models.score import preference_matrix
 
-# Tokens of one forward call, padding included. Small calls are the fast ones on CPUs; a GPU wants to be filled, but a
-# row as long as this also has a mask of this size squared.
+# Tokens of one forward call, padding included. Small calls are the fast ones on CPUs; a GPU wants to be filled, but
+# where rows need a mask, a row as long as this has one of this size squared.
 CPU_TOKENS, GPU_TOKENS = 4096, 16384
 
 
@@ -75,11 +76,11 @@ def embed(
     """
     device = model.value_head.weight.device
     limit = batch_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
-    shared = model.shares_prompts
-    collate = Collator(pad_id=0, shared=shared)
+    layout = model.row_layout
+    collate = Collator(0, layout)
     comparisons, copies = zip(*map(_distinct, comparisons), strict=True) if len(comparisons) else ((), ())
-    parts = [part for index, row in enumerate(comparisons) for part in _split(index, row, limit, shared)]
-    calls = _calls(parts, limit, batch_size, padding)
+    parts = [part for index, row in enumerate(comparisons) for part in _split(index, row, limit, layout.shared)]
+    calls = _calls(parts, limit, batch_size, padding, layout)
     remaining = {part.index: 0 for part in parts}
     for part in parts:
         remaining[part.index] += 1
@@ -122,18 +123,20 @@ def _split(index: int, comparison: dict, limit: int, shared: bool) -> Iterator[_
         start = stop
 
 
-def _calls(parts: list[_Part], limit: int, batch_size: int | None, padding: bool) -> list[list[_Part]]:
+def _calls(
+    parts: list[_Part], limit: int, batch_size: int | None, padding: bool, layout: RowLayout
+) -> list[list[_Part]]:
     """Parts of similar length together, the longest first: what memory needs shows in the first call."""
     calls: list[list[_Part]] = []
-    rows = 0
+    rows = tokens = 0
     for part in sorted(parts, key=lambda part: (-part.length, part.index, part.start)):
-        full = not calls or (rows + part.rows) * calls[-1][0].length > limit
+        rows, tokens = rows + part.rows, tokens + part.rows * part.length
+        full = not calls or (tokens if layout.packed else rows * calls[-1][0].length) > limit
         full = full or (batch_size is not None and len(calls[-1]) >= batch_size)
         if full or (not padding and part.length != calls[-1][0].length):
             calls.append([])
-            rows = 0
+            rows, tokens = part.rows, part.rows * part.length
         calls[-1].append(part)
-        rows += part.rows
     return calls
 
 

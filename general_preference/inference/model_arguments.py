@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from general_preference.command_line import flag
 from general_preference.errors import InputError
 from general_preference.inference.pipeline import GPMPipeline
+from general_preference.models.attention_choice import CHOICES
 from general_preference.models.device import choose_device, use_device
 
 
@@ -24,8 +25,9 @@ class ModelArguments:
     )  # fmt: skip
     bf16: bool | None = flag(None, "bfloat16 backbone; default on GPUs that compute it fast")
     flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
-    attn_implementation: str = flag("auto", "attention kernel; auto takes the best one the architecture has",
-                                    choices=["auto", "sdpa", "eager", "flash_attention_2"])  # fmt: skip
+    attn_implementation: str = flag(
+        "auto", "attention kernel; auto takes the fastest that is exact for the model on this device", choices=CHOICES
+    )
     trust_remote_code: bool = flag(False, "run code that comes with the model")
     device: str = flag("auto", "auto (one GPU per process, else mps or the CPU), cuda:N, mps or cpu")
     batch_tokens: int | None = flag(None, "tokens in one call at most, padding included; default fits the device")

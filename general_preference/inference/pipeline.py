@@ -70,7 +70,7 @@ class GPMPipeline:
             padding: let rows of different length share a call. Scores do not depend on it.
             dtype: the backbone's dtype where neither choice of `bf16` is the one wanted.
             tokenizer: takes the place of the one saved with the model (`tokenization.load_tokenizer`).
-            attn_implementation: "auto", "sdpa", "eager" or "flash_attention_2".
+            attn_implementation: one of `models.attention_choice.CHOICES`.
             batch_tokens: tokens of one forward call; None fits the device.
 
         Raises:
@@ -100,7 +100,7 @@ class GPMPipeline:
             path,
             dtype=dtype,
             device=device,
-            attn_implementation=None if attn_implementation == "auto" else attn_implementation,
+            attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             preference=preference,
         )

@@ -8,24 +8,21 @@ Architectures differ in what a layer may see, so the model's configuration is as
 full attention and sliding windows get an exact mask, everything else (recurrent layers, ALiBi, chunked attention,
 flash-attention kernels) is served with separate sequences and an ordinary padding mask.
 
-A mask over a whole row also pays for what it hides: one response's tokens against another's. Where rows are long, the
-kernel `BLOCKWISE` computes only the blocks that are seen (`RowBlocks`), which is what the CPU runs.
+A mask over a whole row also pays for what it hides, and a batch of rows for their padding. Architectures whose layers
+all are plain full attention run comparisons end to end in one row instead (`RowLayout.packed`): kernels that take
+sequences of any length (packed_attention.py), or FlexAttention with a mask of blocks.
 """
 
 from dataclasses import dataclass
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from general_preference.models.packed_attention import KERNELS
 
 PADDING, PROMPT = -1, 0
-BLOCKWISE = "sdpa_blockwise"  # the name under which transformers knows the kernel of this file
+FLEX = "flex_attention"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-# What one more kernel call, with the copies it needs, costs in units of hidden size * (query, key) pairs. Where a call
-# saved 47 to 69 million of them, a 135M Llama on two cores was as fast either way, forward alone or with backward.
-_CALL_COST = 60_000_000
-_MOST_KEYS = 16384  # keys of one call, the prompt's copies included: what they take in memory stays small
 # Architectures whose shared-prompt scores are compared with separate sequences in tests/test_packing.py; others are
 # checked once at run time by `RewardModel.verify_shared_prompts`.
 VERIFIED = {
@@ -45,13 +42,49 @@ VERIFIED = {
 }
 
 
+@dataclass(frozen=True)
+class RowLayout:
+    """How responses lie in the rows of a batch.
+
+    shared:  behind one copy of their prompt; else each is a row of its own.
+    packed:  all comparisons in one row, end to end; else a row for each, padded to the longest.
+    rounded: a packed row gets padding at its end, so that compiled kernels meet few different lengths.
+    """
+
+    shared: bool = True
+    packed: bool = False
+    rounded: bool = False
+
+    def row_length(self, tokens: int) -> int:
+        """Length of a row that holds so many tokens: rounded, at most 1/8 longer (below 1,024 to a multiple of 128)."""
+        if not self.rounded:
+            return tokens
+        grain = max(128, 2 ** (tokens - 1).bit_length() // 16)
+        return -(-tokens // grain) * grain
+
+
 def shares_prompts(config) -> bool:
-    """Whether a mask can make shared prompts exact for this model configuration (with the sdpa or eager kernels)."""
-    if config._attn_implementation not in ("sdpa", "eager", BLOCKWISE):
+    """Whether a mask or kernel can make shared prompts exact for this model configuration."""
+    if config._attn_implementation not in ("sdpa", "eager", FLEX, *KERNELS):
         return False
     if config.model_type in ("bloom", "mpt", "falcon") and getattr(config, "alibi", True):
         return False
     return _layer_types(config) <= _KNOWN_LAYERS
+
+
+def packs_rows(config) -> bool:
+    """Whether all layers are plain full attention, in an architecture that was compared: its rows may be packed."""
+    plain = _layer_types(config) == {"full_attention"} and not getattr(config, "attn_logit_softcapping", None)
+    return plain and config.model_type in VERIFIED
+
+
+def row_layout(config, shared: bool, device: torch.device) -> RowLayout:
+    """How rows must lie for the kernel that `config` names. shared: `RewardModel.shares_prompts`."""
+    kernel = config._attn_implementation
+    packed = shared and (kernel == FLEX or kernel in KERNELS)
+    if kernel == "packed_sdpa" and device.type != "cpu":  # many small kernels cost a GPU more than they save
+        packed = False
+    return RowLayout(shared, packed, packed and kernel == FLEX)
 
 
 def attention_mask(config, segments: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype, shared: bool):
@@ -83,118 +116,23 @@ def attention_mask(config, segments: torch.Tensor, positions: torch.Tensor, dtyp
     return {"full_attention": _as_kernel_expects(config, visible, dtype), "sliding_attention": windowed}
 
 
-@dataclass
-class ResponseBlock:
-    """n responses of a row that attend in one kernel call, each to the prompt's p tokens and its own up to r.
+def block_mask(segments: torch.Tensor, positions: torch.Tensor) -> BlockMask:
+    """FlexAttention's mask of packed rows (R, L): blocks in which nothing is seen are never computed.
 
-    index: (n, r) where their tokens stand in the row (shorter ones repeat their last). kept: (n, r) which are real.
-    mask: (1, 1, r, p + r), additive.
+    Padding, which stands at the end, sees padding alone.
     """
+    # Positions restart at 0 with every prompt and nowhere else, so counting zeros numbers the comparisons.
+    comparisons = ((positions == 0) & (segments == PROMPT)).cumsum(dim=1)
+    comparisons = comparisons.masked_fill(segments == PADDING, 0)
 
-    index: torch.Tensor
-    kept: torch.Tensor
-    mask: torch.Tensor
+    def visible(row, _head, query, key):
+        own = segments[row, query] == segments[row, key]
+        same = comparisons[row, query] == comparisons[row, key]
+        return (key <= query) & same & (own | (segments[row, key] == PROMPT))
 
-
-@dataclass
-class RowBlocks:
-    """The seen blocks of R shared rows: per row the prompt's length and the blocks of its responses, in order.
-
-    `calls` counts the layers that used them, so that an architecture that drops them cannot go unnoticed.
-    """
-
-    rows: list[tuple[int, list[ResponseBlock]]]
-    length: int
-    calls: int = 0
-
-
-def compute_blockwise(config) -> None:
-    """Let a compared architecture with plain full attention use the kernel of this file in place of sdpa."""
-    if (
-        config._attn_implementation == "sdpa"
-        and config.model_type in VERIFIED
-        and _layer_types(config) == {"full_attention"}
-    ):
-        config._attn_implementation = BLOCKWISE
-
-
-def row_blocks(config, segments: torch.Tensor, dtype: torch.dtype, shared: bool) -> RowBlocks | None:
-    """The blocks of shared rows (R, L), where computing them alone is possible and cheaper than a dense mask.
-
-    On CPUs only: elsewhere many small kernels cost more than they save.
-    """
-    if not shared or config._attn_implementation != BLOCKWISE or segments.device.type != "cpu":
-        return None
-    rows, seen, calls = [], 0, 0
-    for row in segments.tolist():
-        prompt, lengths = row.count(PROMPT), [row.count(number) for number in range(1, max(row) + 1)]
-        seen += prompt**2 // 2 + sum(length * (prompt + length) for length in lengths)
-        groups = _similar(lengths, prompt)
-        calls += 1 + len(groups)
-        rows.append((prompt, groups))
-    saved = segments.numel() * segments.shape[1] - seen
-    if saved * config.hidden_size < calls * _CALL_COST:
-        return None
-    return RowBlocks([(prompt, _response_blocks(prompt, groups, dtype)) for prompt, groups in rows], segments.shape[1])
-
-
-def _similar(lengths: list[int], prompt: int) -> list[list[int]]:
-    """Neighbours that may share a call: hardly any padding, and not too many copies of the prompt's keys."""
-    groups: list[list[int]] = []
-    for length in lengths:
-        joined = [*groups[-1], length] if groups else [length]
-        longest = max(joined)
-        fits = longest * len(joined) <= 1.25 * sum(joined) and (prompt + longest) * len(joined) <= _MOST_KEYS
-        if groups and fits:
-            groups[-1] = joined
-        else:
-            groups.append([length])
-    return groups
-
-
-def _response_blocks(prompt: int, groups: list[list[int]], dtype: torch.dtype) -> list[ResponseBlock]:
-    blocks, start = [], prompt
-    for lengths in groups:
-        longest = max(lengths)
-        sizes, steps = torch.tensor(lengths)[:, None], torch.arange(longest)[None, :]
-        starts = start + sizes.cumsum(dim=0) - sizes
-        # Additive, as the kernel wants it: a boolean mask would be converted anew in every layer.
-        mask = torch.full((1, 1, longest, prompt + longest), -torch.inf, dtype=dtype).triu(prompt + 1)
-        blocks.append(ResponseBlock(starts + torch.minimum(steps, sizes - 1), steps < sizes, mask))
-        start += sum(lengths)
-    return blocks
-
-
-def blockwise_attention(module, query, key, value, attention_mask, *, row_blocks: RowBlocks | None = None, **options):
-    """transformers' sdpa attention, block by block where `row_blocks` describe the rows.
-
-    Args:
-        query, key, value: (R, heads, L, head size). attention_mask: used only without blocks.
-
-    Returns:
-        ((R, L, heads, head size), None); the outputs of padding are zeros.
-    """
-    if row_blocks is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    row_blocks.calls += 1
-    rows = []
-    for row, (prompt, blocks) in enumerate(row_blocks.rows):
-        shared = [tensor[row : row + 1, :, :prompt] for tensor in (query, key, value)]
-        parts = [sdpa_attention_forward(module, *shared, None, **options)[0][0]]
-        for block in blocks:
-            own_q, own_k, own_v = (tensor[row][:, block.index].transpose(0, 1) for tensor in (query, key, value))
-            count = len(block.index)
-            seen_k = torch.cat([shared[1].expand(count, -1, -1, -1), own_k], dim=2)
-            seen_v = torch.cat([shared[2].expand(count, -1, -1, -1), own_v], dim=2)
-            found = sdpa_attention_forward(module, own_q, seen_k, seen_v, block.mask, **options)[0]
-            parts.append(found[block.kept])
-        parts.append(parts[0].new_zeros(row_blocks.length - sum(map(len, parts)), *parts[0].shape[1:]))
-        rows.append(torch.cat(parts))
-    return torch.stack(rows), None
-
-
-AttentionInterface.register(BLOCKWISE, blockwise_attention)
-AttentionMaskInterface.register(BLOCKWISE, sdpa_mask)
+    rows, length = segments.shape
+    compiled = segments.device.type == "cuda"  # else the whole (L, L) mask exists for a moment
+    return create_block_mask(visible, rows, None, length, length, device=segments.device, _compile=compiled)
 
 
 def _layer_types(config) -> set[str]:

@@ -14,10 +14,11 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import cached_file, is_accelerate_available, is_flash_attn_2_available
+from transformers.utils import cached_file, is_accelerate_available
 
 from general_preference.errors import InputError
 from general_preference.models.attention import VERIFIED
+from general_preference.models.attention_choice import asked_of_transformers, choose_attention
 from general_preference.models.model_card import read_card_facts
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.reward_model import RewardModel
@@ -49,6 +50,7 @@ def get_reward_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 42,
+    device: torch.device | str = "cpu",
 ) -> RewardModel:
     """A preference model to train, on top of a language model or of an earlier preference model.
 
@@ -61,7 +63,8 @@ def get_reward_model(
             default, 1 for Bradley-Terry.
         preference: the whole head description; wins over the three above.
         ds_config: a DeepSpeed configuration. With ZeRO stage 3 the backbone is loaded partitioned.
-        attn_implementation: "sdpa", "eager", "flash_attention_2" or None for the best the architecture has.
+        attn_implementation: one of `attention_choice.CHOICES`; None is "auto".
+        device: where it will be trained, for the choice of the attention kernel; the model itself is not moved.
 
     Raises:
         InputError: no such model, a folder that is none, or a request that contradicts a checkpoint's own head.
@@ -75,10 +78,11 @@ def get_reward_model(
         )
     if use_flash_attention_2:
         attn_implementation = "flash_attention_2"
+    dtype = torch.bfloat16 if bf16 else torch.float32
     partitioned = _partitioned_loading(ds_config)
     backbone = _load_backbone(
         model_name_or_path,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         load_in_4bit=load_in_4bit,
@@ -89,6 +93,8 @@ def get_reward_model(
         backbone = _add_lora(
             backbone, lora_rank, lora_alpha, target_modules or "all-linear", lora_dropout, load_in_4bit
         )
+    text_config = backbone.config.get_text_config()
+    choose_attention(text_config, attn_implementation, torch.device(device), dtype, training=True)
     model = RewardModel(backbone, preference)
     model.card.base_model = str(model_name_or_path)
     model.initialize_heads(seed)
@@ -124,6 +130,7 @@ def load_reward_model(
         preference = trained_preference(path, trust_remote_code)
     device = torch.device(device)
     backbone = _load_backbone(path, dtype, attn_implementation, trust_remote_code, device=device)
+    choose_attention(backbone.config.get_text_config(), attn_implementation, device, dtype, training=False)
     model = RewardModel(backbone, preference)
     _copy_heads(model, path, HEAD_NAMES)
     model.to(device)  # before the self-check: that is where its kernels have to be right
@@ -214,8 +221,6 @@ def _load_backbone(
     device: torch.device | None = None,
 ):
     """The causal LM at `path`, with its LoRA adapter if the folder holds one."""
-    if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
-        raise InputError("flash attention was asked for, but flash-attn is not installed or finds no GPU: use sdpa")
     adapter = _resolve(path, "adapter_config.json")
     if adapter is not None:
         return _load_adapter(path, adapter, dtype, attn_implementation, trust_remote_code, load_in_4bit, device)
@@ -223,6 +228,7 @@ def _load_backbone(
     if device is not None and is_accelerate_available():
         options["device_map"] = device
     config = load_config(path, trust_remote_code)
+    asked = asked_of_transformers(attn_implementation)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # heads are "unexpected" to a causal LM; missing weights are checked
     try:
@@ -230,7 +236,7 @@ def _load_backbone(
             path,
             config=config,
             dtype=dtype,
-            attn_implementation=attn_implementation,
+            attn_implementation=asked,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,

@@ -11,9 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from general_preference.models.attention import attention_mask, compute_blockwise, row_blocks, shares_prompts
+from general_preference.models.attention import (
+    FLEX,
+    RowLayout,
+    attention_mask,
+    block_mask,
+    row_layout,
+    shares_prompts,
+)
 from general_preference.models.losses import token_log_probs
 from general_preference.models.model_card import CardFacts
+from general_preference.models.packed_attention import PackedSequences
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.score import normalize_embedding
 
@@ -62,7 +70,6 @@ class RewardModel(nn.Module):
         self.value_head = Fp32Linear(hidden, preference.dim)
         self.prompt_head = Fp32Linear(hidden, preference.planes) if preference.prompt_gate else None
         self.temperature = Temperature(preference.temperature) if preference.learnable_temperature else None
-        compute_blockwise(self.config)
         self.shares_prompts = shares_prompts(self.config)
 
     @classmethod
@@ -105,6 +112,11 @@ class RewardModel(nn.Module):
         rotary = getattr(self.config, "rope_parameters", None) is not None
         return None if rotary else getattr(self.config, "max_position_embeddings", None)
 
+    @property
+    def row_layout(self) -> RowLayout:
+        """How a batch's rows must lie for the kernel that this model runs where it is now."""
+        return row_layout(self.config, self.shares_prompts, self.value_head.weight.device)
+
     def initialize_heads(self, seed: int) -> None:
         """Fill the heads with N(0, 1 / hidden), the same values for the same seed on every process and ZeRO stage."""
         generator = torch.Generator().manual_seed(seed)
@@ -129,6 +141,7 @@ class RewardModel(nn.Module):
         shared: bool,
         response_ends: torch.Tensor,
         prompt_ends: torch.Tensor,
+        sequences: PackedSequences | None = None,
         targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Embed every response and gate every prompt of a batch in one pass.
@@ -138,6 +151,7 @@ class RewardModel(nn.Module):
             shared: whether rows hold several responses behind one prompt.
             response_ends: (N,) where each response's last token stands in the flattened rows.
             prompt_ends: (G,) where each prompt's last token stands.
+            sequences: how a packed row attends, for kernels of packed_attention.py; else the mask is made here.
             targets: (sources, tokens, owners), each (T,): the hidden state at flat position `sources[t]` predicts
                 token `tokens[t]`, whose log-prob is added to owner `owners[t]` in [0, N + G). None: no regulariser.
 
@@ -146,7 +160,7 @@ class RewardModel(nn.Module):
             gates: (G, P), only if the model has a gate.
             log_probs, counts: (N + G,) summed log-prob in nats and tokens per owner, only with `targets`.
         """
-        hidden = self._hidden_states(input_ids, position_ids, segments, shared)
+        hidden = self._hidden_states(input_ids, position_ids, segments, shared, sequences)
         hidden = hidden.reshape(-1, hidden.shape[-1])
 
         embeddings = self.value_head(hidden[response_ends])
@@ -164,26 +178,23 @@ class RewardModel(nn.Module):
             output["log_probs"], output["counts"] = self._log_probs(hidden, targets, owners)
         return output
 
-    def _hidden_states(self, input_ids, position_ids, segments, shared: bool) -> torch.Tensor:
+    def _hidden_states(self, input_ids, position_ids, segments, shared: bool, sequences=None) -> torch.Tensor:
         """(R, L, hidden) last hidden states of the rows."""
-        backbone = self.language_model.base_model
-        blocks = row_blocks(self.config, segments, self.dtype, shared)
-        if blocks is not None:
-            unused = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # or the backbone would build a dense causal mask
-            output = backbone(
-                input_ids=input_ids,
-                attention_mask=unused,
-                position_ids=position_ids,
-                use_cache=False,
-                row_blocks=blocks,
-            )
-            if blocks.calls < self.config.num_hidden_layers:
-                raise RuntimeError(f"{self.config.model_type} did not hand the row blocks to its attention layers")
-            return output.last_hidden_state
-        mask = attention_mask(self.config, segments, position_ids, self.dtype, shared)
         # Plain right-padded rows count their own positions; some architectures (ALiBi) take no position_ids at all.
-        positions = {"position_ids": position_ids} if shared else {}
-        return backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
+        options = {"position_ids": position_ids} if shared else {}
+        if sequences is not None:
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # unused; None would make one
+            options["sequences"] = sequences
+        elif shared and self.config._attn_implementation == FLEX:
+            mask = block_mask(segments, position_ids)
+        else:
+            mask = attention_mask(self.config, segments, position_ids, self.dtype, shared)
+        output = self.language_model.base_model(
+            input_ids=input_ids, attention_mask=mask, use_cache=False, **options
+        ).last_hidden_state
+        if sequences is not None and sequences.calls < self.config.num_hidden_layers:
+            raise RuntimeError(f"{self.config.model_type} did not hand the sequences to its attention layers")
+        return output
 
     def gate(self, prompt_hidden_state: torch.Tensor) -> torch.Tensor:
         """Weights of the planes (..., P), >= 0, from the hidden state (..., hidden) of the prompt's last token."""

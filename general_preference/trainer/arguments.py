@@ -12,6 +12,7 @@ from pathlib import Path
 
 from general_preference.command_line import flag, parse_flags
 from general_preference.errors import InputError
+from general_preference.models.attention_choice import CHOICES
 from general_preference.models.losses import LanguageModelLossKind, PreferenceLossKind
 from general_preference.models.preference_config import HEADS, PreferenceConfig
 
@@ -47,8 +48,9 @@ class ModelArguments:
     )
     input_format: str | None = flag(None, "chat, or released (the published checkpoints'); default what the model was saved with, else chat",
                                      choices=["chat", "released"])  # fmt: skip
-    attn_implementation: str = flag("auto", "attention kernel; auto takes the best one the architecture has",
-                                     choices=["auto", "sdpa", "eager", "flash_attention_2"])  # fmt: skip
+    attn_implementation: str = flag(
+        "auto", "attention kernel; auto takes the fastest that is exact for the model on this device", choices=CHOICES
+    )
     flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
     disable_fast_tokenizer: bool = flag(False, "use the slow (Python) tokenizer where a model has both")
     input_template: str | None = flag(None, "format string for prompts, '{}' is the user's text; replaces the tokenizer's chat template "
@@ -190,6 +192,11 @@ class EngineArguments:
         False, "recompute activations in backward: less memory, about a third more time"
     )
     gradient_checkpointing_use_reentrant: bool = flag(False, "the older, re-entrant kind of checkpointing")
+    selective_checkpointing: bool = flag(
+        False, "with --gradient_checkpointing: keep matrix products and attention, recompute the cheap rest"
+    )
+    torch_compile: bool = flag(False, "compile the layers with torch.compile (ZeRO 0 to 2; a minute at the start)")
+    use_liger_kernel: bool = flag(False, "fused kernels of the package liger-kernel (GPU)")
     adam_offload: bool = flag(False, "keep optimizer states in main memory")
     zpg: int = flag(1, "ZeRO++ secondary partition size (processes per node), ZeRO 3")
     grad_accum_dtype: str | None = flag(None, "dtype in which gradients accumulate", choices=["fp32", "bf16", "fp16"])
@@ -255,6 +262,12 @@ class Arguments:
             raise InputError("--load_in_4bit freezes the backbone: add --lora_rank to train adapters")
         if model.load_in_4bit and not engine.bf16:
             raise InputError("--load_in_4bit computes in bfloat16: add --bf16")
+        if engine.selective_checkpointing and not engine.gradient_checkpointing:
+            raise InputError("--selective_checkpointing is a kind of checkpointing: add --gradient_checkpointing")
+        if engine.selective_checkpointing and engine.gradient_checkpointing_use_reentrant:
+            raise InputError("--selective_checkpointing and --gradient_checkpointing_use_reentrant exclude each other")
+        if engine.torch_compile and engine.zero_stage == 3:
+            raise InputError("--torch_compile works with weights that are whole: use --zero_stage 2, not 3, or drop it")
         if engine.zpg > 1 and engine.zero_stage != 3:
             raise InputError(f"--zpg {engine.zpg} needs --zero_stage 3, not {engine.zero_stage}")
         if engine.zpg < 1 or engine.dist_timeout < 1:

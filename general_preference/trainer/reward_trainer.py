@@ -97,7 +97,6 @@ class RewardTrainer:
         self.arguments, self.strategy, self.tokenizer = arguments, strategy, tokenizer
         optimizer, loss = arguments.optimizer, arguments.loss
         kind = "both" if loss.ptx_loss == "reference_free" else "chosen"
-        self.collator = Collator(tokenizer.pad_token_id, model.shares_prompts, kind if loss.add_pretrain_loss else "")
         self.train_set = Comparisons(train_table)
         self.eval_sets = {name: Comparisons(table) for name, table in eval_tables.items()}
         self.sampler = StepSampler(
@@ -114,6 +113,8 @@ class RewardTrainer:
         self.folder = Path(arguments.output.save_path)
         self.cycles: dict[str, EmbeddedCycle] = {}
         strategy.prepare(model, self.steps)
+        # The layout depends on where the engine has moved the model to.
+        self.collator = Collator(tokenizer.pad_token_id, model.row_layout, kind if loss.add_pretrain_loss else "")
         fixed = {
             "global_batch_size": strategy.global_batch_size,
             "seed": optimizer.seed,

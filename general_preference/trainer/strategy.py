@@ -22,6 +22,7 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from general_preference.errors import InputError
+from general_preference.models.acceleration import checkpoint_activations, compile_layers, use_liger_kernels
 from general_preference.models.device import has_fast_bf16
 from general_preference.models.reward_model import RewardModel
 from general_preference.processes import Processes, single_process_defaults
@@ -95,18 +96,24 @@ class Strategy(Processes):
     def prepare(self, model: RewardModel, steps: int) -> None:
         """Wrap `model` in the engine: AdamW, cosine schedule to zero over `steps` optimizer steps with a warm-up."""
         arguments = self.optimizer_arguments
-        if self.engine_arguments.gradient_checkpointing:
-            reentrant = self.engine_arguments.gradient_checkpointing_use_reentrant
-            model.language_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            if reentrant:
-                model.language_model.enable_input_require_grads()
+        engine = self.engine_arguments
+        if engine.use_liger_kernel:
+            use_liger_kernels(model.language_model, self.device)
+        if engine.gradient_checkpointing:
+            checkpoint_activations(
+                model.language_model,
+                reentrant=engine.gradient_checkpointing_use_reentrant,
+                selective=engine.selective_checkpointing,
+            )
+        if engine.torch_compile:
+            compile_layers(model.language_model)
         learnt = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         temperature = [parameter for name, parameter in learnt if name.startswith("temperature.")]
         parameters = [{"params": [parameter for name, parameter in learnt if not name.startswith("temperature.")]}]
         if temperature:  # decaying its logarithm would pull it towards 1
             parameters.append({"params": temperature, "weight_decay": 0.0})
         options = {"lr": arguments.learning_rate, "betas": (0.9, 0.95), "weight_decay": arguments.l2}
-        if self.engine_arguments.adam_offload and self.device.type != "cpu":
+        if engine.adam_offload and self.device.type != "cpu":
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles an operator when first used
 
             optimizer = DeepSpeedCPUAdam(parameters, **options)

@@ -1,0 +1,175 @@
+"""Which attention kernel a model runs: what was asked for, what its layers allow, what the device can do.
+
+`auto` takes the first of these that is exact, every one with prompts computed once for all responses:
+
+    GPU, half precision   torch's variable-length attention, else flash-attn, else FlexAttention (compiled; training)
+    GPU, fp32             FlexAttention (training), else sdpa with a mask over the row
+    CPU                   sdpa, sequence by sequence, without padding
+
+A kernel is not believed: on the device where it will run it is compared, forward and backward, with plain attention of
+each response by itself (`kernel_problem`). Models with other layers than plain full attention keep what transformers
+gives them.
+"""
+
+import inspect
+import logging
+
+import torch
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.utils import is_flash_attn_2_available
+
+from general_preference.errors import InputError
+from general_preference.models.attention import FLEX, block_mask, packs_rows
+from general_preference.models.packed_attention import pack_sequences, packed_attention
+
+logger = logging.getLogger(__name__)
+
+CHOICES = ["auto", "sdpa", "eager", "varlen", "flash_attention_2", FLEX]
+_KERNEL = {"sdpa": "packed_sdpa", "varlen": "packed_varlen", "flash_attention_2": "packed_flash", FLEX: FLEX}
+_HALF = (torch.bfloat16, torch.float16)
+# Largest error of an output or gradient, relative to the largest value: several times what rounding makes of it.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def asked_of_transformers(wanted: str | None) -> str | None:
+    """What a model is loaded with, for the kernel that a user names; None: the best that transformers knows for it.
+
+    Raises:
+        InputError: no such kernel, or flash-attn is not installed.
+    """
+    if wanted is not None and wanted not in CHOICES:
+        raise InputError(f"attention {wanted!r} is none of {', '.join(CHOICES)}")
+    if wanted == "flash_attention_2" and not is_flash_attn_2_available():
+        raise InputError("flash attention was asked for, but flash-attn is not installed or finds no GPU: use auto")
+    return wanted if wanted in ("sdpa", "eager", "flash_attention_2") else None
+
+
+def choose_attention(config, wanted: str | None, device: torch.device, dtype: torch.dtype, training: bool) -> None:
+    """Set the kernel of a loaded model's `config` for runs on `device`.
+
+    Args:
+        wanted: one of `CHOICES`, or None for "auto".
+        training: gradients are needed, dropout may be on, and a minute of compilation is worth it.
+
+    Raises:
+        InputError: `wanted` is a kernel that this model or device cannot run exactly.
+    """
+    if not packs_rows(config):
+        if wanted in ("varlen", FLEX):
+            raise InputError(
+                f"--attn_implementation {wanted} is not known to be exact for {config.model_type}: use auto"
+            )
+        return
+    if wanted not in (None, "auto"):
+        kernel = _KERNEL.get(wanted, wanted)
+        if wanted in ("varlen", "flash_attention_2", FLEX):
+            problem = kernel_problem(config, kernel, device, dtype, training)
+            if problem:
+                raise InputError(f"--attn_implementation {wanted}: {problem}: use auto")
+        config._attn_implementation = kernel
+    elif config._attn_implementation == "sdpa":
+        config._attn_implementation = _fastest(config, device, dtype, training)
+
+
+def _fastest(config, device: torch.device, dtype: torch.dtype, training: bool) -> str:
+    if device.type == "cuda":
+        for kernel in ("packed_varlen", "packed_flash", *((FLEX,) if training else ())):
+            problem = kernel_problem(config, kernel, device, dtype, training)
+            if problem is None:
+                return kernel
+            logger.info("attention kernel %s is not used: %s", kernel, problem)
+    return "packed_sdpa"
+
+
+def kernel_problem(config, kernel: str, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
+    """Why `kernel` cannot be used for `config` on `device`, in a few words; None if it can."""
+    if device.type != "cuda":
+        return f"it needs a GPU, and this runs on {device.type}"
+    if kernel != FLEX and dtype not in _HALF:
+        return f"it computes in half precision, and this model is {dtype}".replace("torch.", "")
+    dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None)
+    if training and dropout and kernel != "packed_flash":
+        return f"it has no dropout, and the model's attention drops {dropout}"
+    if kernel == "packed_varlen" and not _has_varlen():
+        return f"torch {torch.__version__} does not have it"
+    if kernel == "packed_flash" and not is_flash_attn_2_available():
+        return "flash-attn is not installed"
+    try:
+        error = kernel_error(config, kernel, device, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as failure:  # whatever a compiler or a foreign kernel raises, the answer is: not this one
+        return f"it failed here ({type(failure).__name__}: {str(failure).strip().splitlines()[:1]})"
+    return None if error <= TOLERANCE[dtype] else f"it is off by {error:.1e} here"
+
+
+def _has_varlen() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def kernel_error(config, kernel: str, device: torch.device, dtype: torch.dtype) -> float:
+    """Largest error of `kernel`, output and gradients, on a packed row of two comparisons with random content.
+
+    The reference is plain attention in fp32 of every prompt with each of its responses alone. The error is relative to
+    the largest value of the tensor it is found in.
+    """
+    lengths = [(70, [33, 50, 1]), (20, [9]), (3, [140, 17])]
+    heads = config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    total = sum(prompt + sum(responses) for prompt, responses in lengths)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, count, total, size) for count in (heads, shared, shared, heads)]
+    query, key, value, weight = (torch.randn(shape, generator=generator).to(dtype).to(device) for shape in shapes)
+    module = torch.nn.Module()
+    module.config = type("Config", (), {"_attn_implementation": kernel})
+    found = _with_gradients(lambda *inputs: _by_kernel(module, *inputs, lengths), (query, key, value), weight)
+    wide = tuple(tensor.float() for tensor in (query, key, value))
+    expected = _with_gradients(lambda *inputs: _one_by_one(*inputs, lengths), wide, weight.float())
+    errors = [(a.float() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
+    return torch.stack(errors).max().item()
+
+
+def _with_gradients(attend, inputs, weight):
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():
+        output = attend(*inputs)
+        gradients = torch.autograd.grad((output * weight.transpose(1, 2)).sum(), inputs)
+    return [output.detach(), *gradients]
+
+
+def _by_kernel(module, query, key, value, lengths) -> torch.Tensor:
+    device, total = query.device, query.shape[2]
+    if module.config._attn_implementation != FLEX:
+        sequences = pack_sequences(lengths).map(lambda tensor: tensor.to(device))
+        return packed_attention(module, query, key, value, None, sequences=sequences)[0]
+    segments, positions = [], []
+    for prompt, responses in lengths:
+        for number, count in enumerate([prompt, *responses]):
+            segments += [number] * count
+            positions += range(prompt if number else 0, (prompt if number else 0) + count)
+    padding = -total % 128
+    rows = [torch.tensor([row], device=device) for row in (segments + [-1] * padding, positions + [0] * padding)]
+    query, key, value = (torch.nn.functional.pad(tensor, (0, 0, 0, padding)) for tensor in (query, key, value))
+    return flex_attention_forward(module, query, key, value, block_mask(*rows))[0][:, :total]
+
+
+def _one_by_one(query, key, value, lengths) -> torch.Tensor:
+    """(1, T, heads, head size): every response with its prompt as a sequence of its own."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+    parts, start = [], 0
+    for prompt, responses in lengths:
+        own = start + prompt
+        for number, count in enumerate(responses):
+            index = torch.cat([torch.arange(start, start + prompt), torch.arange(own, own + count)]).to(query.device)
+            chosen = (tensor[:, :, index] for tensor in (query, key, value))
+            found = torch.nn.functional.scaled_dot_product_attention(*chosen, is_causal=True)
+            parts.append(found[:, :, prompt if number else 0 :])
+            own += count
+        start = own
+    return torch.cat(parts, dim=2).transpose(1, 2)
