@@ -1,12 +1,15 @@
-"""What benchmarks say about the machine they ran on."""
+"""What benchmarks share: what they say about the machine they run on, and lists of numbers as flags."""
 
 import os
 import platform
 import resource
 import statistics
+import sys
 import time
 
 import torch
+
+from general_preference.errors import InputError
 
 
 def describe_machine() -> str:
@@ -47,6 +50,24 @@ def launcher_environment() -> dict[str, str]:
         "GOMP_SPINCOUNT": "5000",
         "DS_ACCELERATOR": "cpu" if not torch.cuda.is_available() else "cuda",
     }
+
+
+def run_in_launcher_environment() -> None:
+    """Start this script again under `launcher_environment`, which glibc and OpenMP read only as a process starts."""
+    wanted = launcher_environment()
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
+
+
+def numbers(flag: str, text: str) -> list[int]:
+    """`"1,2,4"` -> [1, 2, 4]; InputError for anything else."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--{flag} {text} is no list such as 1,2,4") from None
+    if min(found) < 1:
+        raise InputError(f"--{flag} {text}: every number must be at least 1")
+    return found
 
 
 def _cpu_info() -> list[str]:

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """One training step, side by side: this trainer, a padded two-sequence step, and TRL's RewardTrainer.
 
-    python benchmarks/train_throughput.py [--dataset FILE] [--output RESULT.json] [--micro_batches 1,2,4,8]
+    python benchmarks/train_throughput.py [--dataset FILE] [--output RESULT.json] [--micro_batches 2,8,32]
 
 All train the same random Llama on the same comparisons in the same order, a global batch per optimizer step, each in
 processes of its own and at its own best micro-batch, by default all in the environment of this project's launchers
-(--plain_peers gives it to this trainer alone). Printed for each: comparisons and unique tokens per second, peak
-memory, and the share of the arithmetic limit, 6 * non-embedding parameters * unique tokens (each prompt once) at the
-rate of large matrix products that the machine shows at the start. Writes RESULT.json and a picture beside it.
+(--plain_peers gives it to this trainer alone). Comparisons longer than --max_len are left out beforehand: TRL skips
+them, the others would cut them. Printed for each: comparisons and unique tokens per second, peak memory, and the share
+of the arithmetic limit, 6 * non-embedding parameters * unique tokens (each prompt once) at the rate of large matrix
+products that the machine shows at the start. Writes RESULT.json and a picture beside it.
+
+`regularized` is this trainer with --add_pretrain_loss; what it takes more is compared with its logits' arithmetic,
+6 * hidden size * vocabulary per regularised token.
 """
 
 import argparse
@@ -26,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fo
 
 import torch
 
-from benchmarks.machine import describe_machine, launcher_environment, matmul_rate
+from benchmarks.machine import describe_machine, launcher_environment, matmul_rate, numbers
 from benchmarks.training_steps import run_one
 from general_preference.command_line import align, exit_code
 from general_preference.errors import InputError
@@ -35,7 +39,12 @@ from general_preference.plotting import load_pyplot
 from scripts.make_tiny_model import CHAT_TEMPLATE, read_texts, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-TITLES = {"this": "this trainer", "padded": "padded pairs, eager", "trl": "TRL RewardTrainer"}
+TITLES = {
+    "this": "this trainer",
+    "regularized": "this, regularised",
+    "padded": "padded pairs, eager",
+    "trl": "TRL RewardTrainer",
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -44,13 +53,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", default=str(ROOT / "data" / "mixed" / "train.jsonl"), help="comparisons")
     parser.add_argument("--output", type=Path, default=Path("train_throughput.json"), help="JSON; a .png beside it")
     parser.add_argument("--implementations", default="this,padded,trl", help=f"of {', '.join(TITLES)}")
-    parser.add_argument("--micro_batches", default="1,2,4,8", help="tried for each; the fastest one is reported")
+    parser.add_argument("--micro_batches", default="2,8,32", help="tried for each; the fastest one is reported")
+    parser.add_argument("--peer_micro_batches", help="tried for padded and trl; default --micro_batches")
     parser.add_argument("--global_batch", type=int, default=32, help="comparisons per optimizer step")
     parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps of a run")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each at its best micro-batch, taking turns")
     parser.add_argument("--max_len", type=int, default=512)
     parser.add_argument("--head", choices=["bt", "gpm"], default="bt", help="TRL knows bt alone")
-    parser.add_argument("--regularizer", action="store_true", help="add the language-model regulariser (this trainer)")
     parser.add_argument("--plain_peers", action="store_true", help="run the others without this launchers' environment")
     parser.add_argument("--hidden_size", type=int, default=384)
     parser.add_argument("--intermediate_size", type=int, default=1024)
@@ -59,6 +68,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--key_value_heads", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--zero_stage", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="all in bfloat16, the rate of matrix products too")
+    parser.add_argument("--attn_implementation", default="auto", help="of this trainer")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="in this trainer and in TRL")
+    parser.add_argument("--selective_checkpointing", action="store_true", help="in this trainer")
+    parser.add_argument("--torch_compile", action="store_true", help="in this trainer")
+    parser.add_argument("--use_liger_kernel", action="store_true", help="in this trainer and in TRL")
     parser.add_argument("--run", choices=list(TITLES), help=argparse.SUPPRESS)
     parser.add_argument("--micro_batch", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--backbone", type=Path, help=argparse.SUPPRESS)
@@ -80,23 +95,25 @@ def measure(arguments: argparse.Namespace) -> None:
     if "trl" in names and (find_spec("trl") is None or arguments.head != "bt"):
         print("without TRL: " + ("not installed (pip install trl)" if arguments.head == "bt" else "it knows bt alone"))
         names.remove("trl")
-    try:
-        sizes = [int(size) for size in arguments.micro_batches.split(",")]
-    except ValueError:
-        raise InputError(f"--micro_batches {arguments.micro_batches} is no list such as 1,2,4") from None
-    if min(sizes) < 1 or any(arguments.global_batch % size for size in sizes):
+    own = numbers("micro_batches", arguments.micro_batches)
+    peers = numbers("peer_micro_batches", arguments.peer_micro_batches or arguments.micro_batches)
+    sizes = {name: own if name in ("this", "regularized") else peers for name in names}
+    if any(arguments.global_batch % size for some in sizes.values() for size in some):
         raise InputError(f"--global_batch {arguments.global_batch} must be a multiple of every micro-batch")
     if arguments.steps < 1:
         raise InputError(f"--steps {arguments.steps} must be at least 1")
-    rate = matmul_rate()
-    print(f"{describe_machine()}\nmatrix products: {rate / 1e9:.0f} GFLOP/s in fp32")
+    rate = matmul_rate(dtype=torch.bfloat16 if arguments.bf16 else torch.float32)
+    print(f"{describe_machine()}\nmatrix products: {rate / 1e9:.0f} GFLOP/s in {'bf16' if arguments.bf16 else 'fp32'}")
     with tempfile.TemporaryDirectory() as folder:
         arguments.backbone = Path(folder) / "backbone"
-        arguments.dataset = write_pairs(arguments.dataset, Path(folder) / "pairs.jsonl")
+        pairs = Path(folder) / "pairs.jsonl"
+        write_pairs(arguments.dataset, pairs)
+        arguments.dataset = str(pairs)
         make_backbone(arguments)
+        leave_out_long(pairs, arguments)
         runs = []
         for name in names:
-            for size in sizes:
+            for size in sizes[name]:
                 runs.append(start(arguments, name, size))
                 print(row_text(runs[-1], rate), flush=True)
         best = {name: max((run for run in runs if run["name"] == name), key=speed)["micro_batch"] for name in names}
@@ -107,7 +124,7 @@ def measure(arguments: argparse.Namespace) -> None:
     report(arguments, names, best, runs, rate)
 
 
-def write_pairs(dataset: str, file: Path) -> str:
+def write_pairs(dataset: str, file: Path) -> None:
     """The comparisons as pairs of conversations, the shape that all implementations know; groups become several."""
     from general_preference.datasets.sources import load_source, parse_sources
 
@@ -118,7 +135,22 @@ def write_pairs(dataset: str, file: Path) -> str:
                 chosen, rejected = (row["prompt"] + row["responses"][side] for side in (first, second))
                 pairs.append(json.dumps({"chosen": chosen, "rejected": rejected}))
     replace_lines(file, pairs)
-    return str(file)
+
+
+def leave_out_long(file: Path, arguments: argparse.Namespace) -> None:
+    """Keep the pairs of which nothing would be cut, with a token to spare for other renderings of the template."""
+    from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
+
+    encoder = ComparisonTokenizer(load_tokenizer(str(arguments.backbone)), arguments.max_len - 1)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for line in lines:
+        pair = json.loads(line)
+        row = encoder.encode([pair["chosen"][:-1]], [[pair["chosen"][-1:], pair["rejected"][-1:]]])[0]
+        if not (row["prompt_cut"] or row["response_cut"]):
+            kept.append(line)
+    replace_lines(file, kept)
+    print(f"{len(kept)} pairs; {len(lines) - len(kept)} longer than {arguments.max_len} tokens left out")
 
 
 def make_backbone(arguments: argparse.Namespace) -> None:
@@ -147,12 +179,11 @@ def make_backbone(arguments: argparse.Namespace) -> None:
 
 def start(arguments: argparse.Namespace, name: str, micro_batch: int) -> dict:
     """One measured process; what it found."""
-    switches = ("regularizer", "plain_peers")
-    flags = [f"--{key}={value}" for key, value in vars(arguments).items()
-             if key not in ("run", "micro_batch", *switches) and value is not None]  # fmt: skip
-    flags += [f"--{key}" for key in switches if getattr(arguments, key)]
+    given = {key: value for key, value in vars(arguments).items() if key not in ("run", "micro_batch")}
+    flags = [f"--{key}={value}" for key, value in given.items() if value is not None and not isinstance(value, bool)]
+    flags += [f"--{key}" for key, value in given.items() if value is True]
     command = [sys.executable, __file__, *flags, f"--run={name}", f"--micro_batch={micro_batch}"]
-    tuned = name == "this" or not arguments.plain_peers
+    tuned = name in ("this", "regularized") or not arguments.plain_peers
     environment = os.environ | (launcher_environment() if tuned else {})
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -180,6 +211,19 @@ def row_text(run: dict, rate: float) -> str:
     )
 
 
+def regularizer_text(plain: list[dict], regularized: list[dict], arguments: argparse.Namespace, rate: float) -> str:
+    """What the regulariser takes more, in time over its logits' arithmetic, and in memory."""
+    extra = statistics.median(run["seconds"] for run in regularized) - statistics.median(
+        run["seconds"] for run in plain
+    )
+    products = 6 * arguments.hidden_size * arguments.vocabulary * regularized[0]["chosen_tokens"] / rate
+    memory = max(run["peak_bytes"] for run in regularized) / max(run["peak_bytes"] for run in plain) - 1
+    return (
+        f"regulariser: {extra:.2f} s more, {extra / products:.2f} times the arithmetic of its logits "
+        f"({products:.2f} s); {100 * memory:+.0f} % peak memory"
+    )
+
+
 def report(arguments: argparse.Namespace, names: list[str], best: dict[str, int], runs: list[dict], rate: float):
     """The table, the JSON, the picture."""
     chosen = {name: [run for run in runs if (run["name"], run["micro_batch"]) == (name, best[name])] for name in names}
@@ -195,7 +239,9 @@ def report(arguments: argparse.Namespace, names: list[str], best: dict[str, int]
         ])  # fmt: skip
     print("\n" + "\n".join(align(rows)))
     first = {name: some[0]["losses"][0] for name, some in chosen.items()}
-    if {"this", "padded"} <= first.keys() and not arguments.regularizer:
+    if {"this", "regularized"} <= chosen.keys():
+        print("\n" + regularizer_text(chosen["this"], chosen["regularized"], arguments, rate))
+    if {"this", "padded"} <= first.keys():
         print(f"\nloss of the first step, this and padded: difference {abs(first['this'] - first['padded']):.1e}")
     settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("run", "micro_batch")}
     found = {"machine": describe_machine(), "matmul_flops": rate, "settings": settings, "best": best, "runs": runs}

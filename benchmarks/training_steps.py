@@ -11,12 +11,13 @@ from benchmarks.machine import peak_memory
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError
 
+SWITCHES = ("bf16", "gradient_checkpointing", "selective_checkpointing", "torch_compile", "use_liger_kernel")
 WARM_UP = 1  # steps that are not timed: the first allocates
 
 
 def run_one(arguments: argparse.Namespace) -> None:
     """Train a few steps one way; the last line of the output is the result as JSON."""
-    found = {"this": run_this, "padded": run_padded, "trl": run_trl}[arguments.run](arguments)
+    found = {"this": run_this, "regularized": run_this, "padded": run_padded, "trl": run_trl}[arguments.run](arguments)
     model, table, order = found.pop("model"), found.pop("table"), found.pop("order")
     timed = order[WARM_UP * arguments.global_batch :]
     lengths = table["length"][:]
@@ -25,6 +26,7 @@ def run_one(arguments: argparse.Namespace) -> None:
         "micro_batch": arguments.micro_batch,
         "comparisons": len(timed),
         "unique_tokens": sum(lengths[index] for index in timed),
+        "chosen_tokens": sum(predicted_tokens(table[index]) for index in timed),
         "parameters": non_embedding_parameters(model),
         "peak_bytes": peak_memory(),
     }
@@ -34,6 +36,11 @@ def run_one(arguments: argparse.Namespace) -> None:
 def non_embedding_parameters(model) -> int:
     """Weights that multiply every token: those of the layers."""
     return sum(parameter.numel() for name, parameter in model.named_parameters() if ".layers." in name)
+
+
+def predicted_tokens(row: dict) -> int:
+    """Tokens of the prompt and the chosen response of a pair, but for the first, which nothing predicts."""
+    return len(row["prompt_ids"]) + len(row["response_ids"][row["first"][0]]) - 1
 
 
 def trainer_arguments(arguments: argparse.Namespace):
@@ -50,7 +57,9 @@ def trainer_arguments(arguments: argparse.Namespace):
         "learning_rate": 1e-4,
         "warmup_ratio": 0,
         "zero_stage": arguments.zero_stage,
-        "add_pretrain_loss": arguments.regularizer,
+        "add_pretrain_loss": arguments.run == "regularized",
+        "attn_implementation": arguments.attn_implementation,
+        **{name: getattr(arguments, name) for name in SWITCHES},
         "logging_steps": 10**6,
     }
     return parse_arguments([f"--{name}={value}" for name, value in flags.items()])
@@ -98,6 +107,7 @@ def run_this(arguments: argparse.Namespace) -> dict:
 
 def run_padded(arguments: argparse.Namespace) -> dict:
     """Chosen and rejected as two left-padded sequences of one batch, eager attention, torch's AdamW."""
+    from general_preference.models.device import choose_device
     from general_preference.models.losses import preference_loss
     from general_preference.models.pretrained import get_reward_model
     from general_preference.models.score import normalize_embedding, preference_score
@@ -105,7 +115,10 @@ def run_padded(arguments: argparse.Namespace) -> dict:
     table, order = load_table(arguments)
     flags = trainer_arguments(arguments)
     preference = flags.model.preference(arguments.max_len)
-    model = get_reward_model(str(arguments.backbone), bf16=False, preference=preference, attn_implementation="eager")
+    device = choose_device()
+    model = get_reward_model(
+        str(arguments.backbone), bf16=arguments.bf16, preference=preference, attn_implementation="eager"
+    ).to(device)
     model.freeze_unused(language_model_head=False)
     model.train()
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -122,8 +135,8 @@ def run_padded(arguments: argparse.Namespace) -> dict:
             rows = [table[index] for index in batch[start : start + size]]
             ids = [row["prompt_ids"] + row["response_ids"][side] for side in (0, 1) for row in rows]
             longest = max(map(len, ids))
-            input_ids = torch.tensor([[0] * (longest - len(some)) + some for some in ids])
-            mask = torch.tensor([[0] * (longest - len(some)) + [1] * len(some) for some in ids])
+            input_ids = torch.tensor([[0] * (longest - len(some)) + some for some in ids], device=device)
+            mask = torch.tensor([[0] * (longest - len(some)) + [1] * len(some) for some in ids], device=device)
             hidden = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
             embeddings = model.value_head(hidden[:, -1])
             if preference.normalize:
@@ -176,13 +189,14 @@ def run_trl(arguments: argparse.Namespace) -> dict:
             logging_steps=1,
             save_strategy="no",
             report_to=[],
-            bf16=False,
+            bf16=arguments.bf16,
             use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=False,
+            gradient_checkpointing=arguments.gradient_checkpointing,
+            use_liger_kernel=arguments.use_liger_kernel,
             disable_tqdm=True,
         )
         model = AutoModelForSequenceClassification.from_pretrained(
-            arguments.backbone, num_labels=1, dtype=torch.float32
+            arguments.backbone, num_labels=1, dtype=torch.bfloat16 if arguments.bf16 else torch.float32
         )
         trainer = InOrder(
             model=model,

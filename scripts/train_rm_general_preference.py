@@ -84,6 +84,8 @@ def run(arguments: Arguments, strategy) -> None:
         preference.head, preference.dim, " with gate" if preference.prompt_gate else "", arguments.model.pretrain,
         trainer.steps, strategy.global_batch_size, strategy.world_size, strategy.device, arguments.engine.zero_stage,
     )  # fmt: skip
+    if strategy.world_size > 1:
+        logger.info("tokens of the fullest process: %.1f %% above the mean", 100 * trainer.sampler.imbalance())
     if strategy.is_main:
         arguments.save(folder, world_size=strategy.world_size, steps=trainer.steps, versions=versions())
         replace_text(folder / "data_summary.json", "[" + ", ".join(summary.to_json() for summary in summaries) + "]")

@@ -1,4 +1,4 @@
-"""On a GPU: packed rows equal separate sequences, in fp32 to rounding, in half precision to what rounding makes of it."""
+"""On a GPU: packed rows equal separate sequences, up to what the rounding of their number format makes of it."""
 
 import pytest
 import torch

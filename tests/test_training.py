@@ -18,6 +18,7 @@ import torch
 
 from general_preference import RewardModel
 from general_preference.datasets.packing import Collator
+from general_preference.models.attention import RowLayout
 from general_preference.trainer.metrics import read_metrics
 from tests.conftest import random_comparisons
 
@@ -202,7 +203,7 @@ def test_the_saved_model_scores_as_it_was_evaluated(finished, base):
     encoder = ComparisonTokenizer(load_tokenizer(str(folder)), model.preference.max_length)
     (table,), _ = load_tokenized(parse_sources(str(ROOT / "data/cyclic/test.jsonl")), encoder)
     comparisons = Comparisons(table)
-    batch = Collator(0)([comparisons[index, 1.0] for index in range(len(comparisons))])
+    batch = Collator(0, RowLayout())([comparisons[index, 1.0] for index in range(len(comparisons))])
     with torch.no_grad():
         output = model(**batch.model_inputs())
     score = preference_score(

@@ -85,7 +85,7 @@ class Collator:
     """
 
     pad_id: int
-    layout: RowLayout = RowLayout()
+    layout: RowLayout
     regularized: str = ""
 
     def __call__(self, comparisons: list[dict]) -> Batch:

@@ -1,10 +1,12 @@
 """Which comparison is seen when, and by which process: shuffled, balanced by length, resumable at any step.
 
 A global batch is fixed by (seed, epoch, step) alone, so neither the number of processes nor the micro-batch size
-changes what a step learns from. Inside a step comparisons are ordered by length, so that the rows of a micro-batch,
-and the micro-batches that run side by side on different processes, carry about the same number of tokens.
+changes what a step learns from. Inside a step comparisons are dealt out by length: to micro-batches of similar length
+where rows are padded, to micro-batches of equally many tokens where rows are packed; and in both cases so that the
+micro-batches that run side by side on different processes, which wait for each other, carry about the same.
 """
 
+import heapq
 import math
 from collections.abc import Iterator
 
@@ -34,9 +36,10 @@ class StepSampler:
         seed: int = 0,
         group_size: int = 1,
         groups: list[int] | None = None,
+        packed: bool = False,
     ):
         """lengths: tokens of each comparison. groups: which neighbours are shuffled as one and share a step, one id
-        each; default `group_size` in a row.
+        each; default `group_size` in a row. packed: rows have no padding, so a micro-batch costs its tokens.
 
         Raises:
             InputError: a step does not hold a whole number of groups.
@@ -44,7 +47,7 @@ class StepSampler:
         self.lengths = lengths
         self.micro, self.accumulation = micro_batch_size, accumulation
         self.world_size, self.rank = world_size, rank
-        self.seed = seed
+        self.seed, self.packed = seed, packed
         self.groups = [index // group_size for index in range(len(lengths))] if groups is None else groups
         self.global_batch_size = micro_batch_size * accumulation * world_size
         if self.global_batch_size % group_size:
@@ -72,15 +75,48 @@ class StepSampler:
         shuffled = [members[i] for i in torch.randperm(len(members), generator=generator)]
         return [index for block in sorted(shuffled, key=len, reverse=True) for index in block]
 
+    def imbalance(self, steps: int = 1000) -> float:
+        """How much longer the busiest process of a micro-batch works than the average one, over the first steps.
+
+        Returns:
+            mean over micro-batches of (tokens of the fullest, padding included) / (mean over processes) - 1; 0 is even.
+        """
+        order, excess = self.order(0), []
+        for step in range(min(steps, self.steps_per_epoch)):
+            batches = self._dealt(order[step * self.global_batch_size : (step + 1) * self.global_batch_size])
+            for start in range(0, len(batches), self.world_size):
+                costs = [self._cost(batch) for batch in batches[start : start + self.world_size]]
+                excess.append(max(costs) * len(costs) / sum(costs) - 1)
+        return sum(excess) / len(excess)
+
+    def _cost(self, batch: list[Item]) -> int:
+        lengths = [self.lengths[index] for index, _ in batch]
+        return sum(lengths) if self.packed else max(lengths) * len(lengths)
+
     def _mine(self, step: list[int]) -> list[list[Item]]:
+        return self._dealt(step)[self.rank :: self.world_size]
+
+    def _dealt(self, step: list[int]) -> list[list[Item]]:
+        """The step's micro-batches of all processes; every `world_size` in a row run at the same time."""
         weight = self.world_size * self.accumulation / len(step)
         by_length = sorted(step, key=lambda index: (-self.lengths[index], index))
         items = [(index, weight) for index in by_length]
         # The shortest comparison fills the empty places of a last step: it counts nothing and costs least.
         items += [(by_length[-1], 0.0)] * (self.global_batch_size - len(step))
-        stride = self.world_size * self.micro
-        starts = range(self.rank * self.micro, self.global_batch_size, stride)
-        return [items[start : start + self.micro] for start in starts]
+        if self.packed:
+            return self._evenly(items)
+        return _side_by_side(items, self.micro, self.world_size)
+
+    def _evenly(self, items: list[Item]) -> list[list[Item]]:
+        """Longest first, each to the micro-batch with the fewest tokens that has room; fullest micro-batches first."""
+        batches: list[list[Item]] = [[] for _ in range(self.accumulation * self.world_size)]
+        open_batches = [(0, number) for number in range(len(batches))]
+        for item in items:
+            tokens, number = heapq.heappop(open_batches)
+            batches[number].append(item)
+            if len(batches[number]) < self.micro:
+                heapq.heappush(open_batches, (tokens + self.lengths[item[0]], number))
+        return sorted(batches, key=self._cost, reverse=True)
 
 
 def evaluation_batches(
@@ -92,7 +128,15 @@ def evaluation_batches(
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     items = [(index, 1.0) for index in order]
-    stride = world_size * micro_batch_size
-    items += [(order[-1], 0.0)] * (-len(items) % stride)
-    starts = range(rank * micro_batch_size, len(items), stride)
-    return [items[start : start + micro_batch_size] for start in starts]
+    items += [(order[-1], 0.0)] * (-len(items) % (world_size * micro_batch_size))
+    return _side_by_side(items, micro_batch_size, world_size)[rank::world_size]
+
+
+def _side_by_side(items: list[Item], micro: int, world_size: int) -> list[list[Item]]:
+    """Micro-batches of similar length, from items in order of length; what runs side by side is dealt in turns."""
+    stride = world_size * micro
+    return [
+        items[start + rank : start + stride : world_size]
+        for start in range(0, len(items), stride)
+        for rank in range(world_size)
+    ]

@@ -19,14 +19,15 @@ from general_preference.models.attention import (
     row_layout,
     shares_prompts,
 )
+from general_preference.models.log_probs import can_fuse, linear_log_probs
 from general_preference.models.losses import token_log_probs
 from general_preference.models.model_card import CardFacts
 from general_preference.models.packed_attention import PackedSequences
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.score import normalize_embedding
 
-# Parts in which token log-probs are computed: only one part's (tokens, vocabulary) logits exist at a time. A fixed
-# number, not a fixed size, because under ZeRO-3 every use of the LM head is a collective that all processes must join.
+# Parts in which token log-probs are computed where the LM head is not one whole matrix. A fixed number, not a fixed
+# size, because under ZeRO-3 every use of the LM head is a collective that all processes must join.
 LOG_PROB_PARTS = 16
 
 
@@ -204,23 +205,31 @@ class RewardModel(nn.Module):
         return torch.softmax(logits, dim=-1)
 
     def _log_probs(self, hidden: torch.Tensor, targets, owners: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum token log-probs per owner, part by part; the logits of a part are recomputed in backward."""
+        """Sum token log-probs per owner; logits exist for a few tokens at a time and are made again in backward."""
         sources, tokens, owner = targets
+        head = self.language_model.get_output_embeddings()
+        # What some families (Cohere, Granite) do between their output layer and their logits.
+        scale = (getattr(self.config, "logit_scale", None) or 1) / (getattr(self.config, "logits_scaling", None) or 1)
+        predicting = hidden[sources] if scale == 1 else hidden[sources] * scale
+        if can_fuse(head) and not self._logit_cap:
+            log_probs = linear_log_probs(predicting, head.weight, tokens)
+        else:
+            parts = zip(predicting.tensor_split(LOG_PROB_PARTS), tokens.tensor_split(LOG_PROB_PARTS), strict=True)
+            log_probs = torch.cat([checkpoint(self._part_log_probs, *part, use_reentrant=False) for part in parts])
         sums = torch.zeros(owners, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        for chunk in torch.arange(len(sources), device=hidden.device).tensor_split(LOG_PROB_PARTS):
-            log_probs = checkpoint(self._chunk_log_probs, hidden[sources[chunk]], tokens[chunk], use_reentrant=False)
-            sums = sums.index_add(0, owner[chunk], log_probs.to(sums.dtype))
+        sums = sums.index_add(0, owner, log_probs.to(sums.dtype))
         counts = torch.zeros_like(sums).index_add(0, owner, torch.ones_like(owner, dtype=sums.dtype))
         return sums, counts
 
-    def _chunk_log_probs(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    @property
+    def _logit_cap(self) -> float | None:
+        """What Gemma 2 bends its logits to."""
+        return getattr(self.config, "final_logit_softcapping", None)
+
+    def _part_log_probs(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits = self.language_model.get_output_embeddings()(hidden)
-        # What some families (Cohere, Granite, Gemma 2) do between their output layer and their logits.
-        scale = getattr(self.config, "logit_scale", None) or 1
-        logits = logits * (scale / (getattr(self.config, "logits_scaling", None) or 1))
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
+        if self._logit_cap:
+            logits = self._logit_cap * torch.tanh(logits / self._logit_cap)
         return token_log_probs(logits, tokens)
 
     @torch.no_grad()

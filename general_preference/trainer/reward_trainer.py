@@ -21,6 +21,7 @@ from general_preference.datasets.preparation import Comparisons
 from general_preference.datasets.sampler import StepSampler, evaluation_batches
 from general_preference.errors import NonFiniteError
 from general_preference.files import replace_text
+from general_preference.models.attention import row_layout
 from general_preference.models.losses import preference_loss, regularizer
 from general_preference.models.score import preference_score
 from general_preference.models.statistics import empty_sums, preference_statistics, preference_sums
@@ -97,6 +98,8 @@ class RewardTrainer:
         self.arguments, self.strategy, self.tokenizer = arguments, strategy, tokenizer
         optimizer, loss = arguments.optimizer, arguments.loss
         kind = "both" if loss.ptx_loss == "reference_free" else "chosen"
+        layout = row_layout(model.config, model.shares_prompts, strategy.device)  # the engine will move the model there
+        self.collator = Collator(tokenizer.pad_token_id, layout, kind if loss.add_pretrain_loss else "")
         self.train_set = Comparisons(train_table)
         self.eval_sets = {name: Comparisons(table) for name, table in eval_tables.items()}
         self.sampler = StepSampler(
@@ -108,13 +111,12 @@ class RewardTrainer:
             seed=optimizer.seed,
             group_size=arguments.data.group_size,
             groups=train_table["group"][:] if arguments.data.group_size > 1 else None,
+            packed=layout.packed,
         )
         self.steps = self.sampler.steps_per_epoch * optimizer.max_epochs
         self.folder = Path(arguments.output.save_path)
         self.cycles: dict[str, EmbeddedCycle] = {}
         strategy.prepare(model, self.steps)
-        # The layout depends on where the engine has moved the model to.
-        self.collator = Collator(tokenizer.pad_token_id, model.row_layout, kind if loss.add_pretrain_loss else "")
         fixed = {
             "global_batch_size": strategy.global_batch_size,
             "seed": optimizer.seed,

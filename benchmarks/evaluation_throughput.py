@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Scoring a file of comparisons: the pipeline's calls against padded pairs, turn by turn in one process.
+
+    python benchmarks/evaluation_throughput.py [--dataset FILE] [--comparisons 1800] [--output RESULT.json]
+
+Both score the same tokens with the same random Llama (8 layers, hidden size 384) and Bradley-Terry head: `embed`, which
+batch inference, RewardBench and `GPMPipeline` share, and batches of chosen and rejected as left-padded sequences in the
+file's order with transformers' own attention. Comparisons are taken in parts; the ratio is that of the sums. Five
+minutes on two cores. Writes RESULT.json.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for scripts/
+
+import torch
+
+from benchmarks.machine import describe_machine, numbers, run_in_launcher_environment
+from general_preference.command_line import align, exit_code
+from general_preference.errors import InputError
+from general_preference.files import replace_text
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default=str(ROOT / "data" / "mixed" / "train.jsonl"), help="comparisons")
+    parser.add_argument("--comparisons", type=int, default=1800, help="use at most so many")
+    parser.add_argument("--part", type=int, default=300, help="comparisons that one takes before the other's turn")
+    parser.add_argument(
+        "--padded_batches", default="1,4,16", help="pairs in a padded batch: the fastest in a trial wins"
+    )
+    parser.add_argument("--max_len", type=int, default=512)
+    parser.add_argument("--hidden_size", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path("evaluation_throughput.json"))
+    arguments = parser.parse_args(argv)
+    return exit_code(lambda: measure(arguments), kept="nothing was written")
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Parts of the data in turns, the table, the JSON."""
+    from general_preference.datasets.sources import load_source, parse_sources
+    from general_preference.datasets.tables import tokenize
+    from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
+    from general_preference.models.pretrained import get_reward_model
+    from scripts.make_tiny_model import make_tiny_model
+
+    if min(arguments.comparisons, arguments.part) < 1:
+        raise InputError("--comparisons and --part must be at least 1")
+    with tempfile.TemporaryDirectory() as folder:
+        make_tiny_model(
+            Path(folder) / "base",
+            text_files=[arguments.dataset] if arguments.dataset.endswith(".jsonl") else None,
+            hidden_size=arguments.hidden_size,
+            num_layers=arguments.layers,
+            num_heads=6 if arguments.hidden_size % 6 == 0 else 4,
+            vocab_size=32768,
+        )
+        ours, theirs = (
+            get_reward_model(f"{folder}/base", bf16=False, attn_implementation=kernel).eval()
+            for kernel in ("auto", "sdpa")
+        )
+        theirs.config._attn_implementation = "sdpa"  # transformers' own kernel: one mask per padded batch
+        encoder = ComparisonTokenizer(load_tokenizer(f"{folder}/base"), arguments.max_len)
+    (source,) = parse_sources(arguments.dataset)
+    table = tokenize(load_source(source)[0], encoder, name=source.name)
+    rows = [row for row in (table[i] for i in range(len(table))) if len(row["response_ids"]) == 2]
+    rows = rows[: arguments.comparisons]
+    if not rows:
+        raise InputError(f"--dataset {arguments.dataset} has no comparison of two responses")
+    tokens = sum(row["length"] for row in rows)
+    print(f"{describe_machine()}\n{len(rows)} comparisons, {tokens} unique tokens")
+    size = best_size(theirs, rows[: min(48, len(rows))], numbers("padded_batches", arguments.padded_batches))
+    seconds, apart = {"this": 0.0, "padded": 0.0}, 0.0
+    by_embed(ours, rows[:8])
+    for start in range(0, len(rows), arguments.part):
+        part = rows[start : start + arguments.part]
+        fast, found = timed(lambda part=part: by_embed(ours, part))
+        slow, expected = timed(lambda part=part: by_padding(theirs, part, size))
+        seconds = {"this": seconds["this"] + fast, "padded": seconds["padded"] + slow}
+        apart = max(apart, (found - expected).abs().max().item())
+        print(f"{start + len(part):5} done: {slow / fast:.2f} times faster", flush=True)
+    names = {"this": "embed (this)", "padded": f"padded pairs, {size} a batch"}
+    lines: list[list[str] | None] = [["", "seconds", "comparisons/s", "unique tokens/s"], None]
+    lines += [
+        [names[name], f"{took:.1f}", f"{len(rows) / took:.1f}", f"{tokens / took:.0f}"]
+        for name, took in seconds.items()
+    ]
+    print("\n" + "\n".join(align(lines)))
+    print(f"\n{seconds['padded'] / seconds['this']:.2f} times faster; scores differ by {apart:.1e} at most")
+    found = {"machine": describe_machine(), "comparisons": len(rows), "tokens": tokens, "seconds": seconds}
+    replace_text(arguments.output, json.dumps(found | {"padded_batch": size, "difference": apart}, indent=2))
+    print(f"Result: {arguments.output}")
+
+
+def best_size(model, rows: list[dict], sizes: list[int]) -> int:
+    """The batch with which padded pairs are fastest in a short trial."""
+    took = {size: timed(lambda size=size: by_padding(model, rows, size))[0] for size in sizes}
+    return min(took, key=took.__getitem__)
+
+
+def by_embed(model, rows: list[dict]) -> torch.Tensor:
+    """(N,) scores of first against second, as batch inference makes them."""
+    from general_preference.inference.embedding import embed
+
+    scores = torch.empty(len(rows))
+    for index, found in embed(model, rows):
+        scores[index] = found.scores()[0, 1]
+    return scores
+
+
+@torch.no_grad()
+def by_padding(model, rows: list[dict], size: int) -> torch.Tensor:
+    """(N,) scores, from batches that hold all first and all second responses with their prompts, left-padded."""
+    scores = []
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        ids = [row["prompt_ids"] + row["response_ids"][side] for side in (0, 1) for row in some]
+        longest = max(map(len, ids))
+        input_ids = torch.tensor([[0] * (longest - len(one)) + one for one in ids])
+        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids])
+        hidden = model.language_model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        reward = model.value_head(hidden.last_hidden_state[:, -1])[:, 0]
+        scores.append(reward[: len(some)] - reward[len(some) :])
+    return torch.cat(scores)
+
+
+def timed(work) -> tuple[float, torch.Tensor]:
+    """Seconds that `work` took, and its result."""
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
+
+
+if __name__ == "__main__":
+    run_in_launcher_environment()
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Log-probabilities from chunks of logits equal those from all logits, with their gradients; and no chunk is kept."""
+
+import pytest
+import torch
+from torch import nn
+
+from general_preference.models import log_probs
+from general_preference.models.log_probs import can_fuse, linear_log_probs
+from general_preference.models.losses import token_log_probs
+from general_preference.trainer.arguments import LossArguments
+from general_preference.trainer.reward_trainer import batch_loss
+from tests.conftest import random_comparisons
+from tests.test_packing import run
+
+
+@pytest.mark.parametrize("elements", [1, 7 * 11, 10**6])  # chunks of one token, of seven, one chunk
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_chunks_equal_all_logits(monkeypatch, elements, dtype):
+    monkeypatch.setattr(log_probs, "CPU_ELEMENTS", elements)
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (
+        torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in ((17, 5), (11, 5))
+    )
+    tokens, above = torch.randint(0, 11, (17,), generator=generator), torch.randn(17, generator=generator)
+    found = linear_log_probs(hidden, weight, tokens)
+    gradients = torch.autograd.grad((found * above).sum(), (hidden, weight))
+    wide = [
+        tensor.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_() for tensor in (hidden, weight)
+    ]
+    expected = token_log_probs(wide[0] @ wide[1].T, tokens)
+    assert found.dtype == expected.dtype
+    close = {"atol": 0.15, "rtol": 0.05} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(found, expected, **close)
+    for one, other in zip(gradients, torch.autograd.grad((expected * above).sum(), wide), strict=True):
+        torch.testing.assert_close(one.to(other.dtype), other, **close)
+
+
+def test_gradient_is_that_of_finite_differences():
+    hidden, weight = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in ((6, 4), (9, 4)))
+    tokens = torch.tensor([0, 8, 3, 3, 1, 5])
+    assert torch.autograd.gradcheck(lambda *inputs: linear_log_probs(*inputs, tokens), (hidden, weight))
+
+
+def test_a_frozen_matrix_gets_no_gradient_and_no_tokens_are_fine():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4)
+    linear_log_probs(hidden, weight, torch.tensor([1, 2, 3])).sum().backward()
+    assert hidden.grad.abs().max() > 0 and weight.grad is None
+    assert linear_log_probs(hidden[:0], weight, torch.tensor([], dtype=torch.long)).shape == (0,)
+
+
+def test_only_one_whole_plain_matrix_is_fused():
+    assert can_fuse(nn.Linear(3, 4, bias=False)) and not can_fuse(nn.Linear(3, 4))
+    partitioned = nn.Linear(3, 4, bias=False)
+    partitioned.weight.ds_id = 1
+
+    class Adapter(nn.Linear):
+        pass
+
+    assert not can_fuse(partitioned) and not can_fuse(Adapter(3, 4, bias=False)) and not can_fuse(None)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_both_ways_of_the_model_agree(make_model, monkeypatch, family):
+    model = make_model(family)
+    arguments = LossArguments(add_pretrain_loss=True, ptx_loss="sum", ptx_loss_coef=0.3)
+    found = []
+    for fused in (True, False):
+        monkeypatch.setattr("general_preference.models.reward_model.can_fuse", lambda head, fused=fused: fused)
+        model.zero_grad()
+        batch, output = run(model, random_comparisons(4, model.config.vocab_size), None, "chosen")
+        losses = batch_loss(output, batch, arguments)
+        losses.total.backward()
+        head = model.language_model.get_output_embeddings().weight.grad.clone()
+        found.append((losses.regularizer.detach(), head, model.language_model.base_model.norm.weight.grad.clone()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
