@@ -28,6 +28,7 @@ setup(
     extras_require={
         "train": ["deepspeed>=0.18", "wandb", "matplotlib"],
         "flash": ["flash-attn"],
+        "liger": ["liger-kernel"],
         "lora": ["peft>=0.18"],
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "peft>=0.18", "trl"],
     },

@@ -52,6 +52,7 @@ def measure(arguments: argparse.Namespace) -> None:
     from general_preference.datasets.sources import load_source, parse_sources
     from general_preference.datasets.tables import tokenize
     from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
+    from general_preference.models.device import choose_device
     from general_preference.models.pretrained import get_reward_model
     from scripts.make_tiny_model import make_tiny_model
 
@@ -70,7 +71,8 @@ def measure(arguments: argparse.Namespace) -> None:
             get_reward_model(f"{folder}/base", bf16=False, attn_implementation=kernel).eval()
             for kernel in ("auto", "sdpa")
         )
-        theirs.config._attn_implementation = "sdpa"  # transformers' own kernel: one mask per padded batch
+        ours.to(choose_device()).layout_on(choose_device())
+        theirs.to(choose_device())  # stays on transformers' own kernel, with a mask per padded batch
         encoder = ComparisonTokenizer(load_tokenizer(f"{folder}/base"), arguments.max_len)
     (source,) = parse_sources(arguments.dataset)
     table = tokenize(load_source(source)[0], encoder, name=source.name)
@@ -105,6 +107,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def best_size(model, rows: list[dict], sizes: list[int]) -> int:
     """The batch with which padded pairs are fastest in a short trial."""
+    by_padding(model, rows[:4], 1)  # what is done once is not timed
     took = {size: timed(lambda size=size: by_padding(model, rows, size))[0] for size in sizes}
     return min(took, key=took.__getitem__)
 
@@ -122,17 +125,17 @@ def by_embed(model, rows: list[dict]) -> torch.Tensor:
 @torch.no_grad()
 def by_padding(model, rows: list[dict], size: int) -> torch.Tensor:
     """(N,) scores, from batches that hold all first and all second responses with their prompts, left-padded."""
-    scores = []
+    scores, device = [], model.value_head.weight.device
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
         ids = [row["prompt_ids"] + row["response_ids"][side] for side in (0, 1) for row in some]
         longest = max(map(len, ids))
-        input_ids = torch.tensor([[0] * (longest - len(one)) + one for one in ids])
-        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids])
+        input_ids = torch.tensor([[0] * (longest - len(one)) + one for one in ids], device=device)
+        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids], device=device)
         hidden = model.language_model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
         reward = model.value_head(hidden.last_hidden_state[:, -1])[:, 0]
         scores.append(reward[: len(some)] - reward[len(some) :])
-    return torch.cat(scores)
+    return torch.cat(scores).cpu()
 
 
 def timed(work) -> tuple[float, torch.Tensor]:

@@ -35,7 +35,11 @@ def run_one(arguments: argparse.Namespace) -> None:
 
 def non_embedding_parameters(model) -> int:
     """Weights that multiply every token: those of the layers."""
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".layers." in name)
+    return sum(
+        getattr(parameter, "ds_numel", parameter.numel())
+        for name, parameter in model.named_parameters()
+        if ".layers." in name
+    )
 
 
 def predicted_tokens(row: dict) -> int:

@@ -79,15 +79,19 @@ def run(arguments: Arguments, strategy) -> None:
         logger.info("%s", summary)
     model = make_model(arguments, preference, strategy)
     trainer = RewardTrainer(arguments, strategy, model, tokenizer, train_table, eval_tables)
+    kernel = model.config._attn_implementation
     logger.info(
-        "%s D=%d%s on %s: %d steps of %d comparisons, %d process(es) on %s, ZeRO %d",
+        "%s D=%d%s on %s: %d steps of %d comparisons, %d process(es) on %s, ZeRO %d, attention %s",
         preference.head, preference.dim, " with gate" if preference.prompt_gate else "", arguments.model.pretrain,
         trainer.steps, strategy.global_batch_size, strategy.world_size, strategy.device, arguments.engine.zero_stage,
+        kernel,
     )  # fmt: skip
     if strategy.world_size > 1:
         logger.info("tokens of the fullest process: %.1f %% above the mean", 100 * trainer.sampler.imbalance())
     if strategy.is_main:
-        arguments.save(folder, world_size=strategy.world_size, steps=trainer.steps, versions=versions())
+        arguments.save(
+            folder, world_size=strategy.world_size, steps=trainer.steps, attention=kernel, versions=versions()
+        )
         replace_text(folder / "data_summary.json", "[" + ", ".join(summary.to_json() for summary in summaries) + "]")
     results = trainer.fit()
     if strategy.is_main:
@@ -177,7 +181,6 @@ def make_model(arguments: Arguments, preference: PreferenceConfig, strategy):
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
         seed=arguments.optimizer.seed,
-        device=strategy.device,
     )
     check_positions(model, preference.max_length)
     model.freeze_unused(language_model_head=arguments.loss.add_pretrain_loss)

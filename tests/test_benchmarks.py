@@ -38,10 +38,10 @@ def test_training_steps_are_compared_on_equal_terms(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--implementations", "this,other"], "other is none of this, padded, trl"),
+        (["--implementations", "this,other"], "other is none of this, regularized, padded, trl"),
         (["--micro_batches", "3"], "must be a multiple"),
         (["--micro_batches", "a"], "is no list"),
-        (["--micro_batches", "0"], "must be a multiple"),
+        (["--micro_batches", "0"], "every number must be at least 1"),
         (["--steps", "0"], "at least 1"),
         (["--dataset", "/nowhere/x.jsonl"], "/nowhere/x.jsonl does not exist"),
     ],

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from general_preference.models import log_probs
 from general_preference.models.log_probs import can_fuse, linear_log_probs
@@ -39,6 +40,34 @@ def test_gradient_is_that_of_finite_differences():
     hidden, weight = (torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in ((6, 4), (9, 4)))
     tokens = torch.tensor([0, 8, 3, 3, 1, 5])
     assert torch.autograd.gradcheck(lambda *inputs: linear_log_probs(*inputs, tokens), (hidden, weight))
+
+
+def test_half_precision_keeps_the_slope_of_a_token_that_is_nearly_certain():
+    hidden = torch.full((1, 8), 0.875, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(5, 8, dtype=torch.bfloat16)
+    weight[2] = 1.0  # its logit is 7, the others' 0: p is 0.99636, of which half precision would leave 0 or 1/256
+    linear_log_probs(hidden, weight, torch.tensor([2])).backward()
+    wide = hidden.detach().float().requires_grad_()
+    token_log_probs(wide @ weight.float().T, torch.tensor([2])).backward()
+    torch.testing.assert_close(hidden.grad.float(), wide.grad, rtol=0.01, atol=0)
+
+
+def test_no_tensor_is_larger_than_a_chunk(monkeypatch):
+    monkeypatch.setattr(log_probs, "CPU_ELEMENTS", 4 * 1000)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            nonlocal largest
+            result = operator(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape[-1:] == (1000,):
+                largest = max(largest, result.numel())
+            return result
+
+    hidden, weight = (torch.randn(shape, requires_grad=True) for shape in ((90, 3), (1000, 3)))
+    with Watch():
+        linear_log_probs(hidden, weight, torch.arange(90)).sum().backward()
+    assert largest == 4 * 1000, "of 90 tokens, four at a time"
 
 
 def test_a_frozen_matrix_gets_no_gradient_and_no_tokens_are_fine():

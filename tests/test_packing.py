@@ -21,7 +21,8 @@ def relative(a, b):
 
 
 def run(model, comparisons, layout=None, regularized=""):
-    batch = Collator(0, layout or model.row_layout, regularized)(comparisons)
+    chosen = model.row_layout
+    batch = Collator(0, layout or chosen, regularized)(comparisons)
     return batch, model(**batch.model_inputs())
 
 
@@ -170,19 +171,19 @@ def test_an_architecture_that_drops_the_sequences_is_noticed(make_model, monkeyp
         run(model, random_comparisons(2, model.config.vocab_size))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
+@pytest.mark.parametrize("family", sorted(attention.FLEX_VERIFIED & FAMILIES.keys()))
 def test_flex_attention_equals_separate_sequences(make_model, family):
     """Forward, and not compiled: on CPUs FlexAttention has no backward."""
     model = make_model(family)
+    assert attention.packs_rows(model.config)
     comparisons = random_comparisons(6, model.config.vocab_size)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         _, separate = run(model, comparisons, SEPARATE, "both")
         model.config._attn_implementation = attention.FLEX
-        try:
-            assert model.row_layout == RowLayout(packed=True, rounded=True)
-            batch, shared = run(model, comparisons, None, "both")
-        finally:
-            model.config._attn_implementation = "packed_sdpa"
+        layout = attention.row_layout(model.config, True)
+        batch = Collator(0, layout, "both")(comparisons)
+        shared = model(**batch.model_inputs())
+    assert layout == RowLayout(packed=True, rounded=True)
     assert batch.input_ids.shape[1] % 128 == 0 and batch.segments.min() == -1
     for name in separate:
         assert relative(shared[name], separate[name]) < 1e-5, name
@@ -217,16 +218,41 @@ def test_a_kernel_that_cannot_run_here_is_refused(make_model, wanted):
     with pytest.raises(
         InputError, match=f"--attn_implementation {wanted}: it needs a GPU, and this runs on cpu: use auto"
     ):
-        make_model("llama", attn_implementation=wanted)
+        _ = make_model("llama", attn_implementation=wanted).row_layout
     with pytest.raises(InputError, match="not known to be exact for gemma2"):
-        make_model("gemma2", attn_implementation=wanted)
+        _ = make_model("gemma2", attn_implementation=wanted).row_layout
     with pytest.raises(InputError, match="'fastest' is none of auto, sdpa"):
         make_model("llama", attn_implementation="fastest")
 
 
-@pytest.mark.parametrize("wanted", ["eager", "sdpa", "auto", None])
+def test_the_kernel_follows_the_device(make_model, monkeypatch):
+    """What would be chosen on a GPU, without one: the check of the kernel itself is replaced."""
+    tried = []
+
+    def problem(config, kernel, device, dtype, training):
+        tried.append(kernel)
+        return None if kernel in works else "not here"
+
+    monkeypatch.setattr(attention_choice, "kernel_problem", problem)
+    model, gpu = make_model("llama"), torch.device("cuda")
+    assert model.row_layout == PACKED and not tried
+    for training, works, chosen, layout in (  # noqa: B007 (works is read by the function above)
+        (True, ("packed_varlen",), "packed_varlen", PACKED),
+        (False, ("packed_flash",), "packed_flash", PACKED),
+        (True, ("flex_attention",), "flex_attention", RowLayout(packed=True, rounded=True)),
+        (False, ("flex_attention",), "sdpa", MASKED),  # compiling takes longer than a few forward passes
+    ):
+        model._chosen_for = None
+        assert model.train(training).layout_on(gpu) == layout and model.config._attn_implementation == chosen
+    assert tried[:1] == ["packed_varlen"]
+    assert model.row_layout == PACKED and model.config._attn_implementation == "packed_sdpa", "back on the CPU"
+    assert make_model("gemma2").layout_on(gpu) == MASKED
+
+
+@pytest.mark.parametrize("wanted", ["eager", "sdpa", "auto"])
 def test_the_kernel_that_is_asked_for_runs(make_model, wanted):
     model = make_model("llama", attn_implementation=wanted)
+    assert model.row_layout == (MASKED if wanted == "eager" else PACKED)
     assert model.config._attn_implementation == ("eager" if wanted == "eager" else "packed_sdpa")
     comparisons = random_comparisons(3, model.config.vocab_size)
     with torch.no_grad():

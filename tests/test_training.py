@@ -63,11 +63,15 @@ def gradient_job(folder: Path, pretrain: str, world_size: int) -> dict:
         runs.append({"name": name, "stage": stage, "flags": [*map(str, flags), *FULL]})
     flags = ["--zero_stage", "3", "--micro_train_batch_size", str(8 // world_size)]
     runs.append({"name": "zero3_partitioned", "stage": 3, "flags": [*flags, *FULL], "partitioned": True})
+    selective = [*flags, "--gradient_checkpointing", "--selective_checkpointing", *FULL]
+    runs.append({"name": "selective_partitioned", "stage": 3, "flags": selective, "partitioned": True})
     if world_size == 1:
         runs.append({"name": "bt", "stage": 2, "flags": ["--zero_stage", "2"]})
         runs.append({"name": "lora", "stage": 2, "flags": ["--zero_stage", "2", *GPM, "--lora_rank", "2"]})
         checkpointed = ["--zero_stage", "0", "--gradient_checkpointing", *FULL]
         runs.append({"name": "checkpointed", "stage": 0, "flags": checkpointed})
+        reentrant = [*checkpointed, "--gradient_checkpointing_use_reentrant"]
+        runs.append({"name": "reentrant", "stage": 0, "flags": reentrant})
     comparisons = random_comparisons(13, 290, seed=4)
     for comparison in comparisons:
         comparison["length"] = len(comparison["prompt_ids"]) + sum(map(len, comparison["response_ids"]))
@@ -99,8 +103,12 @@ def test_one_gradient_however_it_is_divided(steps, division, world_size):
     assert found["loss"] == pytest.approx(reference["loss"], rel=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(steps):
-    assert difference(steps[1]["checkpointed"]["gradients"], steps[1]["whole"]["gradients"]) < 1e-5
+@pytest.mark.parametrize(
+    ("world_size", "kind"),
+    [(1, "checkpointed"), (1, "reentrant"), (1, "selective_partitioned"), (2, "selective_partitioned")],
+)
+def test_gradient_checkpointing_changes_nothing(steps, world_size, kind):
+    assert difference(steps[world_size][kind]["gradients"], steps[1]["whole"]["gradients"]) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,10 @@ class StepSampler:
             batches[number].append(item)
             if len(batches[number]) < self.micro:
                 heapq.heappush(open_batches, (tokens + self.lengths[item[0]], number))
-        return sorted(batches, key=self._cost, reverse=True)
+        batches.sort(key=self._cost, reverse=True)
+        sides = [batches[start : start + self.world_size] for start in range(0, len(batches), self.world_size)]
+        # Turned round every second time, so that no process gets the fuller one always.
+        return [batch for number, side in enumerate(sides) for batch in (side[::-1] if number % 2 else side)]
 
 
 def evaluation_batches(

@@ -19,6 +19,8 @@ from general_preference.models.score import preference_matrix
 # Tokens of one forward call, padding included. Small calls are the fast ones on CPUs; a GPU wants to be filled, but
 # where rows need a mask, a row as long as this has one of this size squared.
 CPU_TOKENS, GPU_TOKENS = 4096, 16384
+# Packed rows copy a prompt's keys for every response: of so many keys per token of a call at most.
+KEYS_PER_TOKEN = 4
 
 
 @dataclass
@@ -39,13 +41,14 @@ class EmbeddedPrompt:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some responses of one comparison, as `rows` rows of `length` tokens."""
+    """Some responses of one comparison, as `rows` rows of `length` tokens that attend to `keys` copies of tokens."""
 
     index: int
     start: int
     stop: int
     rows: int
     length: int
+    keys: int
 
 
 def embed(
@@ -79,7 +82,7 @@ def embed(
     layout = model.row_layout
     collate = Collator(0, layout)
     comparisons, copies = zip(*map(_distinct, comparisons), strict=True) if len(comparisons) else ((), ())
-    parts = [part for index, row in enumerate(comparisons) for part in _split(index, row, limit, layout.shared)]
+    parts = [part for index, row in enumerate(comparisons) for part in _split(index, row, limit, layout)]
     calls = _calls(parts, limit, batch_size, padding, layout)
     remaining = {part.index: 0 for part in parts}
     for part in parts:
@@ -103,24 +106,32 @@ def _distinct(comparison: dict) -> tuple[dict, list[int]]:
     return comparison | {"response_ids": [list(ids) for ids in places]}, copies
 
 
-def _split(index: int, comparison: dict, limit: int, shared: bool) -> Iterator[_Part]:
+def _split(index: int, comparison: dict, limit: int, layout: RowLayout) -> Iterator[_Part]:
     """The parts of one comparison: as many responses in each as fit into `limit` tokens, at least one."""
     prompt, lengths = len(comparison["prompt_ids"]), [len(ids) for ids in comparison["response_ids"]]
+
+    def part(start: int, stop: int) -> _Part:
+        own = lengths[start:stop]
+        keys = prompt * len(own) + sum(own)
+        if layout.shared:
+            return _Part(index, start, stop, 1, prompt + sum(own), keys)
+        return _Part(index, start, stop, len(own), prompt + max(own), keys)
+
     start = 0
     while start < len(lengths):
-        stop, total, longest = start, 0, 0
-        while stop < len(lengths):
-            grown, top = total + lengths[stop], max(longest, lengths[stop])
-            size = prompt + grown if shared else (stop + 1 - start) * (prompt + top)
-            if stop > start and size > limit:
-                break
-            stop, total, longest = stop + 1, grown, top
-        yield (
-            _Part(index, start, stop, 1, prompt + total)
-            if shared
-            else _Part(index, start, stop, stop - start, prompt + longest)
-        )
+        stop = start + 1
+        while stop < len(lengths) and _fits([part(start, stop + 1)], limit, layout):
+            stop += 1
+        yield part(start, stop)
         start = stop
+
+
+def _fits(call: list[_Part], limit: int, layout: RowLayout) -> bool:
+    """Whether these parts, the longest first, are few enough tokens for one call."""
+    if layout.packed:
+        keys = sum(part.keys for part in call)
+        return sum(part.length for part in call) <= limit and keys <= KEYS_PER_TOKEN * limit
+    return sum(part.rows for part in call) * call[0].length <= limit
 
 
 def _calls(
@@ -128,15 +139,13 @@ def _calls(
 ) -> list[list[_Part]]:
     """Parts of similar length together, the longest first: what memory needs shows in the first call."""
     calls: list[list[_Part]] = []
-    rows = tokens = 0
     for part in sorted(parts, key=lambda part: (-part.length, part.index, part.start)):
-        rows, tokens = rows + part.rows, tokens + part.rows * part.length
-        full = not calls or (tokens if layout.packed else rows * calls[-1][0].length) > limit
-        full = full or (batch_size is not None and len(calls[-1]) >= batch_size)
-        if full or (not padding and part.length != calls[-1][0].length):
-            calls.append([])
-            rows, tokens = part.rows, part.rows * part.length
-        calls[-1].append(part)
+        joins = bool(calls) and _fits([*calls[-1], part], limit, layout)
+        joins = joins and (batch_size is None or len(calls[-1]) < batch_size)
+        if joins and (padding or part.length == calls[-1][0].length):
+            calls[-1].append(part)
+        else:
+            calls.append([part])
     return calls
 
 

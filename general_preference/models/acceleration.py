@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_liger_kernel_available
 
@@ -24,7 +23,6 @@ _EXPENSIVE = (
     "aten::_scaled_dot_product_cudnn_attention",
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
-    "flex_attention",
 )
 
 
@@ -33,8 +31,8 @@ def checkpoint_activations(language_model, *, reentrant: bool, selective: bool) 
 
     Args:
         reentrant: the older kind of `torch.utils.checkpoint`.
-        selective: keep the results of matrix products and attention, recompute the cheap rest: about half the memory
-            of keeping everything, at a few percent more time.
+        selective: keep the results of matrix products and attention, recompute the cheap rest. FlexAttention, which is
+            compiled as a whole, is recomputed too.
     """
     options: dict[str, bool | Callable] = {"use_reentrant": reentrant}
     if selective:
@@ -63,6 +61,7 @@ def use_liger_kernels(language_model, device: torch.device) -> None:
             "--use_liger_kernel needs the package liger-kernel: pip install liger-kernel, or drop the flag"
         )
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from transformers.integrations.liger import apply_liger_kernel
 
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise InputError(f"--use_liger_kernel: liger-kernel does not know {kind}: drop the flag")

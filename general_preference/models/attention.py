@@ -5,8 +5,8 @@ A row of a batch is described by two integers per token: its `position` in its o
 equals running every response as a sequence of its own. A row with a single response is an ordinary causal sequence.
 
 Architectures differ in what a layer may see, so the model's configuration is asked first (`shares_prompts`): plain
-full attention and sliding windows get an exact mask, everything else (recurrent layers, ALiBi, chunked attention,
-flash-attention kernels) is served with separate sequences and an ordinary padding mask.
+full attention and sliding windows get an exact mask, everything else (recurrent layers, ALiBi, chunked attention) is
+served with separate sequences and an ordinary padding mask.
 
 A mask over a whole row also pays for what it hides, and a batch of rows for their padding. Architectures whose layers
 all are plain full attention run comparisons end to end in one row instead (`RowLayout.packed`): kernels that take
@@ -40,6 +40,8 @@ VERIFIED = {
     "opt",
     "mistral",
 }
+# Those of them that take FlexAttention's masks (GPT-2 and OPT look into theirs), compared in the same place.
+FLEX_VERIFIED = {"llama", "qwen2", "qwen3", "gemma", "gpt_neox", "phi3", "olmo2", "mixtral"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class RowLayout:
 
 def shares_prompts(config) -> bool:
     """Whether a mask or kernel can make shared prompts exact for this model configuration."""
+    if config._attn_implementation == "flash_attention_2":  # transformers' own knows sequences alone
+        return packs_rows(config)
     if config._attn_implementation not in ("sdpa", "eager", FLEX, *KERNELS):
         return False
     if config.model_type in ("bloom", "mpt", "falcon") and getattr(config, "alibi", True):
@@ -78,12 +82,10 @@ def packs_rows(config) -> bool:
     return plain and config.model_type in VERIFIED
 
 
-def row_layout(config, shared: bool, device: torch.device) -> RowLayout:
+def row_layout(config, shared: bool) -> RowLayout:
     """How rows must lie for the kernel that `config` names. shared: `RewardModel.shares_prompts`."""
     kernel = config._attn_implementation
     packed = shared and (kernel == FLEX or kernel in KERNELS)
-    if kernel == "packed_sdpa" and device.type != "cpu":  # many small kernels cost a GPU more than they save
-        packed = False
     return RowLayout(shared, packed, packed and kernel == FLEX)
 
 

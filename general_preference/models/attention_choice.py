@@ -11,6 +11,7 @@ each response by itself (`kernel_problem`). Models with other layers than plain 
 gives them.
 """
 
+import functools
 import inspect
 import logging
 
@@ -19,74 +20,78 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from general_preference.errors import InputError
-from general_preference.models.attention import FLEX, block_mask, packs_rows
-from general_preference.models.packed_attention import pack_sequences, packed_attention
+from general_preference.models.attention import FLEX, FLEX_VERIFIED, block_mask, packs_rows
+from general_preference.models.packed_attention import HALF, pack_sequences, packed_attention
 
 logger = logging.getLogger(__name__)
 
 CHOICES = ["auto", "sdpa", "eager", "varlen", "flash_attention_2", FLEX]
-_KERNEL = {"sdpa": "packed_sdpa", "varlen": "packed_varlen", "flash_attention_2": "packed_flash", FLEX: FLEX}
-_HALF = (torch.bfloat16, torch.float16)
+_KERNEL = {"varlen": "packed_varlen", "flash_attention_2": "packed_flash", FLEX: FLEX}
 # Largest error of an output or gradient, relative to the largest value: several times what rounding makes of it.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
-def asked_of_transformers(wanted: str | None) -> str | None:
+def asked_of_transformers(wanted: str) -> str | None:
     """What a model is loaded with, for the kernel that a user names; None: the best that transformers knows for it.
 
     Raises:
         InputError: no such kernel, or flash-attn is not installed.
     """
-    if wanted is not None and wanted not in CHOICES:
+    if wanted not in CHOICES:
         raise InputError(f"attention {wanted!r} is none of {', '.join(CHOICES)}")
     if wanted == "flash_attention_2" and not is_flash_attn_2_available():
         raise InputError("flash attention was asked for, but flash-attn is not installed or finds no GPU: use auto")
     return wanted if wanted in ("sdpa", "eager", "flash_attention_2") else None
 
 
-def choose_attention(config, wanted: str | None, device: torch.device, dtype: torch.dtype, training: bool) -> None:
-    """Set the kernel of a loaded model's `config` for runs on `device`.
+def choose_attention(
+    config, wanted: str, loaded: str, device: torch.device, dtype: torch.dtype, training: bool
+) -> None:
+    """Set the kernel of a model's `config` for runs on `device` in `dtype`.
 
     Args:
-        wanted: one of `CHOICES`, or None for "auto".
+        wanted: one of `CHOICES`. loaded: the kernel with which transformers loaded the model.
         training: gradients are needed, dropout may be on, and a minute of compilation is worth it.
 
     Raises:
         InputError: `wanted` is a kernel that this model or device cannot run exactly.
     """
-    if not packs_rows(config):
-        if wanted in ("varlen", FLEX):
-            raise InputError(
-                f"--attn_implementation {wanted} is not known to be exact for {config.model_type}: use auto"
-            )
-        return
-    if wanted not in (None, "auto"):
-        kernel = _KERNEL.get(wanted, wanted)
-        if wanted in ("varlen", "flash_attention_2", FLEX):
-            problem = kernel_problem(config, kernel, device, dtype, training)
-            if problem:
-                raise InputError(f"--attn_implementation {wanted}: {problem}: use auto")
-        config._attn_implementation = kernel
-    elif config._attn_implementation == "sdpa":
-        config._attn_implementation = _fastest(config, device, dtype, training)
+    packs = packs_rows(config)
+    if wanted in ("varlen", FLEX) and not packs:
+        raise InputError(f"--attn_implementation {wanted} is not known to be exact for {config.model_type}: use auto")
+    kernel = loaded
+    if packs and wanted == "auto" and loaded == "sdpa":
+        kernel = _fastest(config, device, dtype, training)
+    elif packs and wanted == "sdpa":
+        kernel = "packed_sdpa" if device.type == "cpu" else "sdpa"
+    elif packs and wanted in _KERNEL:
+        kernel = _KERNEL[wanted]
+        problem = kernel_problem(config, kernel, device, dtype, training)
+        if problem:
+            raise InputError(f"--attn_implementation {wanted}: {problem}: use auto")
+    config._attn_implementation = kernel
 
 
 def _fastest(config, device: torch.device, dtype: torch.dtype, training: bool) -> str:
+    if device.type == "cpu":
+        return "packed_sdpa"
     if device.type == "cuda":
         for kernel in ("packed_varlen", "packed_flash", *((FLEX,) if training else ())):
             problem = kernel_problem(config, kernel, device, dtype, training)
             if problem is None:
                 return kernel
             logger.info("attention kernel %s is not used: %s", kernel, problem)
-    return "packed_sdpa"
+    return "sdpa"  # one call per sequence costs an accelerator more than the mask over the row
 
 
 def kernel_problem(config, kernel: str, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
     """Why `kernel` cannot be used for `config` on `device`, in a few words; None if it can."""
     if device.type != "cuda":
         return f"it needs a GPU, and this runs on {device.type}"
-    if kernel != FLEX and dtype not in _HALF:
+    if kernel != FLEX and dtype not in HALF:
         return f"it computes in half precision, and this model is {dtype}".replace("torch.", "")
+    if kernel == FLEX and config.model_type not in FLEX_VERIFIED:
+        return f"it is not known to be exact for {config.model_type}"
     dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None)
     if training and dropout and kernel != "packed_flash":
         return f"it has no dropout, and the model's attention drops {dropout}"
@@ -95,11 +100,12 @@ def kernel_problem(config, kernel: str, device: torch.device, dtype: torch.dtype
     if kernel == "packed_flash" and not is_flash_attn_2_available():
         return "flash-attn is not installed"
     try:
-        error = kernel_error(config, kernel, device, dtype)
-    except torch.OutOfMemoryError:
-        raise
+        error = kernel_error(config, kernel, device, dtype, training)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # after which the device is of no use to any other kernel either
     except Exception as failure:  # whatever a compiler or a foreign kernel raises, the answer is: not this one
-        return f"it failed here ({type(failure).__name__}: {str(failure).strip().splitlines()[:1]})"
+        reason = (str(failure).strip().splitlines() or ["no message"])[0]
+        return f"it failed here ({type(failure).__name__}: {reason})"
     return None if error <= TOLERANCE[dtype] else f"it is off by {error:.1e} here"
 
 
@@ -111,8 +117,8 @@ def _has_varlen() -> bool:
     return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
-def kernel_error(config, kernel: str, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest error of `kernel`, output and gradients, on a packed row of two comparisons with random content.
+def kernel_error(config, kernel: str, device: torch.device, dtype: torch.dtype, gradients: bool = True) -> float:
+    """Largest error of `kernel` on a packed row of comparisons with random content, gradients included if asked for.
 
     The reference is plain attention in fp32 of every prompt with each of its responses alone. The error is relative to
     the largest value of the tensor it is found in.
@@ -125,21 +131,20 @@ def kernel_error(config, kernel: str, device: torch.device, dtype: torch.dtype) 
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, count, total, size) for count in (heads, shared, shared, heads)]
     query, key, value, weight = (torch.randn(shape, generator=generator).to(dtype).to(device) for shape in shapes)
-    module = torch.nn.Module()
+    module = torch.nn.Module().train(gradients)
     module.config = type("Config", (), {"_attn_implementation": kernel})
-    found = _with_gradients(lambda *inputs: _by_kernel(module, *inputs, lengths), (query, key, value), weight)
-    wide = tuple(tensor.float() for tensor in (query, key, value))
-    expected = _with_gradients(lambda *inputs: _one_by_one(*inputs, lengths), wide, weight.float())
+
+    def outputs(attend, inputs, above) -> list[torch.Tensor]:
+        with torch.set_grad_enabled(gradients):
+            inputs = [tensor.detach().requires_grad_(gradients) for tensor in inputs]
+            found = attend(*inputs, lengths)
+            slopes = torch.autograd.grad((found * above.transpose(1, 2)).sum(), inputs) if gradients else ()
+        return [found.detach(), *slopes]
+
+    found = outputs(functools.partial(_by_kernel, module), (query, key, value), weight)
+    expected = outputs(_one_by_one, [tensor.float() for tensor in (query, key, value)], weight.float())
     errors = [(a.float() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
     return torch.stack(errors).max().item()
-
-
-def _with_gradients(attend, inputs, weight):
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-    with torch.enable_grad():
-        output = attend(*inputs)
-        gradients = torch.autograd.grad((output * weight.transpose(1, 2)).sum(), inputs)
-    return [output.detach(), *gradients]
 
 
 def _by_kernel(module, query, key, value, lengths) -> torch.Tensor:

@@ -47,20 +47,26 @@ class _LinearLogProbs(torch.autograd.Function):
     def backward(ctx, gradient):
         hidden, weight, tokens, sums = ctx.saved_tensors
         for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        # Summed over chunks in fp32: in half precision every further chunk would be rounded away a little more.
+        for_weight = torch.zeros_like(weight, dtype=sums.dtype) if ctx.needs_input_grad[1] else None
         for part in _chunks(len(tokens), weight):
-            above = gradient[part, None].to(hidden.dtype)
+            above = gradient[part, None]
             if hidden.dtype == sums.dtype:  # the subtraction is part of the product: one pass over the logits less
                 slopes = torch.addmm(-sums[part, None], hidden[part], weight.T).exp_()
             else:
-                slopes = ((hidden[part] @ weight.T).to(sums.dtype) - sums[part, None]).exp_().to(hidden.dtype)
-            # d log p(token) / d logits = onehot(token) - softmax(logits); here its negative.
-            slopes.scatter_add_(1, tokens[part, None], -torch.ones_like(above))
+                slopes = ((hidden[part] @ weight.T).to(sums.dtype) - sums[part, None]).exp_()
+            # d log p(token) / d logits = onehot(token) - softmax(logits); here its negative. In fp32, since half
+            # precision knows no 1 - p of a token that is nearly certain.
+            slopes = slopes.scatter_add_(1, tokens[part, None], -torch.ones_like(above)).to(hidden.dtype)
             if for_hidden is not None:
-                for_hidden[part] = -above * (slopes @ weight)
+                for_hidden[part] = (-above * (slopes @ weight)).to(hidden.dtype)
             if for_weight is not None:
-                for_weight.addmm_(slopes.T, hidden[part] * above, alpha=-1)
-        return for_hidden, for_weight, None
+                scaled = (hidden[part] * above).to(hidden.dtype)
+                if for_weight.dtype == hidden.dtype:
+                    for_weight.addmm_(slopes.T, scaled, alpha=-1)
+                else:
+                    for_weight -= slopes.T @ scaled
+        return for_hidden, None if for_weight is None else for_weight.to(weight.dtype), None
 
 
 def _chunks(count: int, weight: torch.Tensor) -> list[slice]:

@@ -122,8 +122,9 @@ def by_varlen(query, key, value, sequences: PackedSequences, scale: float | None
 
     if dropout:
         raise ValueError("torch's variable-length attention has no dropout: use --attn_implementation sdpa")
+    dtype, (query, key, value) = query.dtype, _in_half_precision(query, key, value)
     return varlen_attn(
-        query.contiguous(),
+        query,
         key,
         value,
         sequences.query_ends,
@@ -133,15 +134,16 @@ def by_varlen(query, key, value, sequences: PackedSequences, scale: float | None
         scale=scale,
         window_size=(-1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
-    )
+    ).to(dtype)
 
 
 def by_flash(query, key, value, sequences: PackedSequences, scale: float | None, dropout: float) -> torch.Tensor:
     """All sequences in one call of flash-attn; same shapes as `by_sdpa`."""
     from flash_attn import flash_attn_varlen_func
 
+    dtype, (query, key, value) = query.dtype, _in_half_precision(query, key, value)
     return flash_attn_varlen_func(
-        query.contiguous(),
+        query,
         key,
         value,
         sequences.query_ends,
@@ -151,9 +153,15 @@ def by_flash(query, key, value, sequences: PackedSequences, scale: float | None,
         dropout_p=dropout,
         softmax_scale=scale,
         causal=True,
-    )
+    ).to(dtype)
 
 
+def _in_half_precision(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Contiguous, and in what these kernels take: a half-precision model may upcast its norms (4-bit training does)."""
+    return [t.contiguous() if t.dtype in HALF else t.to(torch.bfloat16).contiguous() for t in tensors]
+
+
+HALF = (torch.bfloat16, torch.float16)
 KERNELS = {"packed_sdpa": by_sdpa, "packed_varlen": by_varlen, "packed_flash": by_flash}
 
 for _name in KERNELS:

@@ -18,7 +18,7 @@ from transformers.utils import cached_file, is_accelerate_available
 
 from general_preference.errors import InputError
 from general_preference.models.attention import VERIFIED
-from general_preference.models.attention_choice import asked_of_transformers, choose_attention
+from general_preference.models.attention_choice import asked_of_transformers
 from general_preference.models.model_card import read_card_facts
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.reward_model import RewardModel
@@ -47,10 +47,9 @@ def get_reward_model(
     is_general_preference: bool = False,
     value_head_dim: int | None = None,
     preference: PreferenceConfig | None = None,
-    attn_implementation: str | None = None,
+    attn_implementation: str = "auto",
     trust_remote_code: bool = False,
     seed: int = 42,
-    device: torch.device | str = "cpu",
 ) -> RewardModel:
     """A preference model to train, on top of a language model or of an earlier preference model.
 
@@ -63,8 +62,7 @@ def get_reward_model(
             default, 1 for Bradley-Terry.
         preference: the whole head description; wins over the three above.
         ds_config: a DeepSpeed configuration. With ZeRO stage 3 the backbone is loaded partitioned.
-        attn_implementation: one of `attention_choice.CHOICES`; None is "auto".
-        device: where it will be trained, for the choice of the attention kernel; the model itself is not moved.
+        attn_implementation: one of `attention_choice.CHOICES`; the kernel is chosen on the device of the first batch.
 
     Raises:
         InputError: no such model, a folder that is none, or a request that contradicts a checkpoint's own head.
@@ -78,11 +76,10 @@ def get_reward_model(
         )
     if use_flash_attention_2:
         attn_implementation = "flash_attention_2"
-    dtype = torch.bfloat16 if bf16 else torch.float32
     partitioned = _partitioned_loading(ds_config)
     backbone = _load_backbone(
         model_name_or_path,
-        dtype=dtype,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         load_in_4bit=load_in_4bit,
@@ -93,9 +90,7 @@ def get_reward_model(
         backbone = _add_lora(
             backbone, lora_rank, lora_alpha, target_modules or "all-linear", lora_dropout, load_in_4bit
         )
-    text_config = backbone.config.get_text_config()
-    choose_attention(text_config, attn_implementation, torch.device(device), dtype, training=True)
-    model = RewardModel(backbone, preference)
+    model = RewardModel(backbone, preference, attn_implementation)
     model.card.base_model = str(model_name_or_path)
     model.initialize_heads(seed)
     if saved is not None:
@@ -109,7 +104,7 @@ def load_reward_model(
     path: str,
     *,
     dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
+    attn_implementation: str = "auto",
     trust_remote_code: bool = False,
     preference: PreferenceConfig | None = None,
     device: torch.device | str = "cpu",
@@ -130,13 +125,13 @@ def load_reward_model(
         preference = trained_preference(path, trust_remote_code)
     device = torch.device(device)
     backbone = _load_backbone(path, dtype, attn_implementation, trust_remote_code, device=device)
-    choose_attention(backbone.config.get_text_config(), attn_implementation, device, dtype, training=False)
-    model = RewardModel(backbone, preference)
+    model = RewardModel(backbone, preference, attn_implementation)
     _copy_heads(model, path, HEAD_NAMES)
     model.to(device)  # before the self-check: that is where its kernels have to be right
     model.card = read_card_facts(_resolve(path, "README.md"))
     _check_sharing(model)
-    return model.eval()
+    model.eval().layout_on(device)  # now, and not with the first batch: a kernel that cannot run should say so early
+    return model
 
 
 def saved_preference(path: str, trust_remote_code: bool = False) -> PreferenceConfig | None:
@@ -215,7 +210,7 @@ def _preference_from_flags(is_general_preference: bool, dim: int | None, gate: b
 def _load_backbone(
     path: str,
     dtype: torch.dtype,
-    attn_implementation: str | None = None,
+    attn_implementation: str = "auto",
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
     device: torch.device | None = None,

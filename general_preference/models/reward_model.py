@@ -19,10 +19,11 @@ from general_preference.models.attention import (
     row_layout,
     shares_prompts,
 )
+from general_preference.models.attention_choice import choose_attention
 from general_preference.models.log_probs import can_fuse, linear_log_probs
 from general_preference.models.losses import token_log_probs
 from general_preference.models.model_card import CardFacts
-from general_preference.models.packed_attention import PackedSequences
+from general_preference.models.packed_attention import KERNELS, PackedSequences
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.score import normalize_embedding
 
@@ -62,7 +63,8 @@ class RewardModel(nn.Module):
     `PreferenceConfig` that is saved with the weights. Heads and gate run in fp32 whatever the backbone's dtype.
     """
 
-    def __init__(self, backbone: nn.Module, preference: PreferenceConfig):
+    def __init__(self, backbone: nn.Module, preference: PreferenceConfig, attention: str = "auto"):
+        """attention: one of `attention_choice.CHOICES`; the kernel itself is chosen where the model is run."""
         super().__init__()
         self.backbone = backbone
         self.preference = preference
@@ -71,6 +73,8 @@ class RewardModel(nn.Module):
         self.value_head = Fp32Linear(hidden, preference.dim)
         self.prompt_head = Fp32Linear(hidden, preference.planes) if preference.prompt_gate else None
         self.temperature = Temperature(preference.temperature) if preference.learnable_temperature else None
+        self.attention, self._loaded_kernel = attention, self.config._attn_implementation
+        self._chosen_for: tuple | None = None
         self.shares_prompts = shares_prompts(self.config)
 
     @classmethod
@@ -116,7 +120,19 @@ class RewardModel(nn.Module):
     @property
     def row_layout(self) -> RowLayout:
         """How a batch's rows must lie for the kernel that this model runs where it is now."""
-        return row_layout(self.config, self.shares_prompts, self.value_head.weight.device)
+        return self.layout_on(self.value_head.weight.device)
+
+    def layout_on(self, device: torch.device) -> RowLayout:
+        """Choose the attention kernel for `device`, in this model's dtype and mode, and say how rows must lie for it.
+
+        Raises:
+            InputError: the kernel that was asked for cannot run there.
+        """
+        wanted = (device, self.dtype, self.training)
+        if self._chosen_for != wanted:
+            choose_attention(self.config, self.attention, self._loaded_kernel, *wanted)
+            self._chosen_for = wanted
+        return row_layout(self.config, self.shares_prompts)
 
     def initialize_heads(self, seed: int) -> None:
         """Fill the heads with N(0, 1 / hidden), the same values for the same seed on every process and ZeRO stage."""
@@ -184,6 +200,8 @@ class RewardModel(nn.Module):
         # Plain right-padded rows count their own positions; some architectures (ALiBi) take no position_ids at all.
         options = {"position_ids": position_ids} if shared else {}
         if sequences is not None:
+            if self.config._attn_implementation not in KERNELS:
+                raise RuntimeError("packed rows for another kernel: collate with this model's row_layout as it is now")
             mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # unused; None would make one
             options["sequences"] = sequences
         elif shared and self.config._attn_implementation == FLEX:
@@ -193,7 +211,7 @@ class RewardModel(nn.Module):
         output = self.language_model.base_model(
             input_ids=input_ids, attention_mask=mask, use_cache=False, **options
         ).last_hidden_state
-        if sequences is not None and sequences.calls < self.config.num_hidden_layers:
+        if sequences is not None and sequences.calls == 0:
             raise RuntimeError(f"{self.config.model_type} did not hand the sequences to its attention layers")
         return output
 

@@ -96,7 +96,7 @@ def load_for_rewardbench(
         path,
         dtype=torch_dtype or inference_dtype(device, None),
         device=device,
-        attn_implementation=attn_implementation,
+        attn_implementation=attn_implementation or "auto",
         trust_remote_code=trust_remote_code,
     )
 

@@ -266,6 +266,16 @@ class Arguments:
             raise InputError("--selective_checkpointing is a kind of checkpointing: add --gradient_checkpointing")
         if engine.selective_checkpointing and engine.gradient_checkpointing_use_reentrant:
             raise InputError("--selective_checkpointing and --gradient_checkpointing_use_reentrant exclude each other")
+        if engine.gradient_checkpointing_use_reentrant and not engine.gradient_checkpointing:
+            raise InputError(
+                "--gradient_checkpointing_use_reentrant says how: add --gradient_checkpointing, or drop it"
+            )
+        for name in ("torch_compile", "use_liger_kernel"):  # they write into tensors that it believes to be unchanged
+            if engine.selective_checkpointing and getattr(engine, name):
+                raise InputError(f"--selective_checkpointing and --{name} exclude each other: drop one")
+        kernel = "flash_attention_2" if model.flash_attn else model.attn_implementation
+        if kernel in ("varlen", "flash_attention_2") and not engine.bf16:
+            raise InputError(f"--attn_implementation {kernel} computes in half precision: add --bf16, or use auto")
         if engine.torch_compile and engine.zero_stage == 3:
             raise InputError("--torch_compile works with weights that are whole: use --zero_stage 2, not 3, or drop it")
         if engine.zpg > 1 and engine.zero_stage != 3:

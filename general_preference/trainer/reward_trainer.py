@@ -19,9 +19,8 @@ from tqdm import tqdm
 from general_preference.datasets.packing import Batch, Collator
 from general_preference.datasets.preparation import Comparisons
 from general_preference.datasets.sampler import StepSampler, evaluation_batches
-from general_preference.errors import NonFiniteError
+from general_preference.errors import InputError, NonFiniteError
 from general_preference.files import replace_text
-from general_preference.models.attention import row_layout
 from general_preference.models.losses import preference_loss, regularizer
 from general_preference.models.score import preference_score
 from general_preference.models.statistics import empty_sums, preference_statistics, preference_sums
@@ -98,7 +97,10 @@ class RewardTrainer:
         self.arguments, self.strategy, self.tokenizer = arguments, strategy, tokenizer
         optimizer, loss = arguments.optimizer, arguments.loss
         kind = "both" if loss.ptx_loss == "reference_free" else "chosen"
-        layout = row_layout(model.config, model.shares_prompts, strategy.device)  # the engine will move the model there
+        layout = model.train().layout_on(strategy.device)  # the engine will move the model there
+        kernels = strategy.gather_objects(model.config._attn_implementation)
+        if len(set(kernels)) > 1:  # then they would deal out a step in different ways
+            raise InputError(f"processes chose different attention kernels ({kernels}): set --attn_implementation")
         self.collator = Collator(tokenizer.pad_token_id, layout, kind if loss.add_pretrain_loss else "")
         self.train_set = Comparisons(train_table)
         self.eval_sets = {name: Comparisons(table) for name, table in eval_tables.items()}
