@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import evaluation_throughput, ranking_throughput, tokenization
 from benchmarks.train_throughput import main, share_of_limit, speed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,13 +21,16 @@ TINY += ["--vocabulary=600", "--global_batch=4", "--steps=2", "--rounds=0", "--m
 def test_training_steps_are_compared_on_equal_terms(tmp_path):
     output = tmp_path / "result.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "train_throughput.py"), *TINY, "--head=gpm"]
-    command += ["--implementations=this,padded", f"--output={output}"]
+    command += ["--implementations=this,regularized,padded", f"--output={output}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(output.read_text())
-    this, padded = found["runs"]
-    assert (this["name"], padded["name"]) == ("this", "padded") and found["best"] == {"this": 2, "padded": 2}
+    this, regularized, padded = found["runs"]
+    assert found["best"] == {"this": 2, "regularized": 2, "padded": 2}
+    assert (this["name"], regularized["name"], padded["name"]) == ("this", "regularized", "padded")
+    assert regularized["losses"][0] > this["losses"][0] + 0.1 and "arithmetic of its logits" in done.stdout
+    assert 0 < regularized["chosen_tokens"] < this["unique_tokens"]
     assert this["losses"] == pytest.approx(padded["losses"], abs=1e-5) and len(set(this["losses"])) == 3, "every step"
     for run in (this, padded):
         assert run["comparisons"] == 8 and run["unique_tokens"] == this["unique_tokens"] > 100
@@ -49,3 +53,52 @@ def test_training_steps_are_compared_on_equal_terms(tmp_path):
 def test_bad_flags_are_one_line(tmp_path, capsys, flags, message):
     assert main([*TINY, "--output", str(tmp_path / "r.json"), *flags]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1] and not (tmp_path / "r.json").exists()
+
+
+def test_ranking_ways_agree(tmp_path, saved, capsys):
+    output = tmp_path / "ranking.json"
+    flags = ["--responses=2,5", "--prompt_tokens=20", "--response_tokens=6", "--repeats=1", "--batch=2"]
+    assert ranking_throughput.main([saved(), *flags, f"--output={output}"]) == 0, capsys.readouterr().err
+    found = json.loads(output.read_text())["runs"]
+    assert [(one["responses"], one["pairs"]) for one in found] == [(2, 1), (5, 10)]
+    assert all(one["largest_difference"] < 1e-5 and len(one["seconds"]["shared"]) == 1 for one in found)
+    assert output.with_suffix(".png").stat().st_size > 5000 and "counted" in capsys.readouterr().out
+    assert ranking_throughput.main([saved(), "--responses=1", f"--output={output}"]) == 2
+    assert "a ranking needs at least 2" in capsys.readouterr().err
+
+
+def test_evaluation_ways_agree(tmp_path, capsys):
+    output = tmp_path / "evaluation.json"
+    flags = ["--comparisons=9", "--part=4", "--hidden_size=32", "--layers=2", "--padded_batches=1,3"]
+    assert evaluation_throughput.main([*flags, f"--output={output}"]) == 0, capsys.readouterr().err
+    found = json.loads(output.read_text())
+    assert found["comparisons"] == 9 and found["difference"] < 1e-5 and min(found["seconds"].values()) > 0
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(200)
+def test_growth_covers_what_fits(tmp_path):
+    output = tmp_path / "growth.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "growth.py"), "--lengths=16,64", "--micro_batches=1,4"]
+    command += ["--most_tokens=200", "--hidden_size=32", "--heads=4", "--layers=2", "--repeats=1", f"--output={output}"]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(output.read_text())["runs"]
+    assert [(one["length"], one["micro_batch"], one["tokens"]) for one in found] == [
+        (16, 1, 24),
+        (16, 4, 96),
+        (64, 1, 96),
+    ]
+    assert all(one["tokens_per_second"] > 0 for one in found) and output.with_suffix(".png").stat().st_size > 5000
+
+
+@pytest.mark.timeout(200)
+def test_tokenisation_is_read_again(tmp_path, saved, capsys):
+    output = tmp_path / "tokenization.json"
+    flags = [f"--tokenizer={saved()}", "--comparisons=40", f"--output={output}"]
+    assert tokenization.main(flags) == 0, capsys.readouterr().err
+    first, second = json.loads(output.read_text())["runs"]
+    assert (first["start"], second["start"]) == ("first", "second") and first["comparisons"] == 40
+    assert first["tokens_read"] == second["tokens_read"] == first["tokens"] == second["tokens"] > 40 * 20
