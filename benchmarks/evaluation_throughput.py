@@ -12,11 +12,13 @@ Writes RESULT.json.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -78,10 +80,7 @@ def measure(arguments: argparse.Namespace) -> None:
         encoder = ComparisonTokenizer(load_tokenizer(f"{folder}/base"), arguments.max_len)
     (source,) = parse_sources(arguments.dataset)
     table = tokenize(load_source(source)[0], encoder, name=source.name)
-    rows = [row for row in (table[i] for i in range(len(table))) if len(row["response_ids"]) == 2]
-    rows = rows[: arguments.comparisons]
-    if not rows:
-        raise InputError(f"--dataset {arguments.dataset} has no comparison of two responses")
+    rows = list(itertools.islice(pairs(table), arguments.comparisons))
     tokens = sum(row["length"] for row in rows)
     print(f"{describe_machine()}\n{len(rows)} comparisons, {tokens} unique tokens")
     sizes = numbers("padded_batches", arguments.padded_batches)
@@ -109,6 +108,18 @@ def measure(arguments: argparse.Namespace) -> None:
     found = {"machine": describe_machine(), "comparisons": len(rows), "tokens": tokens, "seconds": seconds}
     replace_text(arguments.output, json.dumps(found | {"difference": apart}, indent=2))
     print(f"Result: {arguments.output}")
+
+
+def pairs(table) -> Iterator[dict]:
+    """Every preference as a comparison of two responses, the preferred one first."""
+    for row in (table[index] for index in range(len(table))):
+        for first, second in zip(row["first"], row["second"], strict=True):
+            both = [row["response_ids"][first], row["response_ids"][second]]
+            yield {
+                "prompt_ids": row["prompt_ids"],
+                "response_ids": both,
+                "length": len(row["prompt_ids"]) + sum(map(len, both)),
+            }
 
 
 def by_embed(model, rows: list[dict]) -> torch.Tensor:

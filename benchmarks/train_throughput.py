@@ -8,7 +8,7 @@ processes of its own and at its own best micro-batch, by default all in the envi
 (--plain_peers gives it to this trainer alone). Comparisons longer than --max_len are left out beforehand: TRL skips
 them, the others would cut them. Printed for each: comparisons and unique tokens per second, peak memory, and the share
 of the arithmetic limit, 6 * non-embedding parameters * unique tokens (each prompt once) at the rate of large matrix
-products that the machine shows at the start. Writes RESULT.json and a picture beside it.
+products that its own process shows before and after. Writes RESULT.json and a picture beside it.
 
 `regularized` is this trainer with --add_pretrain_loss; what it takes more is compared with its logits' arithmetic,
 6 * hidden size * vocabulary per regularised token.
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fo
 
 import torch
 
-from benchmarks.machine import describe_machine, launcher_environment, matmul_rate, numbers
+from benchmarks.machine import describe_machine, launcher_environment, numbers
 from benchmarks.training_steps import run_one
 from general_preference.command_line import align, exit_code
 from general_preference.errors import InputError
@@ -102,8 +102,7 @@ def measure(arguments: argparse.Namespace) -> None:
         raise InputError(f"--global_batch {arguments.global_batch} must be a multiple of every micro-batch")
     if arguments.steps < 1:
         raise InputError(f"--steps {arguments.steps} must be at least 1")
-    rate = matmul_rate(dtype=torch.bfloat16 if arguments.bf16 else torch.float32)
-    print(f"{describe_machine()}\nmatrix products: {rate / 1e9:.0f} GFLOP/s in {'bf16' if arguments.bf16 else 'fp32'}")
+    print(describe_machine())
     with tempfile.TemporaryDirectory() as folder:
         arguments.backbone = Path(folder) / "backbone"
         pairs = Path(folder) / "pairs.jsonl"
@@ -118,13 +117,13 @@ def measure(arguments: argparse.Namespace) -> None:
                 sizes[name] = [best["this"]]
             for size in sizes[name]:
                 runs.append(start(arguments, name, size))
-                print(row_text(runs[-1], rate), flush=True)
+                print(row_text(runs[-1]), flush=True)
             best[name] = max((run for run in runs if run["name"] == name), key=speed)["micro_batch"]
         for _ in range(arguments.rounds):
             for name in names:
                 runs.append(start(arguments, name, best[name]))
-                print(row_text(runs[-1], rate), flush=True)
-    report(arguments, names, best, runs, rate)
+                print(row_text(runs[-1]), flush=True)
+    report(arguments, names, best, runs)
 
 
 def write_pairs(dataset: str, file: Path) -> None:
@@ -200,16 +199,17 @@ def speed(run: dict) -> float:
     return run["comparisons"] / run["seconds"]
 
 
-def share_of_limit(run: dict, rate: float) -> float:
+def share_of_limit(run: dict) -> float:
     """Unique tokens' arithmetic over what the machine could have done in that time."""
-    return 6 * run["parameters"] * run["unique_tokens"] / run["seconds"] / rate
+    return 6 * run["parameters"] * run["unique_tokens"] / run["seconds"] / run["matmul_flops"]
 
 
-def row_text(run: dict, rate: float) -> str:
+def row_text(run: dict) -> str:
     """One line about one measured process."""
     return (
         f"{TITLES[run['name']]:20} micro-batch {run['micro_batch']:2}: {speed(run):6.2f} comparisons/s, "
-        f"{share_of_limit(run, rate):.2f} of the limit, peak {run['peak_bytes'] / 2**30:.2f} GiB, "
+        f"{share_of_limit(run):.2f} of the limit "
+        f"({run['matmul_flops'] / 1e9:.0f} GFLOP/s), peak {run['peak_bytes'] / 2**30:.2f} GiB, "
         f"first loss {run['losses'][0]:.6f}"
     )
 
@@ -227,8 +227,9 @@ def regularizer_text(plain: list[dict], regularized: list[dict], arguments: argp
     )
 
 
-def report(arguments: argparse.Namespace, names: list[str], best: dict[str, int], runs: list[dict], rate: float):
+def report(arguments: argparse.Namespace, names: list[str], best: dict[str, int], runs: list[dict]):
     """The table, the JSON, the picture."""
+    rate = statistics.median(run["matmul_flops"] for run in runs)
     chosen = {name: [run for run in runs if (run["name"], run["micro_batch"]) == (name, best[name])] for name in names}
     middle = {name: statistics.median(map(speed, some)) for name, some in chosen.items()}
     rows = [["", "micro-batch", "comparisons/s", "unique tokens/s", "of the limit", "peak GiB", "this / it"], None]
@@ -236,7 +237,7 @@ def report(arguments: argparse.Namespace, names: list[str], best: dict[str, int]
         tokens = statistics.median(run["unique_tokens"] / run["seconds"] for run in some)
         rows.append([
             TITLES[name], str(best[name]), f"{middle[name]:.2f}", f"{tokens:.0f}",
-            f"{statistics.median(share_of_limit(run, rate) for run in some):.2f}",
+            f"{statistics.median(share_of_limit(run) for run in some):.2f}",
             f"{max(run['peak_bytes'] for run in some) / 2**30:.2f}",
             f"{middle['this'] / middle[name]:.2f}" if "this" in middle else "-",
         ])  # fmt: skip

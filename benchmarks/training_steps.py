@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from benchmarks.machine import peak_memory
+from benchmarks.machine import matmul_rate, peak_memory
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError
 
@@ -17,6 +17,8 @@ WARM_UP = 1  # steps that are not timed: the first allocates
 
 def run_one(arguments: argparse.Namespace) -> None:
     """Train a few steps one way; the last line of the output is the result as JSON."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    before = matmul_rate(dtype)
     found = {"this": run_this, "regularized": run_this, "padded": run_padded, "trl": run_trl}[arguments.run](arguments)
     model, table, order = found.pop("model"), found.pop("table"), found.pop("order")
     timed = order[WARM_UP * arguments.global_batch :]
@@ -29,6 +31,7 @@ def run_one(arguments: argparse.Namespace) -> None:
         "chosen_tokens": sum(predicted_tokens(table[index]) for index in timed),
         "parameters": non_embedding_parameters(model),
         "peak_bytes": peak_memory(),
+        "matmul_flops": (before + matmul_rate(dtype)) / 2,
     }
     print("\n" + json.dumps(found))
 
