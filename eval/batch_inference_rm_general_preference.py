@@ -134,7 +134,7 @@ def load_table(arguments: BatchArguments, rm: GPMPipeline, workers: int) -> tupl
     read = [summarize(source.name, table, left_out[source.name]) for source, table in zip(sources, tables, strict=True)]
     if len(tables) > 1:
         for number, (source, table) in enumerate(zip(sources, tables, strict=True)):
-            subsets = [subset or source.name for subset in table["subset"]]
+            subsets = [subset or source.name for subset in table["subset"][:]]
             tables[number] = table.remove_columns("subset").add_column("subset", subsets)
     whole = datasets.concatenate_datasets(tables)
     order = _order([len(table) for table in tables], probabilities, arguments.max_samples, arguments.seed)

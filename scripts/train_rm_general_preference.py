@@ -150,7 +150,7 @@ def prepare_data(arguments: Arguments, encoder: ComparisonTokenizer):
     )
     eval_tables, eval_left_out = load_tokenized(held_out_sources, encoder, **options)
     named = dict(zip((source.name for source in held_out_sources), eval_tables, strict=True))
-    if arguments.loss.margin_loss and not any(train_table["margin"]):
+    if arguments.loss.margin_loss and not any(train_table["margin"][:]):
         raise InputError("--margin_loss: no record of --dataset has a margin: drop the flag, or add margins")
     if len(held_out):
         if "held_out" in named:
@@ -158,7 +158,7 @@ def prepare_data(arguments: Arguments, encoder: ComparisonTokenizer):
         named["held_out"] = held_out
     elif data.train_split_ratio < 1:
         raise InputError(f"--train_split_ratio {data.train_split_ratio} leaves nothing to evaluate on: lower it")
-    trained_on = set(train_table["prompt_key"])
+    trained_on = set(train_table["prompt_key"][:])
     summaries = [summarize("train", train_table, sum(left_out.values()))]
     summaries += [summarize(name, table, eval_left_out.get(name, 0), trained_on) for name, table in named.items()]
     return train_table, named, summaries

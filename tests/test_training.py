@@ -273,7 +273,7 @@ BAD_INPUT = {
     "unwritable checkpoints": (["--save_steps", "1", "--ckpt_path", "{tmp}/file"], "--ckpt_path"),
     "no model": (["--pretrain", "{tmp}/nothing"], "no config.json"),
     "no such model": (["--pretrain", "/nowhere/model"], "does not exist"),
-    "flash": (["--flash_attn"], "flash-attn is not installed"),
+    "flash": (["--flash_attn"], "computes in half precision: add --bf16"),
     "no data flag": (["--dataset", ""], "--dataset is missing"),
     "bad eval set": (["--eval_dataset", "x={tmp}/bad.jsonl"], "line 2: not JSON"),
 }

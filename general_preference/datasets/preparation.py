@@ -145,7 +145,7 @@ def split_by_prompt(
     Returns:
         row indices (train, held out); ratio and limit are met as closely as whole prompts allow.
     """
-    units = _units(table["prompt_key"], groups)
+    units = _units(table["prompt_key"][:], groups)  # without [:] a column is read row by row
     order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).tolist()
     limit = len(table) if max_samples is None else min(max_samples, len(table))
     chosen, total = [], 0
@@ -190,12 +190,12 @@ def summarize(
     return Summary(
         name,
         comparisons=len(table),
-        preferences=sum(map(len, table["first"])),
+        preferences=sum(map(len, table["first"][:])),
         tokens=int(lengths.sum()),
         longest=int(lengths.max()),
         left_out=left_out,
         **{count: int(columns[count][:].sum()) for count in COUNTS},
-        seen_prompts=0 if trained_prompts is None else sum(key in trained_prompts for key in table["prompt_key"]),
+        seen_prompts=0 if trained_prompts is None else sum(key in trained_prompts for key in table["prompt_key"][:]),
     )
 
 

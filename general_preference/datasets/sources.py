@@ -115,7 +115,7 @@ def load_source(
     if next(_rows(**arguments), None) is None:
         raise InputError(f"{source.path} holds no records: check that it is the right file")
     table = datasets.Dataset.from_generator(_rows, features=ROW, gen_kwargs=arguments, split=datasets.Split.TRAIN)
-    bad = [index for index, problem in enumerate(table["problem"]) if problem]
+    bad = [index for index, problem in enumerate(table["problem"][:]) if problem]
     if bad and not skip_bad:
         more = f" ({len(bad)} such records in all)" if len(bad) > 1 else ""
         raise InputError(f"{table[bad[0]]['problem']}{more}; {remedy}")
