@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fo
 import torch
 
 from benchmarks.machine import describe_machine, numbers, run_in_launcher_environment
+from benchmarks.training_steps import left_padded
 from general_preference.command_line import align, exit_code
 from general_preference.errors import InputError
 from general_preference.files import replace_text
@@ -139,9 +140,7 @@ def by_padding(model, rows: list[dict], size: int) -> torch.Tensor:
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
         ids = [row["prompt_ids"] + row["response_ids"][side] for side in (0, 1) for row in some]
-        longest = max(map(len, ids))
-        input_ids = torch.tensor([[0] * (longest - len(one)) + one for one in ids], device=device)
-        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids], device=device)
+        input_ids, mask = left_padded(ids, device)
         hidden = model.language_model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
         reward = model.value_head(hidden.last_hidden_state[:, -1])[:, 0]
         scores.append(reward[: len(some)] - reward[len(some) :])

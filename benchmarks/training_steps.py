@@ -141,9 +141,7 @@ def run_padded(arguments: argparse.Namespace) -> dict:
         for start in range(0, arguments.global_batch, size):
             rows = [table[index] for index in batch[start : start + size]]
             ids = [row["prompt_ids"] + row["response_ids"][side] for side in (0, 1) for row in rows]
-            longest = max(map(len, ids))
-            input_ids = torch.tensor([[0] * (longest - len(some)) + some for some in ids], device=device)
-            mask = torch.tensor([[0] * (longest - len(some)) + [1] * len(some) for some in ids], device=device)
+            input_ids, mask = left_padded(ids, device)
             hidden = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
             embeddings = model.value_head(hidden[:, -1])
             if preference.normalize:
@@ -158,6 +156,14 @@ def run_padded(arguments: argparse.Namespace) -> dict:
         losses.append(total)
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "losses": losses, "model": model, "table": table, "order": order}
+
+
+def left_padded(ids: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), each (N, longest): sequences that end together, as padded trainers lay them out."""
+    longest = max(map(len, ids))
+    padded = [[0] * (longest - len(one)) + one for one in ids]
+    mask = [[0] * (longest - len(one)) + [1] * len(one) for one in ids]
+    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
 
 
 def run_trl(arguments: argparse.Namespace) -> dict:
