@@ -62,7 +62,7 @@ def get_reward_model(
             default, 1 for Bradley-Terry.
         preference: the whole head description; wins over the three above.
         ds_config: a DeepSpeed configuration. With ZeRO stage 3 the backbone is loaded partitioned.
-        attn_implementation: one of `attention_choice.CHOICES`; the kernel is chosen by `row_layout`, where the model runs.
+        attn_implementation: one of `attention_choice.CHOICES`; the kernel is chosen where the model runs.
 
     Raises:
         InputError: no such model, a folder that is none, or a request that contradicts a checkpoint's own head.
