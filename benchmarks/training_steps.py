@@ -89,8 +89,9 @@ def load_table(arguments: argparse.Namespace):
 
 def run_this(arguments: argparse.Namespace) -> dict:
     """The trainer's own steps: data pipeline, engine, optimizer, metrics."""
-    from general_preference.trainer.reward_trainer import RewardTrainer, Window
+    from general_preference.trainer.reward_trainer import RewardTrainer
     from general_preference.trainer.strategy import Strategy
+    from general_preference.trainer.window import Window
     from scripts.train_rm_general_preference import make_model, resolve_preference
 
     table, order = load_table(arguments)

@@ -1,13 +1,16 @@
 """What the command-line scripts share: flags from dataclasses, quiet logs, tables, and errors as exit codes."""
 
+import contextlib
 import logging
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import field
 
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-from general_preference.errors import InputError, NonFiniteError
+from general_preference.errors import InputError, RunError, Stopped
 from general_preference.processes import is_main_process
 
 # key: title of its column
@@ -37,26 +40,47 @@ def parse_flags(groups: tuple[type, ...], argv: list[str] | None, description: s
 
 
 def exit_code(work: Callable[[], None], kept: str) -> int:
-    """Run `work`; 0 done, 1 the run failed, 2 what was given cannot be used, 130 interrupted. One line says why.
+    """Run `work`; 0 done, 1 the run failed, 2 what was given cannot be used, 130 SIGINT, 143 SIGTERM.
 
-    A fault in this package is none of these and keeps its traceback.
+    One line says why. A fault in this package is none of these and keeps its traceback.
 
     Args:
-        kept: what stays where it is after Ctrl-C.
+        kept: what stays where it is after a signal.
     """
     try:
-        work()
+        with signals_raise():
+            work()
         return 0
-    except (InputError, NonFiniteError) as error:
+    except (InputError, RunError) as error:
         message, code = f"error: {error}", 2 if isinstance(error, InputError) else 1
         everywhere = error.everywhere
     except OSError as error:  # a full disk, a folder that went away; what was written before stays
         message, code, everywhere = f"error: {str(error).splitlines()[0]}", 1, False
-    except KeyboardInterrupt:
-        message, code, everywhere = f"\ninterrupted; {kept}", 130, True
+    except (KeyboardInterrupt, Stopped) as stop:
+        number = getattr(stop, "signal_number", signal.SIGINT)
+        how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        message, code, everywhere = f"\n{how}; {getattr(stop, 'said', '') or kept}", 128 + number, True
     if is_main_process() or not everywhere:
         sys.stderr.write(message + "\n")
     return code
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """SIGTERM raises `Stopped` where it arrives, as SIGINT raises KeyboardInterrupt; only in the main thread."""
+
+    def stop(number, _frame):
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
 
 
 def quiet_other_libraries() -> None:

@@ -11,9 +11,26 @@ class InputError(ValueError):
     everywhere = True  # every process is given the same, and `Processes.main_first` tells the others what one found
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or score became NaN or infinite; the message names the comparisons. Exit code 1."""
+class RunError(RuntimeError):
+    """A run cannot go on for a reason outside this package: a full disk, a lost process. Exit code 1."""
 
     def __init__(self, message: str, everywhere: bool = False):
         super().__init__(message)
         self.everywhere = everywhere
+
+
+class NonFiniteError(RunError):
+    """A loss or score became NaN or infinite; the message names the comparisons. Exit code 1."""
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGINT asked the run to end; no Exception, so that nothing on the way takes it for a fault.
+
+    signal_number: exit code - 128. said: what was saved, if anything was.
+    """
+
+    everywhere = True
+
+    def __init__(self, signal_number: int, said: str = ""):
+        super().__init__(signal_number)
+        self.signal_number, self.said = signal_number, said

@@ -6,15 +6,19 @@ through `Processes.join`.
 """
 
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from tqdm import tqdm
 
-from general_preference.errors import InputError
+from general_preference.errors import InputError, RunError
 
 
 class Processes:
@@ -61,6 +65,28 @@ class Processes:
                 raise InputError(found)
         return result
 
+    def write(self, folder: Path, needed: int, work: Callable[[], Any], main_only: bool = False) -> Any:
+        """Run `work`, which writes into `folder`, on every process or on the first alone. Collective.
+
+        Args:
+            needed: bytes that `work` writes, over all processes; what the main process says counts.
+
+        Raises:
+            RunError: on every process if it fails on any; names the folder, the reason and the bytes needed and free.
+        """
+        result = None
+        needed, problem = self.from_main((needed, _lacks_space(folder, needed) if self.is_main else None))
+        if problem is None and (self.is_main or not main_only):
+            try:
+                result = work()
+            except (OSError, SafetensorError, InputError) as error:
+                problem = str(error).splitlines()[0]
+        for found in self.gather_objects(problem):
+            if found is not None:
+                space = f"; {tqdm.format_sizeof(needed, 'B')} are needed, {_free(folder)} are free" if needed else ""
+                raise RunError(f"cannot write {folder}: {found}{space}. What was saved before is intact", True)
+        return result
+
     def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:
         """Add up a tensor over all processes, in place; the same result on each."""
         dist.all_reduce(sums)
@@ -92,6 +118,26 @@ class Processes:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _lacks_space(folder: Path, needed: int) -> str | None:
+    usage = _usage(folder)
+    # A file system that does not know its size says 0.
+    return "the disk is too full" if needed and usage is not None and usage.total > 0 and usage.free < needed else None
+
+
+def _free(folder: Path) -> str:
+    usage = _usage(folder)
+    return "unknown" if usage is None else tqdm.format_sizeof(usage.free, "B")
+
+
+def _usage(folder: Path):
+    """Disk usage where `folder` is or will be; None if the system does not say."""
+    existing = next((path for path in [folder, *folder.absolute().parents] if path.exists()), None)
+    try:
+        return None if existing is None else shutil.disk_usage(existing)
+    except OSError:
+        return None
 
 
 def is_main_process() -> bool:

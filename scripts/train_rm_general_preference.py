@@ -60,8 +60,8 @@ def folders(arguments: Arguments) -> dict[Path, str]:
     output = arguments.output
     folder = Path(output.save_path)
     ckpt_path = Path(output.ckpt_path or folder / "checkpoint")
-    apart = output.save_steps > 0 and ckpt_path.resolve() != folder.resolve()
-    return {folder: "--save_path"} | ({ckpt_path: "--ckpt_path"} if apart else {})
+    inside = ckpt_path.resolve().is_relative_to(folder.resolve())
+    return {folder: "--save_path"} | ({} if inside else {ckpt_path: "--ckpt_path"})
 
 
 def run(arguments: Arguments, strategy) -> None:

@@ -15,8 +15,9 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from general_preference.models.pretrained import get_reward_model
 from general_preference.trainer.arguments import parse_arguments
-from general_preference.trainer.reward_trainer import RewardTrainer, Window, batch_loss
+from general_preference.trainer.reward_trainer import RewardTrainer, batch_loss
 from general_preference.trainer.strategy import Strategy
+from general_preference.trainer.window import Window
 from scripts.train_rm_general_preference import make_tokenizer
 
 

@@ -54,6 +54,14 @@ def launch(processes: int, *command: str, **extra) -> subprocess.CompletedProces
     )
 
 
+def run_cases(base: list[str], cases: dict[str, list[str]], folder: Path) -> dict[str, tuple[int, str]]:
+    """{name: (exit code, terminal)} of the training script with `base` and each case's flags, in one process."""
+    (folder / "job.json").write_text(json.dumps({"base": base, "cases": cases}))
+    done = launch(1, str(ROOT / "tests" / "script_worker.py"), str(folder / "job.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def gradient_job(folder: Path, pretrain: str, world_size: int) -> dict:
     folder.mkdir()
     runs = []
@@ -289,22 +297,7 @@ def test_bad_input_ends_with_code_2_and_one_line(base, tmp_path):
     (tmp_path / "nothing").mkdir()
     (tmp_path / "file").write_text("in the way")
     cases = {name: [flag.format(tmp=tmp_path) for flag in flags] for name, (flags, _) in BAD_INPUT.items()}
-    job = {"base": [*base, "--save_path", str(tmp_path / "run")], "cases": cases}
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    code = (
-        "import contextlib, io, json, sys, torch\n"
-        "torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False\n"
-        "from scripts.train_rm_general_preference import main\n"
-        "job, results = json.load(open(sys.argv[1])), {}\n"
-        "for name, flags in job['cases'].items():\n"
-        "    out = io.StringIO()\n"
-        "    with contextlib.redirect_stderr(out): code = main(job['base'] + flags)\n"
-        "    results[name] = [code, out.getvalue()]\n"
-        "print(json.dumps(results))\n"
-    )
-    done = launch(1, "-c", code, str(tmp_path / "job.json"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout.strip().splitlines()[-1])
+    results = run_cases([*base, "--save_path", str(tmp_path / "run")], cases, tmp_path)
     for name, (_, message) in BAD_INPUT.items():
         code, said = results[name]
         errors = [line for line in said.splitlines() if line.startswith("error: ")]

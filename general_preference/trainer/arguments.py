@@ -210,11 +210,16 @@ class OutputArguments:
     """What is written, when, and where."""
 
     save_path: str = flag("./checkpoint/rm", "folder of the run: model, metrics, pictures, arguments")
-    save_steps: int = flag(-1, "write a resumable checkpoint every so many steps; -1 never")
+    save_steps: int = flag(-1, "write a resumable checkpoint every so many steps; -1 only when a signal ends the run")
+    save_minutes: float | None = flag(
+        None, "also write a resumable checkpoint every so many minutes, for queues that take machines away"
+    )
     ckpt_path: str | None = flag(None, "folder of resumable checkpoints; default SAVE_PATH/checkpoint")
     max_ckpt_num: int = flag(3, "resumable checkpoints to keep, newest first")
     max_ckpt_mem: float = flag(1000, "GB that resumable checkpoints may take together; the newest always stays")
-    load_checkpoint: bool = flag(False, "continue from the newest checkpoint in --ckpt_path, if there is one")
+    load_checkpoint: bool = flag(
+        False, "continue from the newest whole checkpoint in --ckpt_path, on any number of processes and ZeRO stage"
+    )
     logging_steps: int = flag(1, "log every so many steps")
     eval_steps: int = flag(-1, "evaluate every so many steps; -1 after each epoch")
     save_best_model: int | None = flag(None, "keep the N models with the lowest evaluation loss under SAVE_PATH/best")
@@ -234,6 +239,8 @@ class OutputArguments:
         for name in ("save_steps", "eval_steps"):
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1, or -1")
+        if self.save_minutes is not None and not self.save_minutes > 0:
+            raise InputError(f"--save_minutes {self.save_minutes} must be above 0")
         if self.max_ckpt_num < 1 or not self.max_ckpt_mem > 0:
             raise InputError("--max_ckpt_num and --max_ckpt_mem must leave room for one checkpoint")
         if self.save_best_model is not None and self.save_best_model < 1:

@@ -1,8 +1,9 @@
-"""Folders that survive a stop: resumable checkpoints, published models, the best models.
+"""Resumable checkpoints: complete, verified, and never half-written.
 
-Everything is written beside its place and renamed into it, so a reader never sees half a folder. A resumable
-checkpoint is `step_N/engine` (DeepSpeed: weights, optimizer, schedule, random states) and `step_N/state.json` (step,
-best models, what the run was started with); `latest` names the newest and moves last.
+`step_N/` holds one file of weights, optimizer states and random states per process (shares.py) and `manifest.json`:
+where the run stands, and size and checksum of every file. It is written as `.writing_step_N`, flushed and renamed;
+`latest` names the newest and moves last. Reading begins there, passes over what is damaged, incomplete or not a
+checkpoint, says why, and takes the newest that is whole. `latest` itself may be missing.
 """
 
 import json
@@ -11,24 +12,34 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import xxhash
+
 from general_preference.errors import InputError
-from general_preference.files import replace_text
+from general_preference.files import flush_folder, replace_text
+from general_preference.trainer.shares import damage
 from general_preference.trainer.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
+MANIFEST = "manifest.json"
+
 
 @dataclass
 class RunState:
-    """Where a run stands: all that is not inside the engine.
+    """Where a run stands: all that is not a tensor.
 
-    step: optimizer steps done. best: [(evaluation loss, folder name)] of the kept best models, lowest first.
-    fixed: values that a continued run must share (global batch, seed, number of comparisons).
+    step: optimizer steps done. evaluated: the step of the last evaluation. best: [(evaluation loss, folder name)] of
+    the kept best models, lowest first. window: sums of the steps that are done but not logged yet. wandb_id: the wandb
+    run. fixed: values that a continued run must share. flags: those that it may change; a difference is said.
     """
 
     step: int = 0
+    evaluated: int = 0
     best: list = field(default_factory=list)
+    window: dict | None = None
+    wandb_id: str | None = None
     fixed: dict = field(default_factory=dict)
+    flags: dict = field(default_factory=dict)
 
 
 class CheckpointStore:
@@ -37,100 +48,153 @@ class CheckpointStore:
     def __init__(self, folder: Path, strategy: Strategy, max_number: int, max_gigabytes: float):
         self.folder, self.strategy = folder, strategy
         self.max_number, self.max_bytes = max_number, max_gigabytes * 1e9
+        self.newest: RunState | None = None  # of this run
 
     def save(self, state: RunState) -> None:
-        """Write a checkpoint of `state.step`, make it the latest, prune the others."""
-        final = self.folder / f"step_{state.step}"
-        temporary = self.folder / f".writing_step_{state.step}"
-        if self.strategy.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self.strategy.barrier()
-        self.strategy.save_engine(temporary, {})
-        if self.strategy.is_main:
-            (temporary / "state.json").write_text(json.dumps(vars(state)), encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            replace_text(self.folder / "latest", final.name)
-            self._prune(final)
-        self.strategy.barrier()
-
-    def load(self, expected: dict) -> RunState | None:
-        """Continue from the latest checkpoint; None if there is none.
+        """Write a checkpoint of `state.step`, make it the latest, prune the others.
 
         Raises:
-            InputError: it belongs to a run with another global batch, seed or data.
+            RunError: on every process, when the folder cannot be written; it names the folder and the bytes needed.
         """
-        folder = self.strategy.from_main(self._latest())
-        if folder is None:
-            logger.warning("no checkpoint in %s yet: starting from the beginning", self.folder)
-            return None
-        state = RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
-        for name, value in expected.items():
+        temporary = self.folder / f".writing_step_{state.step}"
+        self.strategy.write(self.folder, 0, lambda: self._clear(temporary), main_only=True)
+        try:
+            entries = self.strategy.save_share(temporary)
+            self.strategy.write(self.folder, 0, lambda: self._finish(temporary, state, entries), main_only=True)
+        except BaseException:
+            if self.strategy.is_main:  # a full disk should get its space back
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self.newest = RunState(**json.loads(json.dumps(vars(state))))
+
+    def load(self, fixed: dict, flags: dict) -> RunState | None:
+        """Continue from the newest checkpoint that is whole; None if there is none at all.
+
+        Raises:
+            InputError: it belongs to a run with another global batch, seed, data or model, or none is whole.
+        """
+        self.strategy.write(self.folder, 0, self._finish_rename, main_only=True)
+        candidates = self.strategy.from_main(self._candidates() if self.strategy.is_main else None)
+        problems = []
+        for folder in candidates:
+            state, problem = self._verified(folder)
+            if state is None:
+                problems.append(f"{folder.name}: {problem}")
+                logger.warning("checkpoint %s is passed over: %s", folder, problem)
+                continue
+            self._compare(folder, state, fixed, flags)
+            try:
+                self.strategy.load_share(folder, state.step)
+            except InputError as error:
+                raise InputError(f"checkpoint {folder} cannot be loaded: {error}") from error
+            self.newest = RunState(**json.loads(json.dumps(vars(state))))
+            state.fixed, state.flags = fixed, flags
+            logger.info("continuing from %s", folder)
+            return state
+        if problems:
+            raise InputError(
+                f"no checkpoint in {self.folder} can be used ({'; '.join(problems[:3])}): "
+                "remove them, or drop --load_checkpoint"
+            )
+        logger.warning("no checkpoint in %s yet: starting from the beginning", self.folder)
+        return None
+
+    def _clear(self, temporary: Path) -> None:
+        """Make the folder to write into, and remove what a killed run left half-written."""
+        for left in [*self.folder.glob(".writing_step_*"), *self.folder.glob(".replaced_step_*")]:
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def _finish(self, temporary: Path, state: RunState, entries: dict[str, dict]) -> None:
+        for name, entry in entries.items():
+            file = temporary / name
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                raise InputError(
+                    f"checkpoint file {file} was written by another process, but is not visible here: "
+                    "put --ckpt_path (or --save_path) on a disk that all nodes share"
+                )
+        content = {"format": 1, "state": vars(state), "files": entries}
+        text = json.dumps(content | {"xxh3_128": _digest(content)}, indent=1)
+        replace_text(temporary / MANIFEST, text)
+        flush_folder(temporary)
+        final, replaced = self.folder / f"step_{state.step}", self.folder / f".replaced_step_{state.step}"
+        if final.is_dir():
+            final.rename(replaced)
+        temporary.rename(final)
+        flush_folder(self.folder)
+        replace_text(self.folder / "latest", final.name)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._prune(state.step)
+
+    def _finish_rename(self) -> None:
+        """Put back a checkpoint that a killed run had moved aside for a new one that never came."""
+        for replaced in self.folder.glob(".replaced_step_*"):
+            final = self.folder / replaced.name.removeprefix(".replaced_")
+            if not final.exists():
+                replaced.rename(final)
+
+    def _candidates(self) -> list[Path]:
+        """Folders to try: what `latest` names, then the others, newest first."""
+        pointer = self.folder / "latest"
+        named = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
+        found = sorted(self.folder.glob("step_*"), key=_step_of, reverse=True)
+        return sorted((path for path in found if path.is_dir()), key=lambda path: path.name != named)
+
+    def _verified(self, folder: Path) -> tuple[RunState | None, str | None]:
+        """(state, None) of a whole checkpoint, (None, what is wrong with it) of any other. Processes share the work."""
+        content, problem = self.strategy.from_main(_read_manifest(folder) if self.strategy.is_main else None)
+        if content is None:
+            return None, problem
+        mine = sorted(content["files"])[self.strategy.rank :: self.strategy.world_size]
+        found = [damage(folder / name, content["files"][name]) for name in mine]
+        problems = [problem for part in self.strategy.gather_objects(found) for problem in part if problem]
+        return (None, problems[0]) if problems else (RunState(**content["state"]), None)
+
+    def _compare(self, folder: Path, state: RunState, fixed: dict, flags: dict) -> None:
+        for name, value in fixed.items():
             if state.fixed.get(name) != value:
                 raise InputError(
                     f"checkpoint {folder} was made with {name} = {state.fixed.get(name)}, this run has {value}: "
                     f"use the same, or drop --load_checkpoint"
                 )
-        self.strategy.load_engine(folder)
-        logger.info("continuing from %s", folder)
-        return state
+        for name, value in flags.items():
+            if state.flags.get(name) != value:
+                logger.warning("%s is %s from here on; it was %s until now", name, value, state.flags.get(name))
 
-    def _latest(self) -> Path | None:
-        pointer = self.folder / "latest"
-        folder = self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
-        return folder if folder is not None and (folder / "state.json").is_file() else None
-
-    def _prune(self, newest: Path) -> None:
-        found = [(path.stat().st_mtime, path) for path in self.folder.glob("step_*") if path.is_dir()]
+    def _prune(self, newest: int) -> None:
+        """Remove the oldest beyond the limits; those of later steps, from a line that was left, count as oldest."""
+        found = [path for path in self.folder.glob("step_*") if path.is_dir()]
+        found.sort(key=lambda path: (_step_of(path) <= newest, _step_of(path)), reverse=True)
         total = 0
-        for number, (_, path) in enumerate(sorted(found, reverse=True), 1):
+        for number, path in enumerate(found, 1):
             total += folder_bytes(path)
-            if path != newest and (number > self.max_number or total > self.max_bytes):
-                shutil.rmtree(path)
+            if number > 1 and (number > self.max_number or total > self.max_bytes):
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def publish_model(strategy: Strategy, tokenizer, folder: Path) -> None:
-    """Save the model and its tokenizer into `folder`, all files or none visible at a time. Collective."""
-    state_dict = strategy.full_state_dict()
-    if strategy.is_main:
-        temporary = folder / ".writing_model"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        strategy.model.save_pretrained(str(temporary), state_dict=state_dict)
-        tokenizer.save_pretrained(str(temporary))
-        for stale in [
-            *folder.glob("*.safetensors"),
-            *folder.glob("*.safetensors.index.json"),
-            folder / "adapter_config.json",
-        ]:
-            stale.unlink(missing_ok=True)
-        # config.json comes last: without it the folder is no model yet.
-        for file in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-            file.replace(folder / file.name)
-        temporary.rmdir()
-    strategy.barrier()
+def _step_of(folder: Path) -> int:
+    number = folder.name.removeprefix("step_")
+    return int(number) if number.isdigit() else -1
 
 
-def keep_best(strategy: Strategy, tokenizer, folder: Path, state: RunState, loss: float, number: int) -> None:
-    """Save the model under `folder` if its evaluation loss is among the `number` lowest so far. Collective.
+def _digest(content: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
-    `loss` must be reduced over all processes; the main process decides for all of them.
-    """
-    name = f"step_{state.step}"
-    state.best = [tuple(entry) for entry in state.best if (folder / entry[1] / "config.json").is_file()]
-    ranked = sorted([*state.best, (loss, name)], key=lambda entry: entry[0])[:number]
-    ranked = [tuple(entry) for entry in strategy.from_main(ranked)]
-    if any(kept == name for _, kept in ranked):
-        publish_model(strategy, tokenizer, folder / name)
-    dropped = [entry[1] for entry in state.best if entry[1] not in {kept for _, kept in ranked}]
-    state.best = ranked
-    if strategy.is_main:
-        for old in dropped:
-            shutil.rmtree(folder / old, ignore_errors=True)
-        replace_text(
-            folder / "best.json", json.dumps([{"loss": value, "model": kept} for value, kept in ranked], indent=2)
-        )
+
+def _read_manifest(folder: Path) -> tuple[dict | None, str | None]:
+    """(content, None), or (None, why it cannot be used)."""
+    file = folder / MANIFEST
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None, f"it has no {MANIFEST}"
+    except (OSError, ValueError) as error:
+        return None, f"its {MANIFEST} cannot be read ({str(error).splitlines()[0]})"
+    if not isinstance(content, dict) or content.pop("xxh3_128", None) != _digest(content):
+        return None, f"its {MANIFEST} is damaged (its checksum differs)"
+    if content["format"] != 1:
+        return None, f"its format {content['format']} is not known to this version"
+    return content, None
 
 
 def folder_bytes(folder: Path) -> int:

@@ -14,20 +14,36 @@ from general_preference.trainer.arguments import OutputArguments
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+# What depends on the machine and the moment; everything else is the same whenever a run is repeated or continued.
+MEASURED = tuple(
+    f"train/{name}"
+    for name in ("comparisons_per_second", "tokens_per_second", "step_seconds", "data_seconds", "memory_gb")
+)
 
 
 class MetricsLogger:
     """Appends to metrics.jsonl in the run's folder, and mirrors to wandb. Made on the main process only."""
 
-    def __init__(self, folder: Path, output: OutputArguments, config: dict, resume_step: int = 0):
-        """Start the file anew, or, when a run continues after `resume_step`, keep its lines up to that step."""
+    def __init__(
+        self, folder: Path, output: OutputArguments, config: dict, resume_step: int = 0, wandb_id: str | None = None
+    ):
+        """Start the file anew, or, when a run continues after `resume_step`, keep its lines up to that step.
+
+        Args:
+            wandb_id: the wandb run to continue.
+        """
         self.path = folder / METRICS_FILE
         kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if resume_step else []
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         temporary.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        self._wandb = _start_wandb(folder, output, config) if output.use_wandb else None
+        self._wandb = _start_wandb(folder, output, config, wandb_id) if output.use_wandb else None
+
+    @property
+    def wandb_id(self) -> str | None:
+        """What a continued run names to go on with the same wandb run."""
+        return None if self._wandb is None else self._wandb.id
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line {"step": step, ...}; it is on disk when this returns."""
@@ -36,6 +52,10 @@ class MetricsLogger:
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 
+    def flush(self) -> None:
+        """Have the disk hold what was logged, before a checkpoint counts on it."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file and finish the wandb run."""
         self._file.close()
@@ -43,7 +63,7 @@ class MetricsLogger:
             self._wandb.finish()
 
 
-def _start_wandb(folder: Path, output: OutputArguments, config: dict):
+def _start_wandb(folder: Path, output: OutputArguments, config: dict, wandb_id: str | None):
     try:
         import wandb
     except ImportError as error:
@@ -58,6 +78,8 @@ def _start_wandb(folder: Path, output: OutputArguments, config: dict):
             project=output.wandb_project,
             group=output.wandb_group,
             name=output.wandb_run_name,
+            id=wandb_id,
+            resume="allow" if wandb_id is not None else None,
             config=config,
             dir=str(folder),
             mode=os.environ.get("WANDB_MODE", mode),

@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,32 +18,21 @@ from tqdm import tqdm
 from general_preference.datasets.packing import Batch, Collator
 from general_preference.datasets.preparation import Comparisons
 from general_preference.datasets.sampler import StepSampler, evaluation_batches
-from general_preference.errors import InputError, NonFiniteError
+from general_preference.errors import InputError, NonFiniteError, Stopped
 from general_preference.files import replace_text
 from general_preference.models.losses import preference_loss, regularizer
 from general_preference.models.score import preference_score
 from general_preference.models.statistics import empty_sums, preference_statistics, preference_sums
 from general_preference.trainer.arguments import Arguments, LossArguments
-from general_preference.trainer.checkpoint import CheckpointStore, RunState, keep_best, publish_model
+from general_preference.trainer.checkpoint import CheckpointStore, RunState
 from general_preference.trainer.metrics import METRICS_FILE, MetricsLogger, read_metrics
 from general_preference.trainer.pictures import EmbeddedCycle, draw_cycles, draw_training_curves, embedded_cycle
+from general_preference.trainer.publishing import BestModels, publish_model
+from general_preference.trainer.stopping import StopRequests
 from general_preference.trainer.strategy import Strategy
+from general_preference.trainer.window import BatchLoss, StepClock, Window
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class BatchLoss:
-    """Losses of one micro-batch, per preference (M,): score, preference loss, regulariser or None; and their total.
-
-    total: scalar, the weighted sum that is backpropagated. temperature: (1,).
-    """
-
-    score: torch.Tensor
-    preference: torch.Tensor
-    regularizer: torch.Tensor | None
-    total: torch.Tensor
-    temperature: torch.Tensor
 
 
 def batch_loss(output: dict[str, torch.Tensor], batch: Batch, arguments: LossArguments) -> BatchLoss:
@@ -118,50 +106,98 @@ class RewardTrainer:
         self.steps = self.sampler.steps_per_epoch * optimizer.max_epochs
         self.folder = Path(arguments.output.save_path)
         self.cycles: dict[str, EmbeddedCycle] = {}
+        self.clock = StepClock()
         strategy.prepare(model, self.steps)
-        fixed = {
-            "global_batch_size": strategy.global_batch_size,
-            "seed": optimizer.seed,
-            "comparisons": len(train_table),
-            "max_epochs": optimizer.max_epochs,
-            "world_size": strategy.world_size,
-            "zero_stage": arguments.engine.zero_stage,
-            "value_head_dim": model.preference.dim,
-            "lora_rank": arguments.model.lora_rank,
-        }
-        self.state = RunState(fixed=fixed)
+        fixed, flags = self._identity(model, train_table)
+        self.state = RunState(fixed=fixed, flags=flags)
         output = arguments.output
         ckpt_path = Path(output.ckpt_path) if output.ckpt_path else self.folder / "checkpoint"
         self.store = CheckpointStore(ckpt_path, strategy, output.max_ckpt_num, output.max_ckpt_mem)
+        self.best = BestModels(self.folder / "best", strategy, tokenizer, output.save_best_model or 0)
         if output.load_checkpoint:
-            self.state = self.store.load(fixed) or self.state
+            self.state = self.store.load(fixed, flags) or self.state
+
+    def _identity(self, model, train_table) -> tuple[dict, dict]:
+        """What a continued run must share with this one, and the flags that it may change, which is then said."""
+        optimizer, loss = self.arguments.optimizer, self.arguments.loss
+        fixed = {
+            "global_batch_size": self.strategy.global_batch_size,
+            "seed": optimizer.seed,
+            "comparisons": len(train_table),
+            "tokens": sum(train_table["length"][:]),
+            "max_epochs": optimizer.max_epochs,
+            "preference_head": model.preference.head,
+            "value_head_dim": model.preference.dim,
+            "lora_rank": self.arguments.model.lora_rank,
+        }
+        free = ("learning_rate", "l2", "max_norm", "warmup_ratio")
+        flags = {name: value for name, value in vars(optimizer).items() if name in free} | vars(loss)
+        return fixed, flags
 
     def fit(self) -> dict[str, dict]:
         """Train to the end, evaluate, save the model, metrics and pictures; returns the last evaluation per set.
 
         Raises:
             NonFiniteError: on every process, in the step after which it is noticed at the latest.
+            RunError: on every process; something cannot be written.
+            Stopped: on every process, once a signal's checkpoint is written.
         """
-        output, start = self.arguments.output, self.state.step
-        self.metrics = self._metrics_logger(start)
-        window = Window(self.strategy, self.arguments.data.return_prompt_length)
+        self.metrics = self._metrics_logger()
+        window = Window(self.strategy, self.arguments.data.return_prompt_length, self.state.window)
         results: dict[str, dict] = {}
-        quiet = not self.strategy.is_main
-        with tqdm(total=self.steps, initial=start, desc="train", unit="step", disable=quiet, mininterval=1) as bar:
-            for step in self.train_steps(window):
-                if step % output.logging_steps == 0 or step == self.steps:
-                    bar.set_postfix(self._log(window, step), refresh=False)
-                bar.update()
-                if self._evaluate_now(step):
-                    window.check_finite()
-                    results = window.pause(lambda: self._evaluate_all(self.state.step))
-                if output.save_steps > 0 and step % output.save_steps == 0:
-                    window.check_finite()
-                    window.pause(lambda: self.store.save(self.state))
-        if self.eval_sets and not results:  # a finished run that was continued: nothing was left to train
-            results = {name: self.evaluate(name) for name in self.eval_sets}
-        self._finish(results)
+        bar = tqdm(total=self.steps, initial=self.state.step, desc="train", unit="step",
+                   disable=not self.strategy.is_main, mininterval=1)  # fmt: skip
+        with bar, StopRequests(self.strategy, self.arguments.output.save_minutes) as requests:
+            try:
+                if self._evaluation_due(self.state.step):  # the signal that ended the run came before it
+                    results = window.pause(lambda: self._evaluate_all(requests))
+                for step in self.train_steps(window):
+                    bar.update()
+                    results = self._after_step(step, window, requests, bar) or results
+            except Stopped as stop:
+                raise Stopped(stop.signal_number, self._save_stopped(window)) from None
+            finally:
+                self._close_metrics()
+            if self.eval_sets and not results:  # a finished run that was continued: nothing was left to train
+                results = {name: self.evaluate(name) for name in self.eval_sets}
+            self._finish(results)
         return results
+
+    def _after_step(self, step: int, window: Window, requests: StopRequests, bar: tqdm) -> dict[str, dict]:
+        """Log, evaluate and save as it is due; returns the evaluation's results, if there was one."""
+        output, results = self.arguments.output, {}
+        number, by_clock, slow = requests.agree(self.clock.stop())
+        if slow:
+            self.clock.report(step, self.strategy)
+        if step % output.logging_steps == 0 or step == self.steps:
+            bar.set_postfix(self._log(window, step), refresh=False)
+        if number:
+            raise Stopped(number)
+        if self._evaluation_due(step):
+            window.check_finite()
+            results = window.pause(lambda: self._evaluate_all(requests))
+        if by_clock or (output.save_steps > 0 and step % output.save_steps == 0):
+            window.check_finite()
+            window.pause(lambda: self._save(window))
+            requests.saved()
+        return results
+
+    def _save(self, window: Window) -> None:
+        self.state.window = window.state()
+        if self.metrics is not None:
+            self.metrics.flush()
+        self.store.save(self.state)
+        self.best.prune(self.state.best)
+
+    def _save_stopped(self, window: Window) -> str:
+        """Save what is not saved yet; returns what the last line of a stopped run says."""
+        newest = self.store.newest
+        if self.state.step > 0 and (newest is None or newest.step != self.state.step):
+            window.check_finite()
+            self._save(window)
+        if self.store.newest is None:
+            return "no step was done yet"
+        return f"saved at step {self.state.step} in {self.store.folder}: --load_checkpoint continues"
 
     def train_steps(self, window: "Window") -> Iterator[int]:
         """Optimizer steps from where the run stands to its end; yields the number of each when it is done."""
@@ -172,13 +208,16 @@ class RewardTrainer:
             self.state.step = step
             yield step
 
-    def _step(self, batches, window: "Window", step: int) -> None:
+    def _step(self, batches, window: Window, step: int) -> None:
+        self.clock.start()
         self.strategy.train_mode(True)
-        self.learning_rate = (
-            self.strategy.learning_rate()
-        )  # of this step: the engine moves on with its last micro-batch
+        self.learning_rate = self.strategy.learning_rate()  # of this step: the engine moves on with its last part
         for _ in range(self.arguments.optimizer.accumulated_gradient):
-            batch = next(batches).to(self.strategy.device)
+            asked = time.perf_counter()
+            batch = next(batches)
+            window.waited += time.perf_counter() - asked
+            self.clock.add(batch)
+            batch = batch.to(self.strategy.device)
             losses = batch_loss(self.strategy.forward(**batch.model_inputs()), batch, self.arguments.loss)
             self.strategy.backward(losses.total)
             self.strategy.step()
@@ -187,9 +226,8 @@ class RewardTrainer:
     def _log(self, window: "Window", step: int) -> dict[str, str]:
         """Reduce the window over all processes and write it; returns what the bar shows."""
         metrics = window.reduce(self.arguments)
-        norm = self.strategy.gradient_norm()
-        metrics |= {"train/grad_norm": norm} if norm == norm else {}  # NaN: the engine does not know it (ZeRO 0)
         metrics |= {
+            "train/grad_norm": self.strategy.gradient_norm(),
             "train/learning_rate": self.learning_rate,
             "train/epoch": step / self.sampler.steps_per_epoch,
         }
@@ -198,14 +236,15 @@ class RewardTrainer:
         shown = {"loss": "loss", "acc": "accuracy", "lr": "learning_rate", "cmp/s": "comparisons_per_second"}
         return {short: f"{metrics['train/' + name]:.3g}" for short, name in shown.items()}
 
-    def _evaluate_now(self, step: int) -> bool:
+    def _evaluation_due(self, step: int) -> bool:
         every = self.arguments.output.eval_steps
         due = step % every == 0 if every > 0 else step % self.sampler.steps_per_epoch == 0
-        return bool(self.eval_sets) and (due or step == self.steps)
+        return bool(self.eval_sets) and (due or step == self.steps) and 0 < step != self.state.evaluated
 
-    def _evaluate_all(self, step: int) -> dict[str, dict]:
-        self.cycles = {}
-        results = {name: self.evaluate(name) for name in self.eval_sets}
+    def _evaluate_all(self, requests: StopRequests) -> dict[str, dict]:
+        """Evaluate every set after the current step; Stopped if a signal comes, and then as if it had not begun."""
+        step, self.cycles = self.state.step, {}
+        results = {name: self.evaluate(name, requests) for name in self.eval_sets}
         bad = [name for name, row in results.items() if not math.isfinite(row["loss"])]
         if bad:
             raise NonFiniteError(
@@ -221,11 +260,13 @@ class RewardTrainer:
         if number:
             count = sum(row["n"] for row in results.values())
             loss = sum(row["loss"] * row["n"] for row in results.values()) / count
-            keep_best(self.strategy, self.tokenizer, self.folder / "best", self.state, loss, number)
+            newest = self.store.newest
+            self.best.consider(self.state, loss, newest.best if newest is not None else [])
+        self.state.evaluated = step
         return results
 
     @torch.no_grad()
-    def evaluate(self, name: str) -> dict[str, float]:
+    def evaluate(self, name: str, requests: StopRequests | None = None) -> dict[str, float]:
         """Statistics of one evaluation set, each comparison exactly once, the same numbers on every process.
 
         Returns:
@@ -243,6 +284,9 @@ class RewardTrainer:
         sums = empty_sums(strategy.device)
         loader = self._loader(comparisons, items, plain)
         for batch in tqdm(loader, desc=f"eval {name}", leave=False, disable=not strategy.is_main, mininterval=1):
+            number = requests.agree()[0] if requests is not None else 0
+            if number:
+                raise Stopped(number)
             batch = batch.to(strategy.device)
             output = strategy.forward(**batch.model_inputs())
             losses = batch_loss(output, batch, self.arguments.loss)
@@ -257,18 +301,25 @@ class RewardTrainer:
         """Save the model first; then what describes it."""
         self.strategy.model.card.results = results
         publish_model(self.strategy, self.tokenizer, self.folder)
-        if self.metrics is None:
+        self.best.prune(self.state.best)
+        if not self.strategy.is_main:
             return
-        self.metrics.close()
         replace_text(self.folder / "eval_metrics.json", json.dumps(results, indent=2))
         draw_training_curves(read_metrics(self.folder / METRICS_FILE), self.folder / "training_curves.png")
         draw_cycles(list(self.cycles.values())[:4], self.folder / "embeddings.png")
 
-    def _metrics_logger(self, start: int) -> MetricsLogger | None:
+    def _metrics_logger(self) -> MetricsLogger | None:
         def make() -> MetricsLogger:
-            return MetricsLogger(self.folder, self.arguments.output, self.arguments.to_dict(), start)
+            flags = self.arguments.to_dict()
+            return MetricsLogger(self.folder, self.arguments.output, flags, self.state.step, self.state.wandb_id)
 
-        return self.strategy.main_first(make, main_only=True)
+        logger = self.strategy.main_first(make, main_only=True)
+        self.state.wandb_id = self.strategy.from_main(None if logger is None else logger.wandb_id)
+        return logger
+
+    def _close_metrics(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
 
     def _loader(self, comparisons: Comparisons, batches, collator: Collator | None = None) -> DataLoader:
         on_gpu = self.strategy.device.type != "cpu"
@@ -280,80 +331,3 @@ class RewardTrainer:
             generator=torch.Generator(),  # not the global one, whose draws belong to dropout
             pin_memory=on_gpu,
         )
-
-
-class Window:
-    """Sums of the micro-batches since the last log line; on the device until `reduce` reads them."""
-
-    def __init__(self, strategy: Strategy, prompt_length: bool):
-        self.strategy, self.prompt_length = strategy, prompt_length
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums = empty_sums(self.strategy.device)
-        self.totals = torch.zeros(5, dtype=torch.float64, device=self.strategy.device)
-        self.losses: list[tuple[int, list[str], torch.Tensor, torch.Tensor]] = []
-        self.temperature: torch.Tensor | None = None
-        self.started = time.perf_counter()
-        self.steps: set[int] = set()
-
-    def add(self, step: int, batch: Batch, losses: BatchLoss) -> None:
-        """Take in one micro-batch without waiting for the device."""
-        real = batch.weight > 0
-        each = losses.preference if losses.regularizer is None else losses.preference + losses.regularizer
-        self.steps.add(step)
-        self.sums += preference_sums(losses.score, batch.label, losses.preference, losses.temperature, real)
-        extra = torch.zeros_like(losses.preference) if losses.regularizer is None else losses.regularizer
-        prompts = len(batch.prompt_ends)
-        prompt_tokens = batch.position_ids.flatten()[batch.prompt_ends].sum() + prompts
-        parts = (losses.total, (batch.weight * extra).sum(), (batch.segments >= 0).sum(), prompt_tokens)
-        self.totals[:4] += torch.stack([part.detach().double() for part in parts])
-        self.totals[4] += prompts
-        self.losses.append((step, batch.ids, each.detach(), batch.owner))
-        self.temperature = losses.temperature.detach()
-
-    def reduce(self, arguments: Arguments) -> dict[str, float]:
-        """Means over all processes since the last call; raises NonFiniteError if a loss was not finite."""
-        self.check_finite()
-        divisor = len(self.steps) * arguments.optimizer.accumulated_gradient * self.strategy.world_size
-        both = self.strategy.all_reduce(torch.cat([self.sums, self.totals])).cpu()
-        statistics = preference_statistics(both[: len(self.sums)])
-        total, extra, tokens, prompt_tokens, prompts = both[len(self.sums) :].tolist()
-        seconds = max(time.perf_counter() - self.started, 1e-9)
-        metrics = {"train/loss": total / divisor}
-        metrics |= {f"train/{name}": statistics[name] for name in ("accuracy", "ties", "probability", "margin")}
-        if arguments.loss.add_pretrain_loss:
-            metrics |= {"train/preference_loss": statistics["loss"], "train/regularizer": extra / divisor}
-        if arguments.model.learnable_temperature:
-            metrics["train/temperature"] = self.temperature.item()
-        if self.prompt_length:
-            metrics["train/prompt_length"] = prompt_tokens / prompts
-        metrics |= {"train/comparisons_per_second": prompts / seconds, "train/tokens_per_second": tokens / seconds}
-        self._clear()
-        return metrics
-
-    def pause(self, work):
-        """Do `work` without counting its time as training."""
-        before = time.perf_counter()
-        result = work()
-        self.started += time.perf_counter() - before
-        return result
-
-    def check_finite(self) -> None:
-        """Raise on every process if any loss of the window is NaN or infinite on any of them. Collective."""
-        if torch.isfinite(self.strategy.all_reduce(self.totals[:2].clone())).all():
-            return
-        bad = [
-            (step, ids[index])
-            for step, ids, each, owner in self.losses
-            for index in owner[~torch.isfinite(each)].unique().tolist()
-        ]
-        found = [entry for part in self.strategy.gather_objects(bad) for entry in part]
-        if found:
-            first = min(step for step, _ in found)
-            names = list(dict.fromkeys(name for step, name in found if step == first))
-            raise NonFiniteError(
-                f"the loss is not finite at step {first}, in {len(names)} comparisons: {'; '.join(names[:4])}"
-                f"{'; ...' if len(names) > 4 else ''}. Look at these records, or lower --learning_rate",
-                everywhere=True,
-            )

@@ -7,6 +7,8 @@ import contextlib
 import io
 import logging
 import os
+import resource
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,12 @@ from general_preference.models.device import has_fast_bf16
 from general_preference.models.reward_model import RewardModel
 from general_preference.processes import Processes, single_process_defaults
 from general_preference.trainer.arguments import EngineArguments, OptimizerArguments
+from general_preference.trainer.shares import manifest_entry, read_extra, read_share, write_share
+from general_preference.trainer.zero_layout import filling, own_share
 
 logger = logging.getLogger(__name__)
+
+RANDOM_STATES = ("random/cpu", "random/device")  # of torch, which alone draws while training (dropout)
 
 
 class Strategy(Processes):
@@ -60,6 +66,7 @@ class Strategy(Processes):
         super().__init__()
         set_seed(optimizer.seed)
         self.engine: Any = None
+        self._whole_norm = float("nan")  # without ZeRO the engine does not keep it
 
     @property
     def global_batch_size(self) -> int:
@@ -124,6 +131,7 @@ class Strategy(Processes):
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=schedule, config=self.config(), dist_init_required=False
         )
+        set_seed(self.optimizer_arguments.seed + self.rank)  # adapters were made alike everywhere; dropout is not
 
     @property
     def model(self) -> RewardModel:
@@ -144,12 +152,15 @@ class Strategy(Processes):
 
     def step(self) -> None:
         """Count one micro-batch; on the last of a step, clip, update and move the schedule."""
+        if self.engine_arguments.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
+            gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+            self._whole_norm = float(torch.nn.utils.get_total_norm(gradients))
         self.engine.step()
 
     def gradient_norm(self) -> float:
-        """Global norm of the last step's gradient before clipping; NaN if the engine does not know it."""
+        """Global norm of the last step's gradient before clipping."""
         norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return self._whole_norm if norm is None else float(norm)
 
     def learning_rate(self) -> float:
         """Learning rate of the next step."""
@@ -165,15 +176,64 @@ class Strategy(Processes):
                     state[name] = tensor.detach().cpu().clone()
         return state
 
-    def save_engine(self, folder: Path, client_state: dict) -> None:
-        """Write weights, optimizer, schedule and the main process's random state under `folder`. Collective."""
-        client_state = client_state | {"rng": torch.get_rng_state()}
-        self.engine.save_checkpoint(str(folder), tag="engine", client_state=client_state, save_latest=False)
+    def save_share(self, folder: Path) -> dict[str, dict]:
+        """Write every process's weights, optimizer and random states under `folder`. Collective.
 
-    def load_engine(self, folder: Path) -> dict:
-        """Read back what `save_engine` wrote and return its client_state. Collective."""
-        path, client_state = self.engine.load_checkpoint(str(folder), tag="engine")
-        if path is None:
-            raise InputError(f"checkpoint {folder} cannot be loaded: remove it, or drop --load_checkpoint")
-        torch.set_rng_state(client_state.pop("rng"))
-        return client_state
+        Returns:
+            {file name: its entry in the manifest} of all processes.
+
+        Raises:
+            RunError: on every process; the folder cannot be written.
+        """
+        share = own_share(self.engine, self.rank)
+        file = folder / f"process_{self.rank:05d}.safetensors"
+
+        def work() -> dict:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_share(file, share, self._random_states())
+            return manifest_entry(file)
+
+        needed = sum(self.gather_objects(share.bytes))
+        return dict(self.gather_objects((file.name, self.write(folder.parent, needed, work))))
+
+    def load_share(self, folder: Path, step: int) -> None:
+        """Continue from `step`, as `save_share` wrote it, on any number of processes and ZeRO stage. Collective.
+
+        Raises:
+            InputError: on every process; the files are of another model.
+        """
+        files = sorted(folder.glob("process_*.safetensors"))
+        with filling(self.engine, self.rank, step) as share:
+            self._together(lambda: read_share(files, share))
+        schedule = self.engine.lr_scheduler
+        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": step - 1, "_step_count": step + 1})
+        schedule.step()  # sets the learning rate of `step`
+        self.engine.global_steps = step
+        mine = folder / f"process_{self.rank:05d}.safetensors"
+        if mine.is_file():
+            self._set_random_states(read_extra(mine, RANDOM_STATES))
+        else:  # there were fewer processes
+            set_seed(self.optimizer_arguments.seed + self.rank + 7919 * step)
+
+    def _random_states(self) -> dict[str, torch.Tensor]:
+        states = {RANDOM_STATES[0]: torch.get_rng_state()}
+        if self.device.type != "cpu":
+            states[RANDOM_STATES[1]] = get_accelerator().get_rng_state()
+        return states
+
+    def _set_random_states(self, states: dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(states[RANDOM_STATES[0]])
+        if self.device.type != "cpu" and RANDOM_STATES[1] in states:
+            get_accelerator().set_rng_state(states[RANDOM_STATES[1]])
+
+    def maximum(self, values: list[float]) -> list[float]:
+        """The largest of each value over all processes. Collective."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def peak_memory(self) -> int:
+        """Bytes that this process held at most: on the GPU, or of main memory where there is none."""
+        if self.device.type == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return get_accelerator().max_memory_allocated()

@@ -1,0 +1,136 @@
+"""Weights and optimizer states on disk as flat pieces: every process writes what it owns, and reads what it owns now.
+
+ZeRO cuts all parameters, end to end, into one stretch per process. A process writes its stretches into one safetensors
+file beside a table of which part of which parameter lies where; a reader takes the parts that it owns from whichever
+files hold them. So the number of processes and the ZeRO stage may change in between, every process writes and reads at
+the same time, nothing is gathered in one place, and no pickle is loaded. (DeepSpeed's universal checkpoints convert a
+finished checkpoint into a second, whole copy first, and know neither ZeRO 0 nor parameter groups with options of their
+own under ZeRO 3.)
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from general_preference.errors import InputError
+
+FIELDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 weights and Adam's two moments
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + count) of a flattened parameter, at [offset, offset + count) of flat tensor `flat`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    count: int
+    flat: int
+    offset: int
+
+
+@dataclass
+class Share:
+    """What one process owns: flat tensors, {field: (n,)} each, and the pieces of parameters that lie in them.
+
+    The tensors are the engine's own memory, so filling them changes the model (`Strategy.load_share` tells it).
+    """
+
+    flats: list[dict[str, torch.Tensor]]
+    pieces: list[Piece]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all flat tensors."""
+        return sum(tensor.nbytes for flat in self.flats for tensor in flat.values())
+
+
+def write_share(file: Path, share: Share, extra: dict[str, torch.Tensor]) -> None:
+    """Write a process's share, and `extra` tensors under their own names; on disk when this returns."""
+    tensors = {f"{number}/{field}": flat[field] for number, flat in enumerate(share.flats) for field in FIELDS}
+    pieces = json.dumps([list(vars(piece).values()) for piece in share.pieces])
+    save_file(tensors | extra, str(file), metadata={"format": "pt", "pieces": pieces})
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+def read_share(files: Iterable[Path], share: Share) -> None:
+    """Fill `share` from the files of all processes that wrote.
+
+    Raises:
+        InputError: they do not hold a parameter, hold it in another shape, or hold parameters that the model lacks.
+    """
+    stored = _stored_pieces(files)
+    missing = {piece.name for piece in share.pieces} - stored.keys()
+    if missing:
+        raise InputError(f"it is of another model: it has no {sorted(missing)[0]}, which this one trains")
+    for piece in share.pieces:
+        shape = stored[piece.name][0][1].shape
+        if shape != piece.shape:
+            raise InputError(f"it is of another model: its {piece.name} is {shape}, this one's is {piece.shape}")
+        if _fill(share.flats[piece.flat], piece, stored[piece.name]) != piece.count:
+            raise InputError(f"it lacks a part of {piece.name}")
+
+
+def _fill(flat: dict[str, torch.Tensor], piece: Piece, stored: list) -> int:
+    """Copy the stored parts of a parameter that overlap `piece` into place; returns how many elements they cover."""
+    covered = 0
+    for tensors, part in stored:
+        first = max(piece.start, part.start)
+        count = min(piece.start + piece.count, part.start + part.count) - first
+        if count <= 0:
+            continue
+        source, target = part.offset + first - part.start, piece.offset + first - piece.start
+        for field in FIELDS:
+            values = tensors.get_slice(f"{part.flat}/{field}")[source : source + count]
+            flat[field][target : target + count].copy_(values)
+        covered += count
+    return covered
+
+
+def _stored_pieces(files: Iterable[Path]) -> dict[str, list]:
+    """{parameter: [(open file, piece)]} of all files."""
+    stored: dict[str, list] = {}
+    for file in files:
+        tensors = safe_open(file, framework="pt")
+        for name, shape, *numbers in json.loads(tensors.metadata()["pieces"]):
+            stored.setdefault(name, []).append((tensors, Piece(name, tuple(shape), *numbers)))
+    return stored
+
+
+def read_extra(file: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The tensors `names` that stand beside the share in one file, as far as they are there."""
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in names if name in tensors.keys()}  # noqa: SIM118
+
+
+def file_digest(file: Path) -> str:
+    """A fast checksum (128-bit XXH3, hexadecimal) of a file: finds damage, not forgery."""
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def manifest_entry(file: Path) -> dict:
+    """What a manifest says about a file, for `damage` to compare with."""
+    return {"bytes": file.stat().st_size, "xxh3_128": file_digest(file)}
+
+
+def damage(file: Path, entry: dict) -> str | None:
+    """What is wrong with a file that a manifest describes with `entry`; None if nothing is."""
+    try:
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            return f"{file.name} has {size} bytes instead of {entry['bytes']}"
+        return None if file_digest(file) == entry["xxh3_128"] else f"{file.name} is damaged (its checksum differs)"
+    except (OSError, SafetensorError) as error:
+        return f"{file.name} cannot be read ({error})"

@@ -1,0 +1,54 @@
+"""When a run should save and when it should end: signals and the clock, agreed by all processes after a step."""
+
+import logging
+import os
+import signal
+import threading
+import time
+
+from general_preference.trainer.strategy import Strategy
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequests:
+    """Catches SIGTERM and SIGINT while in use: the first is remembered, a second one ends the process at once.
+
+    Schedulers send SIGTERM before they kill; Ctrl-C is SIGINT. `minutes`: also ask for a checkpoint that often.
+    """
+
+    def __init__(self, strategy: Strategy, minutes: float | None):
+        self.strategy, self.seconds = strategy, None if minutes is None else 60 * minutes
+        self.received = 0
+        self.saved_at = time.monotonic()
+        self._before: dict = {}
+
+    def __enter__(self) -> "StopRequests":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        # Not logged: a handler may interrupt the logging of the same line.
+        if self.strategy.is_main:
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: finishing the step, then saving; once more ends at once\n".encode())
+
+    def agree(self, mine: bool = False) -> tuple[int, bool, bool]:
+        """What all processes act on alike: (signal that any of them received or 0, whether a checkpoint is due by the
+        clock, whether `mine` is true on any). Collective, one small reduction.
+        """
+        due = self.strategy.is_main and self.seconds is not None and time.monotonic() - self.saved_at >= self.seconds
+        number, due, theirs = self.strategy.maximum([self.received, due, mine])
+        return int(number), bool(due), bool(theirs)
+
+    def saved(self) -> None:
+        """A checkpoint was written now."""
+        self.saved_at = time.monotonic()

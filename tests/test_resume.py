@@ -1,0 +1,239 @@
+"""A run that is stopped and continued: other processes and ZeRO stages, signals, damage, full disks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from general_preference.trainer.metrics import MEASURED, read_metrics
+from tests.conftest import random_comparisons
+from tests.test_training import GPM, ROOT, SCRIPT, environment, launch, run_cases
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def moved(model_folder, tmp_path_factory):
+    """Checkpoints of every ZeRO stage on one and on two processes, each read by others."""
+    base = tmp_path_factory.mktemp("moved")
+    comparisons = random_comparisons(14, 290, seed=5)
+    for comparison in comparisons:
+        comparison["length"] = len(comparison["prompt_ids"]) + sum(map(len, comparison["response_ids"]))
+
+    def job(world: int, save: list, load: list) -> dict:
+        content = {"pretrain": model_folder("llama"), "comparisons": comparisons, "save": save, "load": load}
+        output = base / f"results{len(list(base.glob('*.json')))}.pt"
+        content["output"] = str(output)
+        path = output.with_suffix(".json")
+        path.write_text(json.dumps(content))
+        done = launch(world, str(ROOT / "tests" / "checkpoint_worker.py"), str(path))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.load(output)
+
+    def saved(world: int) -> list[dict]:
+        runs = [
+            {"name": f"{world}/{stage}", "folder": str(base / f"on{world}_{stage}"), "stage": stage} for stage in STAGES
+        ]
+        lora = {"name": f"{world}/lora", "folder": str(base / f"on{world}_lora"), "stage": 3, "flags": LORA}
+        return [*runs, lora]
+
+    def loaded(world: int, pairs: list) -> list[dict]:
+        runs = []
+        for writer, stage in pairs:
+            kind = LORA if "lora" in writer else []
+            folder = str(base / f"on{writer.replace('/', '_')}")
+            runs.append({"name": f"{writer} -> {world}/{stage}", "folder": folder, "stage": stage, "flags": kind})
+            runs[-1]["persistence"] = 100 if writer.startswith("1") else 0  # ZeRO 3 keeps smaller tensors whole
+        return runs
+
+    results = job(2, saved(2), [])
+    results |= job(1, saved(1), loaded(1, [("2/3", 2), ("2/2", 3), ("2/1", 0), ("2/lora", 2), ("1/0", 3), ("1/2", 2)]))
+    results |= job(2, [], loaded(2, [("1/2", 3), ("1/3", 2), ("1/0", 2), ("2/2", 3), ("2/2", 2), ("1/lora", 3)]))
+    return results
+
+
+LORA = ["--lora_rank", "2", "--lora_dropout", "0.1"]
+MOVES = [
+    "2/3 -> 1/2", "2/2 -> 1/3", "2/1 -> 1/0", "2/lora -> 1/2", "1/0 -> 1/3", "1/2 -> 1/2",
+    "1/2 -> 2/3", "1/3 -> 2/2", "1/0 -> 2/2", "2/2 -> 2/3", "2/2 -> 2/2", "1/lora -> 2/3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_run_moves_to_other_processes_and_stages(moved, move):
+    writer, found = moved[move.split(" -> ")[0]], moved[move]
+    assert found["step"] == 4 and found["tensors"].keys() == writer["tensors"].keys()
+    for name, tensor in writer["tensors"].items():
+        assert torch.equal(found["tensors"][name], tensor), f"{name} is not what was written"
+    assert found["rate"] == pytest.approx(moved["1/2 -> 1/2"]["rate"])
+    if "lora" not in move:  # its dropout draws anew on another number of processes
+        assert found["after"] == pytest.approx(writer["after"], rel=1e-5)
+
+
+def test_what_was_trained_goes_on_bit_by_bit(moved):
+    assert moved["1/2 -> 1/2"]["after"] == moved["1/2"]["after"]
+    assert len({*moved["1/2"]["losses"], *moved["1/2"]["after"]}) == 4, "the steps differ from each other"
+
+
+def short_run(model: str) -> list[str]:
+    """Flags of a run of six steps that saves after 2, 4 and 6, and logs between them."""
+    return [
+        "--pretrain", model, "--dataset", f"{ROOT}/data/cyclic/train.jsonl", "--max_samples", "30",
+        "--train_split_ratio", "0.8", "--max_len", "256", "--learning_rate", "1e-3", "--micro_train_batch_size", "2",
+        "--accumulated_gradient", "2", "--eval_steps", "3", "--save_best_model", "1", "--logging_steps", "3",
+        "--max_ckpt_num", "5", *GPM,
+    ]  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict]:
+    """What was logged, without what is measured with a clock."""
+    found = read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
+
+
+@pytest.fixture(scope="module")
+def whole(model_folder, tmp_path_factory):
+    """A run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = launch(1, SCRIPT, *short_run(model_folder("llama")), "--save_path", str(folder), "--save_steps", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def flip(file: Path, position: float) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(position * len(content))] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+WEIGHTS = "process_00000.safetensors"
+# what is done to the checkpoints 2 and 4, further flags, exit code, what is said
+HARM = {
+    "nothing": (lambda c: None, [], 0, "continuing from {c}/step_4"),
+    "no latest": (lambda c: (c / "latest").unlink(), [], 0, "continuing from {c}/step_4"),
+    "older latest": (lambda c: (c / "latest").write_text("step_2"), [], 0, "continuing from {c}/step_2"),
+    "truncated weights": (
+        lambda c: truncate(c / "step_4" / WEIGHTS), [], 0, "step_4 is passed over: process_00000.safetensors has"
+    ),
+    "flipped bit of the weights": (
+        lambda c: flip(c / "step_4" / WEIGHTS, 0.7), [], 0, "step_4 is passed over: process_00000.safetensors is dam"
+    ),
+    "flipped bit of the manifest": (
+        lambda c: flip(c / "step_4" / "manifest.json", 0.5), [], 0, "step_4 is passed over: its manifest.json"
+    ),
+    "missing weights": (lambda c: (c / "step_4" / WEIGHTS).unlink(), [], 0, "continuing from {c}/step_2"),
+    "foreign folder": (lambda c: (c / "step_9").mkdir(), [], 0, "continuing from {c}/step_4"),
+    "killed while writing": (
+        lambda c: shutil.copytree(c / "step_2", c / ".writing_step_6"), [], 0, "continuing from {c}/step_4"
+    ),
+    "killed while replacing": (
+        lambda c: (c / "step_4").rename(c / ".replaced_step_4"), [], 0, "continuing from {c}/step_4"
+    ),
+    "all damaged": (
+        lambda c: [truncate(c / f"step_{n}" / WEIGHTS) for n in (2, 4)], [], 2, "no checkpoint in {c} can be used (st"
+    ),
+    "another seed": (lambda c: None, ["--seed", "7"], 2, "was made with seed = 42, this run has 7"),
+    "another batch": (
+        lambda c: None, ["--accumulated_gradient", "1"], 2, "was made with global_batch_size = 4, this run has 2"
+    ),
+    "another head": (lambda c: None, ["--value_head_dim", "6"], 2, "value_head_dim = 4, this run has 6"),
+    "another learning rate": (
+        lambda c: None, ["--learning_rate", "5e-4"], 0, "learning_rate is 0.0005 from here on; it was 0.001 until now"
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def continued(whole, model_folder, tmp_path_factory):
+    """{case: (folder, exit code, terminal)} of runs continued after every kind of harm, all in one process."""
+    base, cases = tmp_path_factory.mktemp("harm"), {}
+    for number, (name, (harm, flags, _, _)) in enumerate(HARM.items()):
+        folder = base / str(number)
+        shutil.copytree(whole, folder)
+        checkpoints = folder / "checkpoint"
+        shutil.rmtree(checkpoints / "step_6")
+        (checkpoints / "latest").write_text("step_4\n")
+        harm(checkpoints)
+        cases[name] = ["--save_path", str(folder), "--save_steps", "2", "--load_checkpoint", *flags]
+    results = run_cases(short_run(model_folder("llama")), cases, base)
+    return {name: (Path(cases[name][1]), *result) for name, result in results.items()}
+
+
+@pytest.mark.parametrize("case", HARM)
+def test_the_newest_whole_checkpoint_is_found(continued, whole, case):
+    folder, code, said = continued[case]
+    _, flags, expected, message = HARM[case]
+    assert code == expected, said
+    assert message.format(c=folder / "checkpoint") in said
+    assert "Traceback" not in said
+    if code == 0 and not flags:
+        assert rows(folder) == rows(whole)
+        assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        assert json.loads((folder / "best" / "best.json").read_text()) == json.loads(
+            (whole / "best/best.json").read_text()
+        )
+        assert len(list((folder / "best").glob("step_*"))) == 1
+        assert (folder / "checkpoint" / "latest").read_text().strip() == "step_6"
+        left = {path.name for path in (folder / "checkpoint").iterdir()} - {"step_9"}
+        assert left == {"latest", "step_2", "step_4", "step_6"}, "nothing half-written stays"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_that_can_be_continued(model_folder, tmp_path, number):
+    """It comes between two log lines; the continued run logs what the uninterrupted one would have logged."""
+    flags = [*short_run(model_folder("llama")), "--max_epochs", "20", "--eval_steps", "40", "--logging_steps", "7"]
+    log = (tmp_path / "log").open("w+")
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *flags, "--save_path", str(tmp_path / "run")],
+        env=environment(), cwd=ROOT, stdout=log, stderr=log,
+    )  # fmt: skip
+    while process.poll() is None and not read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.wait(timeout=120)
+    log.seek(0)
+    said = log.read()
+    assert process.returncode == 128 + number, said
+    assert "saved at step" in said and "Traceback" not in said
+    step = int((tmp_path / "run" / "checkpoint" / "latest").read_text().strip().removeprefix("step_"))
+    if number == signal.SIGINT:
+        return
+    done = launch(1, SCRIPT, *flags, "--save_path", str(tmp_path / "run"), "--load_checkpoint")
+    assert done.returncode == 0 and f"continuing from {tmp_path / 'run'}/checkpoint/step_{step}" in done.stderr
+    found = [row["step"] for row in rows(tmp_path / "run") if "train/loss" in row]
+    assert found == [*range(7, 120, 7), 120]
+    logged = next(row for row in rows(tmp_path / "run") if row["step"] == -(-step // 7) * 7)
+    assert 0 < logged["train/loss"] < 20
+
+
+def test_a_disk_that_refuses_a_checkpoint_leaves_the_last_one(whole, model_folder, tmp_path):
+    """A limit on file sizes stands for the full disk; tests/cluster/disks.sh fills a real one."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoint" / "step_6")
+    before = (folder / "checkpoint" / "step_4" / WEIGHTS).read_bytes()
+    limit = len(before) // 2
+    code = (
+        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        f"sys.argv = [{SCRIPT!r}] + sys.argv[1:]; runpy.run_path({SCRIPT!r}, run_name='__main__')"
+    )
+    flags = [*short_run(model_folder("llama")), "--save_path", str(folder), "--save_steps", "2", "--load_checkpoint"]
+    done = launch(1, "-c", code, *flags)
+    assert done.returncode == 1, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert f"cannot write {folder / 'checkpoint'}: " in errors[0] and "are needed" in errors[0], errors
+    assert (folder / "checkpoint" / "step_4" / WEIGHTS).read_bytes() == before
+    assert not list((folder / "checkpoint").glob(".writing*")) and not (folder / "checkpoint" / "step_6").exists()
