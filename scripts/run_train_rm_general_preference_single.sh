@@ -9,6 +9,7 @@
 # Settings: PRETRAIN, DATASET, EVAL_DATASET, SAVE_PATH, NPROC, MICRO_BATCH, GLOBAL_BATCH. Any flag of
 # train_rm_general_preference.py may follow and wins over what is set here.
 set -euo pipefail
+ALSO_NEEDED=deepspeed
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 DATA=$ROOT/data

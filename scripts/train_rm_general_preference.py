@@ -2,10 +2,10 @@
 """Train a preference model (Bradley-Terry, GPM or hybrid) on comparisons.
 
     python scripts/train_rm_general_preference.py --pretrain MODEL --dataset FILE --is_general_preference
-    deepspeed --num_gpus 8 scripts/train_rm_general_preference.py ...        the same on several processes
+    python scripts/launch_node.py --nproc 8 scripts/train_rm_general_preference.py ...       the same on 8 devices
 
-The launchers beside this file set it up; `--help` explains every flag. Exit codes: 0 done, 1 the run failed, 2 what was
-given cannot be used (one line says why), 130 interrupted.
+deepspeed and torchrun start it too. The launchers beside this file set it up; `--help` explains every flag. Exit codes:
+0 done, 1 the run failed, 2 what was given cannot be used (one line says why), 130 interrupted.
 """
 
 import logging
