@@ -2,7 +2,8 @@
 #
 # Uses the active Python if it has all packages; otherwise makes ROOT/.venv and installs requirements.txt there, once.
 # Sets: PATH (the environment), PYTHONPATH (this checkout), GPUS (their number), NPROC, LAUNCH (the start of a command).
-# Reads: PYTHON (which interpreter makes .venv, default python3), NPROC, ALSO_NEEDED (more packages: deepspeed to train).
+# Reads: PYTHON (which interpreter makes .venv, default python3), NPROC, ALSO_NEEDED (more packages: deepspeed to train),
+# GPUS_PER_HOST (where the processes will run on other machines than this).
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -40,7 +41,7 @@ if ! { command -v python > /dev/null && has_everything python; }; then
 fi
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
-GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+GPUS=${GPUS_PER_HOST:-$(python -c 'import torch; print(torch.cuda.device_count())')}
 NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || { echo "error: NPROC=$NPROC is no number of processes" >&2; exit 2; }
 if ((GPUS == 0)); then
