@@ -33,8 +33,9 @@ def join(backend: str, timeout: float, join_timeout: float) -> None:
     find_place()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store: dist.Store = dist.HashStore()
-    if world_size > 1:
+    if world_size == 1:
+        store: dist.Store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
+    else:
         deadline = time.monotonic() + join_timeout
         store, shared = meeting_point(address, port, rank, join_timeout)
         try:

@@ -70,7 +70,7 @@ read_hostfile() { # sets HOSTS, PROCESSES, NPROC (the most on one host)
   ((PROCESSES > 0)) || fail "HOSTFILE=$HOSTFILE names no host: it needs lines like 'host slots=8'"
 }
 
-on_host() { # host, command...: there, in this folder, with this Python
+on_host() { # host, command...: there, in this folder
   local options=(-n -o BatchMode=yes -o ConnectTimeout=10 ${SSH_PORT:+-p "$SSH_PORT"} ${PDSH_SSH_ARGS_APPEND:-})
   ssh "${options[@]}" "$1" "cd $(printf %q "$PWD") 2>/dev/null; $(printf '%q ' "${@:2}")"
 }
@@ -143,7 +143,7 @@ by_hostfile() {
   exec 8< "$file" # DeepSpeed reads it through the descriptor: nothing is left to clean up
   rm "$file"
   # The reachability of every host was checked above; DeepSpeed's own check knows no PDSH_SSH_ARGS_APPEND.
-  DS_ENV_FILE=/dev/fd/8 exec deepspeed --hostfile "$HOSTFILE" --launcher pdsh --force_multi --no_ssh_check \
+  DS_ENV_FILE=/dev/fd/8 exec deepspeed --hostfile "$HOSTFILE" --launcher pdsh --force_multi --no_ssh_check --log_level warning \
     --master_addr "$MASTER_ADDR" --master_port "$port" ${SSH_PORT:+--ssh_port "$SSH_PORT"} "${QUOTED[@]}"
 }
 
