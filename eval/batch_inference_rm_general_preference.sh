@@ -7,7 +7,6 @@
 #
 # Settings: PRETRAIN, DATASET, OUTPUT_PATH, NPROC. Any flag of batch_inference_rm_general_preference.py may follow.
 set -euo pipefail
-LAUNCHER=torchrun
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/../scripts/environment.sh"
 

@@ -1,15 +1,12 @@
 """The processes of one run: ranks, and the few things they must agree on. No engine, no device.
 
-Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT will do (torchrun, deepspeed); without
-one the run is a world of one process. Training joins through DeepSpeed (trainer/strategy.py), everything else
-through `Processes.join`.
+How they find each other stands in rendezvous.py. Training joins on its way to DeepSpeed (trainer/strategy.py),
+everything else through `Processes.join`.
 """
 
 import os
 import shutil
-import socket
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from general_preference import rendezvous
 from general_preference.errors import InputError, RunError
+from general_preference.heartbeat import Heartbeat
 
 
 class Processes:
@@ -29,12 +28,20 @@ class Processes:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.is_main = self.rank == 0
+        self.heartbeat: Heartbeat | None = None  # training's, on several nodes
 
     @classmethod
-    def join(cls, timeout: float = 86400.0) -> "Processes":
-        """Join the other processes over gloo; `timeout` is in seconds, long because ranks finish at different times."""
-        single_process_defaults()
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    def join(cls, backend: str = "gloo", timeout: float = 86400.0, join_timeout: float = 1800.0) -> "Processes":
+        """Join the other processes.
+
+        Args:
+            timeout: seconds a process waits for the others; long because ranks finish at different times.
+            join_timeout: seconds until all must have come.
+
+        Raises:
+            InputError: see `rendezvous.join`.
+        """
+        rendezvous.join(backend, timeout, join_timeout)
         return cls()
 
     def main_first(self, work: Callable[[], Any], main_only: bool = False) -> Any:
@@ -116,6 +123,8 @@ class Processes:
 
     def close(self) -> None:
         """Leave the process group."""
+        if self.heartbeat is not None:
+            self.heartbeat.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -143,23 +152,3 @@ def _usage(folder: Path):
 def is_main_process() -> bool:
     """Whether the environment makes this the first process; usable before any process has joined."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def single_process_defaults() -> None:
-    """Without a launcher, be a world of one on a free port, so that two runs on a machine do not meet."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        os.environ.setdefault("LOCAL_RANK", "0")
-        if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-            return
-        if os.environ["WORLD_SIZE"] != "1":
-            raise InputError("WORLD_SIZE is set, but not MASTER_ADDR and MASTER_PORT: start with torchrun or deepspeed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }

@@ -3,7 +3,7 @@
 
     python rewardbench_eval/run_rm_rewardbench.py --model MODEL                          RewardBench 1, from the hub
     python rewardbench_eval/run_rm_rewardbench.py --model MODEL --rewardbench_version 2 --dataset rows.parquet
-    torchrun --nproc_per_node 8 rewardbench_eval/run_rm_rewardbench.py --model MODEL     the same on several devices
+    python scripts/launch_node.py --nproc 8 rewardbench_eval/run_rm_rewardbench.py --model MODEL       on 8 devices
 
 Writes into --output_dir, all named after the model: .json (the official layout), .jsonl (one line per row, in their
 order), .summary.json (sections, intervals, and what the run was made with) and .png. Started again after a stop, it

@@ -7,7 +7,6 @@
 #
 # Settings: MODEL, OUTPUT_DIR, NPROC. Any flag of run_rm_rewardbench.py may follow.
 set -euo pipefail
-LAUNCHER=torchrun
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/../scripts/environment.sh"
 

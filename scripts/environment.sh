@@ -2,15 +2,13 @@
 #
 # Uses the active Python if it has all packages; otherwise makes ROOT/.venv and installs requirements.txt there, once.
 # Sets: PATH (the environment), PYTHONPATH (this checkout), GPUS (their number), NPROC, LAUNCH (the start of a command).
-# Reads: PYTHON (which interpreter makes .venv, default python3), NPROC, MASTER_PORT, ALSO_NEEDED (more packages),
-# LAUNCHER (what starts several processes: deepspeed, the default, or torchrun, which does without DeepSpeed).
+# Reads: PYTHON (which interpreter makes .venv, default python3), NPROC, ALSO_NEEDED (more packages: deepspeed to train),
+# GPUS_PER_HOST (where the processes will run on other machines than this).
 
-LAUNCHER=${LAUNCHER:-deepspeed}
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 has_everything() {
   local needed=(torch transformers safetensors datasets matplotlib tqdm ${ALSO_NEEDED:-})
-  [[ $LAUNCHER == deepspeed ]] && needed+=(deepspeed)
   "$1" - "${needed[@]}" <<'PY' 2>/dev/null
 import sys
 from importlib.util import find_spec
@@ -43,7 +41,7 @@ if ! { command -v python > /dev/null && has_everything python; }; then
 fi
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
-GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+GPUS=${GPUS_PER_HOST:-$(python -c 'import torch; print(torch.cuda.device_count())')}
 NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || { echo "error: NPROC=$NPROC is no number of processes" >&2; exit 2; }
 if ((GPUS == 0)); then
@@ -57,17 +55,9 @@ if ((GPUS == 0)); then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NPROC - 1) / NPROC))}
   fi
 fi
-if ((NPROC > 1)) && [[ $LAUNCHER == torchrun ]]; then
-  LAUNCH=(torchrun --standalone --nproc_per_node "$NPROC")
-elif ((NPROC > 1)); then
-  MASTER_PORT=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-  LAUNCH=(deepspeed --master_port "$MASTER_PORT")
-  # DeepSpeed's --num_gpus ignores CUDA_VISIBLE_DEVICES: name the devices where that is set.
-  if ((GPUS > 0)) && [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
-    LAUNCH+=(--include "localhost:$(cut -d , -f "1-$NPROC" <<< "$CUDA_VISIBLE_DEVICES")")
-  else
-    LAUNCH+=(--num_nodes 1 --num_gpus "$NPROC")
-  fi
+# In a Slurm step of several tasks a bare process would wait for the other tasks; here each task is a run of its own.
+if ((NPROC > 1)) || [[ ${SLURM_STEP_NUM_TASKS:-1} != 1 ]]; then
+  LAUNCH=(python "$ROOT/scripts/launch_node.py" --nproc "$NPROC")
 else
   LAUNCH=(python)
 fi

@@ -10,6 +10,7 @@ of the given JSONL files (default: the training sets under ``data/``). The same 
 """
 
 import argparse
+import filecmp
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -130,7 +131,8 @@ def make_tiny_model(
     """Train the tokenizer, draw the weights and save both to ``output_dir``, replacing a model built there before.
 
     The folder is written beside ``output_dir`` and renamed at the end: an interrupted build leaves nothing that looks
-    like a model. A folder that holds anything but a model is refused rather than replaced.
+    like a model. A folder that already holds the same files is left alone: the nodes of a run may all build it in a
+    folder they share, while the first of them already reads it. One that holds anything but a model is refused.
     """
     output_dir = Path(output_dir).resolve()
     if output_dir.exists():
@@ -148,9 +150,21 @@ def make_tiny_model(
         new_dir.mkdir()
         model.save_pretrained(new_dir)
         tokenizer.save_pretrained(new_dir)
+        if same_files(new_dir, output_dir):
+            return
         if output_dir.exists():
             output_dir.rename(Path(scratch) / "replaced")
-        new_dir.rename(output_dir)
+        try:
+            new_dir.rename(output_dir)
+        except OSError:
+            if not same_files(new_dir, output_dir):  # else another build came first
+                raise
+
+
+def same_files(folder: Path, other: Path) -> bool:
+    """Whether ``other`` holds every file of ``folder``, byte for byte."""
+    names = [path.name for path in folder.iterdir()]
+    return not any(filecmp.cmpfiles(folder, other, names, shallow=False)[1:])
 
 
 def main() -> None:

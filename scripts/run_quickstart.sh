@@ -6,6 +6,7 @@
 # Settings: SAVE_PATH (folder of the four runs). Flags that follow go to every run.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ALSO_NEEDED=deepspeed
 source "$HERE/environment.sh"
 RUNS=${SAVE_PATH:-$ROOT/checkpoint/quickstart}
 

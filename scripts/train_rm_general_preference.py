@@ -2,10 +2,10 @@
 """Train a preference model (Bradley-Terry, GPM or hybrid) on comparisons.
 
     python scripts/train_rm_general_preference.py --pretrain MODEL --dataset FILE --is_general_preference
-    deepspeed --num_gpus 8 scripts/train_rm_general_preference.py ...        the same on several processes
+    python scripts/launch_node.py --nproc 8 scripts/train_rm_general_preference.py ...       the same on 8 devices
 
-The launchers beside this file set it up; `--help` explains every flag. Exit codes: 0 done, 1 the run failed, 2 what was
-given cannot be used (one line says why), 130 interrupted.
+deepspeed and torchrun start it too. The launchers beside this file set it up; `--help` explains every flag. Exit codes:
+0 done, 1 the run failed, 2 what was given cannot be used (one line says why), 130 and 143 ended by SIGINT or SIGTERM.
 """
 
 import logging
@@ -23,7 +23,7 @@ from general_preference.datasets.preparation import (
 )
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
-from general_preference.errors import InputError
+from general_preference.errors import InputError, RunError, Stopped
 from general_preference.files import claim_folder, replace_text
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.pretrained import get_reward_model, saved_preference
@@ -46,12 +46,17 @@ def train(arguments: Arguments) -> None:
     from general_preference.trainer.strategy import Strategy
 
     strategy = Strategy(arguments.engine, arguments.optimizer)
-    with ExitStack() as held:
-        for folder, flag in folders(arguments).items():
-            claim = strategy.main_first(lambda folder=folder, flag=flag: claim_folder(folder, flag), main_only=True)
-            if claim is not None:
-                held.enter_context(claim)
-        run(arguments, strategy)
+    try:
+        with ExitStack() as held:
+            for folder, flag in folders(arguments).items():
+                claim = strategy.main_first(lambda folder=folder, flag=flag: claim_folder(folder, flag), main_only=True)
+                if claim is not None:
+                    held.enter_context(claim)
+            run(arguments, strategy)
+    except (InputError, RunError, Stopped) as error:
+        if error.everywhere:  # what one process alone fails of ends the others, who wait for it, by its silence
+            strategy.close()
+        raise
     strategy.close()
 
 

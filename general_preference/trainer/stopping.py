@@ -10,6 +10,8 @@ from general_preference.trainer.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
+TOGETHER = 1.0  # seconds within which signals count as one: a scheduler may tell launcher and processes
+
 
 class StopRequests:
     """Catches SIGTERM and SIGINT while in use: the first is remembered, a second one ends the process at once.
@@ -19,7 +21,7 @@ class StopRequests:
 
     def __init__(self, strategy: Strategy, minutes: float | None):
         self.strategy, self.seconds = strategy, None if minutes is None else 60 * minutes
-        self.received = 0
+        self.received, self.received_at = 0, 0.0
         self.saved_at = time.monotonic()
         self._before: dict = {}
 
@@ -34,8 +36,10 @@ class StopRequests:
 
     def _receive(self, number: int, _frame) -> None:
         if self.received:
-            os._exit(128 + number)
-        self.received = number
+            if time.monotonic() - self.received_at > TOGETHER:
+                os._exit(128 + number)
+            return
+        self.received, self.received_at = number, time.monotonic()
         # Not logged: a handler may interrupt the logging of the same line.
         if self.strategy.is_main:
             name = signal.Signals(number).name

@@ -9,7 +9,6 @@ import logging
 import os
 import resource
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,13 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
+from general_preference import rendezvous
 from general_preference.errors import InputError
+from general_preference.heartbeat import Heartbeat
 from general_preference.models.acceleration import checkpoint_activations, compile_layers, use_liger_kernels
 from general_preference.models.device import has_fast_bf16
 from general_preference.models.reward_model import RewardModel
-from general_preference.processes import Processes, single_process_defaults
+from general_preference.processes import Processes
 from general_preference.trainer.arguments import EngineArguments, OptimizerArguments
 from general_preference.trainer.shares import manifest_entry, read_extra, read_share, write_share
 from general_preference.trainer.zero_layout import filling, own_share
@@ -44,11 +45,11 @@ class Strategy(Processes):
         """Join the other processes, choose the device, seed the generators.
 
         Raises:
-            InputError: the device cannot do what the flags ask for.
+            InputError: the device cannot do what the flags ask for, or the processes do not find each other.
         """
         self.engine_arguments, self.optimizer_arguments = engine, optimizer
         deepspeed.utils.logger.setLevel(logging.WARNING)
-        single_process_defaults()
+        rendezvous.find_place()
         accelerator = get_accelerator()
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
         self.device = torch.device(accelerator.current_device_name())
@@ -57,13 +58,13 @@ class Strategy(Processes):
         # On CPUs DeepSpeed would compile shared-memory collectives that only its inference layers use: a minute, a C++
         # compiler, and a build lock that blocks every later run if the compilation is killed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        backend = accelerator.communication_backend_name()
+        rendezvous.join(backend, timeout=engine.dist_timeout, join_timeout=engine.dist_timeout)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its progress
-            deepspeed.init_distributed(
-                dist_backend=accelerator.communication_backend_name(),
-                timeout=timedelta(seconds=engine.dist_timeout),
-                verbose=False,
-            )
+            deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes over the group just made
         super().__init__()
+        if rendezvous.spans_nodes():
+            self.heartbeat = Heartbeat(self)
         set_seed(optimizer.seed)
         self.engine: Any = None
         self._whole_norm = float("nan")  # without ZeRO the engine does not keep it
