@@ -90,8 +90,9 @@ def run(arguments: Arguments, strategy) -> None:
         logger.info("tokens of the fullest process: %.1f %% above the mean", 100 * trainer.sampler.imbalance())
     if strategy.is_main:
         arguments.save(
-            folder, world_size=strategy.world_size, steps=trainer.steps, attention=kernel, versions=versions()
-        )
+            folder, world_size=strategy.world_size, steps=trainer.steps, attention=kernel, versions=versions(),
+            deepspeed_config=strategy.config(),
+        )  # fmt: skip
         replace_text(folder / "data_summary.json", "[" + ", ".join(summary.to_json() for summary in summaries) + "]")
     results = trainer.fit()
     if strategy.is_main:

@@ -25,10 +25,6 @@ def one_step(job: dict, run: dict) -> dict:
     flags = ["--pretrain", job["pretrain"], "--dataset", "none", "--save_path", job["output"], "--warmup_ratio", "0"]
     arguments = parse_arguments([*flags, "--learning_rate", "1e-3", *run["flags"]])
     strategy = Strategy(arguments.engine, arguments.optimizer)
-    if run.get("partitioned"):
-        config = strategy.config()
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # partition even the smallest tensors
-        strategy.config = lambda: config
     preference = arguments.model.preference(None)
     model = get_reward_model(
         job["pretrain"],

@@ -62,6 +62,8 @@ def gradient_job(folder: Path, pretrain: str, world_size: int) -> dict:
         flags = ["--zero_stage", stage, "--micro_train_batch_size", micro, "--accumulated_gradient", accumulation]
         runs.append({"name": name, "stage": stage, "flags": [*map(str, flags), *FULL]})
     flags = ["--zero_stage", "3", "--micro_train_batch_size", str(8 // world_size)]
+    (folder / "zero3.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    flags += ["--deepspeed_config", str(folder / "zero3.json")]  # then even the smallest tensors are partitioned
     runs.append({"name": "zero3_partitioned", "stage": 3, "flags": [*flags, *FULL], "partitioned": True})
     selective = [*flags, "--gradient_checkpointing", "--selective_checkpointing", *FULL]
     runs.append({"name": "selective_partitioned", "stage": 3, "flags": selective, "partitioned": True})
@@ -275,6 +277,9 @@ BAD_INPUT = {
     "no such model": (["--pretrain", "/nowhere/model"], "does not exist"),
     "flash": (["--flash_attn"], "computes in half precision: add --bf16"),
     "no data flag": (["--dataset", ""], "--dataset is missing"),
+    "no configuration": (["--deepspeed_config", "/nowhere/zero.json"], "zero.json cannot be read"),
+    "stage twice": (["--deepspeed_config", "{tmp}/stage.json"], "stage = 3, but --zero_stage is 2"),
+    "unknown to DeepSpeed": (["--deepspeed_config", "{tmp}/unknown.json"], "DeepSpeed (stage3_foo: Extra inputs"),
     "bad eval set": (["--eval_dataset", "x={tmp}/bad.jsonl"], "line 2: not JSON"),
 }
 
@@ -286,6 +291,8 @@ def test_bad_input_ends_with_code_2_and_one_line(base, tmp_path):
     (tmp_path / "bad.jsonl").write_text(good + "{oops\n")
     (tmp_path / "key.jsonl").write_text('{"prompt": "q", "chosen": "a"}\n')
     (tmp_path / "number.jsonl").write_text('{"prompt": "q", "chosen": 5, "rejected": "b"}\n')
+    (tmp_path / "stage.json").write_text('{"zero_optimization": {"stage": 3}}')
+    (tmp_path / "unknown.json").write_text('{"zero_optimization": {"stage3_foo": 1}}')
     (tmp_path / "nothing").mkdir()
     (tmp_path / "file").write_text("in the way")
     cases = {name: [flag.format(tmp=tmp_path) for flag in flags] for name, (flags, _) in BAD_INPUT.items()}

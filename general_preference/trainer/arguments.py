@@ -201,6 +201,9 @@ class EngineArguments:
     zpg: int = flag(1, "ZeRO++ secondary partition size (processes per node), ZeRO 3")
     grad_accum_dtype: str | None = flag(None, "dtype in which gradients accumulate", choices=["fp32", "bf16", "fp16"])
     disable_trace_cache: bool = flag(False, "ZeRO 3: do not rely on modules running in the same order every step")
+    deepspeed_config: str | None = flag(
+        None, "a DeepSpeed configuration (JSON) merged over what the flags describe; what flags decide it cannot change"
+    )
     local_rank: int = flag(-1, "set by launchers")
     dist_timeout: int = flag(1800, "seconds a process waits for the others before the run ends with an error")
 
@@ -278,6 +281,14 @@ class Arguments:
             raise InputError(f"--attn_implementation {kernel} computes in half precision: add --bf16, or use auto")
         if engine.torch_compile and engine.zero_stage == 3:
             raise InputError("--torch_compile works with weights that are whole: use --zero_stage 2, not 3, or drop it")
+        if engine.adam_offload and engine.zero_stage == 0:
+            raise InputError("--adam_offload moves what ZeRO partitions: use --zero_stage 1 to 3, not 0, or drop it")
+        own = "bf16" if engine.bf16 else "fp32"
+        if engine.zero_stage == 0 and engine.grad_accum_dtype not in (None, own):
+            raise InputError(
+                f"--grad_accum_dtype {engine.grad_accum_dtype} with --zero_stage 0 must be {own}, in which it trains: "
+                "use --zero_stage 1 to 3, or drop it"
+            )
         if engine.zpg > 1 and engine.zero_stage != 3:
             raise InputError(f"--zpg {engine.zpg} needs --zero_stage 3, not {engine.zero_stage}")
         if engine.zpg < 1 or engine.dist_timeout < 1:
