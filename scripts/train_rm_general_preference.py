@@ -25,8 +25,9 @@ from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError
 from general_preference.files import claim_folder, replace_text
+from general_preference.models.model_files import saved_preference
 from general_preference.models.preference_config import PreferenceConfig
-from general_preference.models.pretrained import get_reward_model, saved_preference
+from general_preference.models.pretrained import get_reward_model
 from general_preference.trainer.arguments import DEFAULT_MAX_LEN, Arguments, parse_arguments
 
 logger = logging.getLogger("train")

@@ -8,6 +8,7 @@ and which parameters changed.
 
 import json
 import sys
+from pathlib import Path
 
 import datasets
 import torch
@@ -15,6 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from general_preference.models.pretrained import get_reward_model
 from general_preference.trainer.arguments import parse_arguments
+from general_preference.trainer.checkpoint import publish_model
 from general_preference.trainer.reward_trainer import RewardTrainer, Window, batch_loss
 from general_preference.trainer.strategy import Strategy
 from scripts.train_rm_general_preference import make_tokenizer
@@ -34,6 +36,10 @@ def one_step(job: dict, run: dict) -> dict:
         lora_rank=arguments.model.lora_rank,
         ds_config=strategy.config() if run.get("partitioned") else None,
     )
+    # Of the backbone's numbers, the share that this process holds at the end of loading.
+    weights = list(model.backbone.parameters())
+    held = sum(p.ds_tensor.numel() + p.numel() if hasattr(p, "ds_id") else p.numel() for p in weights)
+    held /= sum(getattr(p, "ds_numel", p.numel()) for p in weights)
     model.freeze_unused(language_model_head=arguments.loss.add_pretrain_loss)
     table = datasets.Dataset.from_list(job["comparisons"])
     trainer = RewardTrainer(arguments, strategy, model, make_tokenizer(arguments), table, {"all": table})
@@ -54,7 +60,10 @@ def one_step(job: dict, run: dict) -> dict:
     changed = [name for name in before if not torch.equal(before[name], safe_get_full_fp32_param(trainable[name]))]
     metrics = window.reduce(arguments)
     evaluation = trainer.evaluate("all")
+    if run.get("save"):
+        publish_model(strategy, trainer.tokenizer, Path(run["save"]))
     return {
+        "held": held,
         "gradients": gradients,
         "trainable": list(trainable),
         "changed": changed,

@@ -170,9 +170,14 @@ class Strategy(Processes):
         return float(self.engine.get_lr()[0])
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """All tensors of the model, whole, on the CPU of the main process; an empty dict on the others. Collective."""
-        state = {}
+        """What a saved model needs, whole, on the CPU of the main process; an empty dict on the others. Collective.
+
+        Of a model with adapters that is what was trained; the frozen base is neither gathered nor copied.
+        """
+        state, adapted = {}, hasattr(self.model.backbone, "peft_config")
         for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if adapted and not tensor.requires_grad:
+                continue
             partitioned = hasattr(tensor, "ds_id")
             with GatheredParameters([tensor], enabled=partitioned):
                 if self.is_main:
