@@ -1,4 +1,4 @@
-"""Run inside real DeepSpeed processes by test_training.py: one optimizer step for each configuration, gradients saved.
+"""Run inside real DeepSpeed processes by test_first_step.py: one optimizer step per configuration, gradients saved.
 
     deepspeed --num_gpus 2 tests/engine_worker.py JOB.json         JOB: {"pretrain", "runs": [{...}], "output"}
 
@@ -24,16 +24,18 @@ from scripts.train_rm_general_preference import make_tokenizer
 
 def one_step(job: dict, run: dict) -> dict:
     """Gradients (before clipping), loss and changed parameters of the first step of one configuration."""
-    flags = ["--pretrain", job["pretrain"], "--dataset", "none", "--save_path", job["output"], "--warmup_ratio", "0"]
+    pretrain = run.get("pretrain", job["pretrain"])
+    flags = ["--pretrain", pretrain, "--dataset", "none", "--save_path", job["output"], "--warmup_ratio", "0"]
     arguments = parse_arguments([*flags, "--learning_rate", "1e-3", *run["flags"]])
     strategy = Strategy(arguments.engine, arguments.optimizer)
     preference = arguments.model.preference(None)
     model = get_reward_model(
-        job["pretrain"],
+        pretrain,
         bf16=False,
         preference=preference,
         seed=arguments.optimizer.seed,
         lora_rank=arguments.model.lora_rank,
+        load_in_4bit=arguments.model.load_in_4bit,
         ds_config=strategy.config() if run.get("partitioned") else None,
     )
     # Of the backbone's numbers, the share that this process holds at the end of loading.
@@ -61,13 +63,17 @@ def one_step(job: dict, run: dict) -> dict:
     metrics = window.reduce(arguments)
     evaluation = trainer.evaluate("all")
     if run.get("save"):
-        publish_model(strategy, trainer.tokenizer, Path(run["save"]))
+        folder = Path(job["output"]) / run["save"]
+        folder.mkdir(exist_ok=True)
+        publish_model(strategy, trainer.tokenizer, folder)
     return {
-        "held": held,
+        "held": max(strategy.gather_objects(held)),
+        "saved": sorted(strategy.full_state_dict()),
         "gradients": gradients,
         "trainable": list(trainable),
         "changed": changed,
         "loss": metrics["train/loss"],
+        "metrics": metrics,
         "evaluation": evaluation,
         "partitioned": getattr(next(iter(trainable.values())), "ds_id", None) is not None,
     }

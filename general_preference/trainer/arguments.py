@@ -126,7 +126,7 @@ class DataArguments:
 
 @dataclass
 class LossArguments:
-    """What is minimised: (1 - c) * preference + c * regulariser."""
+    """What is minimised: (1 - c) * preference + c * regulariser + a * load balance of experts."""
 
     loss: PreferenceLossKind = flag(
         "logistic", "logistic: cross-entropy with sigmoid(score / tau); regression: squared distance to a target"
@@ -139,6 +139,11 @@ class LossArguments:
     ptx_response_only: bool = flag(False, "regularise the response's tokens alone; default the whole chosen sequence")
     reward_scaler_beta: float = flag(2.0, "beta of the regularisers mean, sum and reference_free")
     reward_margin: float = flag(1.0, "margin of the reference_free regulariser")
+    aux_loss_coef: float | None = flag(
+        None, "weight a of the load-balancing loss of mixtures of experts: that of each micro-batch's tokens without padding, "
+        "averaged over a step's micro-batches; default the model's router_aux_loss_coef if its configuration sets "
+        "output_router_logits, else 0"
+    )  # fmt: skip
     compute_fp32_loss: bool = flag(
         False, "compute heads, scores and losses in fp32: always so here, whatever the backbone's dtype"
     )
@@ -151,6 +156,8 @@ class LossArguments:
             )
         if not 0 <= self.ptx_loss_coef <= 1:
             raise InputError(f"--ptx_loss_coef {self.ptx_loss_coef} must lie between 0 and 1")
+        if self.aux_loss_coef is not None and not 0 <= self.aux_loss_coef < float("inf"):
+            raise InputError(f"--aux_loss_coef {self.aux_loss_coef} must be a number not below 0")
         if self.ptx_loss_coef == 1 and self.add_pretrain_loss:
             raise InputError("--ptx_loss_coef 1 leaves no preference loss: use a smaller share")
 
@@ -293,8 +300,17 @@ class Arguments:
             raise InputError(f"--zpg {engine.zpg} needs --zero_stage 3, not {engine.zero_stage}")
         if engine.zpg < 1 or engine.dist_timeout < 1:
             raise InputError("--zpg and --dist_timeout must be at least 1")
+        self.check_routing()
         if output.save_best_model and not self.data.eval_dataset and self.data.train_split_ratio == 1:
             raise InputError("--save_best_model needs an evaluation: add --eval_dataset or --train_split_ratio below 1")
+
+    def check_routing(self) -> None:
+        """Refuse a load-balancing loss without gradient; called again when the model has said its own weight for it."""
+        if self.loss.aux_loss_coef and self.engine.gradient_checkpointing_use_reentrant:
+            raise InputError(
+                "--gradient_checkpointing_use_reentrant gives the load-balancing loss no gradient, and --aux_loss_coef "
+                f"is {self.loss.aux_loss_coef}: drop it, or set --aux_loss_coef 0"
+            )
 
     def to_dict(self) -> dict:
         """All flags, flat, as saved in arguments.json; a wandb key is never among them."""
