@@ -29,6 +29,7 @@ from general_preference.models.model_files import saved_preference
 from general_preference.models.preference_config import PreferenceConfig
 from general_preference.models.pretrained import get_reward_model
 from general_preference.trainer.arguments import DEFAULT_MAX_LEN, Arguments, parse_arguments
+from general_preference.trainer.engine_config import without_keys
 
 logger = logging.getLogger("train")
 
@@ -92,7 +93,7 @@ def run(arguments: Arguments, strategy) -> None:
     if strategy.is_main:
         arguments.save(
             folder, world_size=strategy.world_size, steps=trainer.steps, attention=kernel, versions=versions(),
-            deepspeed_config=strategy.config(),
+            deepspeed_config=without_keys(strategy.config()),
         )  # fmt: skip
         replace_text(folder / "data_summary.json", "[" + ", ".join(summary.to_json() for summary in summaries) + "]")
     results = trainer.fit()

@@ -6,7 +6,7 @@ import pytest
 
 from general_preference.errors import InputError
 from general_preference.trainer.arguments import parse_arguments
-from general_preference.trainer.engine_config import engine_config, offloads_optimizer, read_overrides
+from general_preference.trainer.engine_config import engine_config, offloads_optimizer, read_overrides, without_keys
 
 
 def configured(flags="", overrides=None, on_gpu=True, world_size=2):
@@ -87,6 +87,11 @@ def test_agreeing_values_and_autos_are_taken(tmp_path):
 def test_what_flags_decide_is_not_decided_twice(overrides, flags, message):
     with pytest.raises(InputError, match=message):
         configured(flags, overrides)
+
+
+def test_a_monitors_key_is_not_saved():
+    found = without_keys(configured(overrides={"comet": {"enabled": True, "api_key": "a-secret"}}))
+    assert found == configured() | {"comet": {"enabled": True}}
 
 
 def test_files_that_are_no_configuration(tmp_path):

@@ -81,6 +81,19 @@ def test_a_half_precision_copy_is_a_rounded_one(adapter, tmp_path):
     assert (scores(RewardModel.from_pretrained(str(tmp_path / "half"))) - trained).abs().max() < 0.2
 
 
+def test_adapters_on_fused_experts_and_routers_are_folded_too(make_model):
+    model = make_model("mixtral", lora_rank=2)
+    plain = scores(model)
+    adapted = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+    assert any("experts" in name for name in adapted) and any("mlp.gate." in name for name in adapted)
+    for parameter in adapted.values():
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    trained = scores(model)
+    assert (trained - plain).abs().max() > 0.01
+    merge_adapter(model)
+    torch.testing.assert_close(scores(model), trained, rtol=0, atol=1e-5)
+
+
 def test_what_cannot_be_merged_is_said_in_one_line(adapter, make_model, tmp_path, capsys):
     from scripts.merge_lora import main
 

@@ -93,6 +93,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert (folder / "embeddings.png").stat().st_size > 10_000
     arguments = json.loads((folder / "arguments.json").read_text())
     assert arguments["value_head_dim"] == 4 and arguments["resolved"]["steps"] == 6
+    assert arguments["resolved"]["deepspeed_config"]["gradient_accumulation_steps"] == 2
     summaries = json.loads((folder / "data_summary.json").read_text())
     assert [s["name"] for s in summaries] == ["train", "cyclic", "held_out"] and summaries[0]["comparisons"] == 48
     assert list(folder.glob("wandb/offline-run-*"))

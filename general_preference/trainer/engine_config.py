@@ -61,6 +61,13 @@ def engine_config(
     return config
 
 
+def without_keys(config: Any) -> Any:
+    """The configuration as it may be saved with a run: an `api_key` (DeepSpeed's Comet monitor takes one) left out."""
+    if isinstance(config, dict):
+        return {name: without_keys(value) for name, value in config.items() if name != "api_key"}
+    return config
+
+
 def offloads_optimizer(config: dict) -> bool:
     """Whether the optimizer's states of this configuration live outside of the device that computes."""
     return (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
