@@ -30,6 +30,7 @@ setup(
         "flash": ["flash-attn"],
         "liger": ["liger-kernel"],
         "lora": ["peft>=0.18"],
+        "qlora": ["peft>=0.18", "bitsandbytes>=0.46.1"],
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "peft>=0.18", "trl"],
     },
 )

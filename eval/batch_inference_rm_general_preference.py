@@ -29,7 +29,7 @@ from general_preference.inference.batch_inference import ResultSummary, result_r
 from general_preference.inference.model_arguments import ModelArguments, check_positive
 from general_preference.inference.pictures import draw_reliability
 from general_preference.inference.results import ASKED, ResultStore
-from general_preference.models.pretrained import checkpoint_identity
+from general_preference.models.model_files import checkpoint_identity
 from general_preference.processes import Processes
 
 logger = logging.getLogger("batch_inference")

@@ -36,7 +36,7 @@ from general_preference.files import replace_text
 from general_preference.inference.batch_inference import result_row, score_remaining
 from general_preference.inference.model_arguments import ModelArguments, check_positive
 from general_preference.inference.results import ASKED, ResultStore
-from general_preference.models.pretrained import checkpoint_identity
+from general_preference.models.model_files import checkpoint_identity
 from general_preference.processes import Processes
 from general_preference.rewardbench.data import (
     PREF_SETS,

@@ -25,9 +25,11 @@ from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError, RunError, Stopped
 from general_preference.files import claim_folder, replace_text
+from general_preference.models.model_files import saved_preference
 from general_preference.models.preference_config import PreferenceConfig
-from general_preference.models.pretrained import get_reward_model, saved_preference
+from general_preference.models.pretrained import get_reward_model
 from general_preference.trainer.arguments import DEFAULT_MAX_LEN, Arguments, parse_arguments
+from general_preference.trainer.engine_config import without_keys
 
 logger = logging.getLogger("train")
 
@@ -95,8 +97,9 @@ def run(arguments: Arguments, strategy) -> None:
         logger.info("tokens of the fullest process: %.1f %% above the mean", 100 * trainer.sampler.imbalance())
     if strategy.is_main:
         arguments.save(
-            folder, world_size=strategy.world_size, steps=trainer.steps, attention=kernel, versions=versions()
-        )
+            folder, world_size=strategy.world_size, steps=trainer.steps, attention=kernel, versions=versions(),
+            deepspeed_config=without_keys(strategy.config()),
+        )  # fmt: skip
         replace_text(folder / "data_summary.json", "[" + ", ".join(summary.to_json() for summary in summaries) + "]")
     results = trainer.fit()
     if strategy.is_main:

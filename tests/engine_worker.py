@@ -1,4 +1,4 @@
-"""Run inside real DeepSpeed processes by test_training.py: one optimizer step for each configuration, gradients saved.
+"""Run inside real DeepSpeed processes by test_first_step.py: one optimizer step per configuration, gradients saved.
 
     deepspeed --num_gpus 2 tests/engine_worker.py JOB.json         JOB: {"pretrain", "runs": [{...}], "output"}
 
@@ -8,6 +8,7 @@ and which parameters changed.
 
 import json
 import sys
+from pathlib import Path
 
 import datasets
 import torch
@@ -15,6 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from general_preference.models.pretrained import get_reward_model
 from general_preference.trainer.arguments import parse_arguments
+from general_preference.trainer.publishing import publish_model
 from general_preference.trainer.reward_trainer import RewardTrainer, batch_loss
 from general_preference.trainer.strategy import Strategy
 from general_preference.trainer.window import Window
@@ -23,22 +25,24 @@ from scripts.train_rm_general_preference import make_tokenizer
 
 def one_step(job: dict, run: dict) -> dict:
     """Gradients (before clipping), loss and changed parameters of the first step of one configuration."""
-    flags = ["--pretrain", job["pretrain"], "--dataset", "none", "--save_path", job["output"], "--warmup_ratio", "0"]
+    pretrain = run.get("pretrain", job["pretrain"])
+    flags = ["--pretrain", pretrain, "--dataset", "none", "--save_path", job["output"], "--warmup_ratio", "0"]
     arguments = parse_arguments([*flags, "--learning_rate", "1e-3", *run["flags"]])
     strategy = Strategy(arguments.engine, arguments.optimizer)
-    if run.get("partitioned"):
-        config = strategy.config()
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # partition even the smallest tensors
-        strategy.config = lambda: config
     preference = arguments.model.preference(None)
     model = get_reward_model(
-        job["pretrain"],
+        pretrain,
         bf16=False,
         preference=preference,
         seed=arguments.optimizer.seed,
         lora_rank=arguments.model.lora_rank,
+        load_in_4bit=arguments.model.load_in_4bit,
         ds_config=strategy.config() if run.get("partitioned") else None,
     )
+    # Of the backbone's numbers, the share that this process holds at the end of loading.
+    weights = list(model.backbone.parameters())
+    held = sum(p.ds_tensor.numel() + p.numel() if hasattr(p, "ds_id") else p.numel() for p in weights)
+    held /= sum(getattr(p, "ds_numel", p.numel()) for p in weights)
     model.freeze_unused(language_model_head=arguments.loss.add_pretrain_loss)
     table = datasets.Dataset.from_list(job["comparisons"])
     trainer = RewardTrainer(arguments, strategy, model, make_tokenizer(arguments), table, {"all": table})
@@ -59,11 +63,18 @@ def one_step(job: dict, run: dict) -> dict:
     changed = [name for name in before if not torch.equal(before[name], safe_get_full_fp32_param(trainable[name]))]
     metrics = window.reduce(arguments)
     evaluation = trainer.evaluate("all")
+    if run.get("save"):
+        folder = Path(job["output"]) / run["save"]
+        folder.mkdir(exist_ok=True)
+        publish_model(strategy, trainer.tokenizer, folder)
     return {
+        "held": max(strategy.gather_objects(held)),
+        "saved": sorted(strategy.full_state_dict()),
         "gradients": gradients,
         "trainable": list(trainable),
         "changed": changed,
         "loss": metrics["train/loss"],
+        "metrics": metrics,
         "evaluation": evaluation,
         "partitioned": getattr(next(iter(trainable.values())), "ds_id", None) is not None,
     }

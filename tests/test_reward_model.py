@@ -1,6 +1,7 @@
 """Making, saving and loading models: names, heads, contradictions, adapters, precision."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from general_preference import RewardModel, get_reward_model
 from general_preference.datasets.packing import Collator
 from general_preference.errors import InputError
+from general_preference.models.model_files import HEADS_FILE, saved_preference
 from general_preference.models.preference_config import PreferenceConfig
-from general_preference.models.pretrained import HEADS_FILE, saved_preference
+from general_preference.models.reward_model import Fp32Linear
 from tests.conftest import MAIN_FAMILIES, random_comparisons
 
 HEADS = [("bt", 1, False), ("gpm", 2, False), ("gpm", 6, True), ("hybrid", 3, True), ("hybrid", 5, False)]
@@ -90,6 +92,23 @@ def test_head_values_depend_on_the_seed_alone(make_model):
     assert 0.5 < first.std().item() * 32**0.5 < 1.5
 
 
+def test_adapter_values_depend_on_the_seed_alone(make_model):
+    pytest.importorskip("peft")
+
+    def adapters(seed):
+        found = make_model(seed=seed, lora_rank=2).named_parameters()
+        return torch.cat([p.detach().flatten() for name, p in found if "lora_A" in name])
+
+    adapters(1)
+    torch.manual_seed(1)
+    first, before = adapters(7), torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(first, adapters(7)) and not torch.equal(first, adapters(8))
+    torch.manual_seed(1)
+    adapters(8)
+    assert torch.equal(torch.get_rng_state(), before), "later draws do not depend on the adapters"
+
+
 def test_heads_run_in_fp32_on_a_half_precision_backbone(model_folder, make_model):
     preference = PreferenceConfig("gpm", 4, True, normalize=True, temperature=0.1)
     model = get_reward_model(model_folder("llama"), bf16=True, preference=preference, seed=3).eval()
@@ -147,6 +166,47 @@ def test_lora_saves_adapter_and_heads_together(make_model, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").is_file() and (tmp_path / HEADS_FILE).is_file()
     loaded = RewardModel.from_pretrained(str(tmp_path))
     torch.testing.assert_close(outputs(loaded), outputs(model))
+
+
+def test_an_adapter_names_what_is_wrong_with_its_base(make_model, tmp_path):
+    pytest.importorskip("peft")
+    make_model("llama", lora_rank=2).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    content = json.loads(file.read_text())
+    for base, message in (
+        ("/nowhere/base", "its base model cannot be used: model folder /nowhere/base does not"),
+        (1, ""),
+    ):
+        file.write_text(json.dumps(content | {"base_model_name_or_path": base}) if message else "{}")
+        with pytest.raises(InputError, match=message or "does not name the base model"):
+            RewardModel.from_pretrained(str(tmp_path))
+
+
+def test_four_bits_under_adapters(make_model, model_folder, tmp_path):
+    """The backbone is quantised, the heads are not; nothing that was not asked for is switched on."""
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    model = make_model("llama", load_in_4bit=True, lora_rank=2)
+    kinds = {type(module).__name__ for module in model.backbone.modules()}
+    assert "Linear4bit" in kinds
+    for head in (model.value_head, model.prompt_head):
+        assert type(head) is Fp32Linear and head.weight.dtype == torch.float32 and head.weight.requires_grad
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or name in ("value_head.weight", "prompt_head.weight") for name in trained)
+    language_model = model.language_model
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in language_model.modules())
+    assert language_model.get_input_embeddings().weight.dtype == model.dtype == torch.float32
+    whole = outputs(make_model("llama"))["embeddings"]
+    assert 0 < (outputs(model)["embeddings"] - whole).norm() / whole.norm() < 0.5
+    model.save_pretrained(tmp_path)  # in 4 bits the base is not part of the folder, and is loaded whole
+    torch.testing.assert_close(outputs(RewardModel.from_pretrained(str(tmp_path)))["embeddings"], whole)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_four_bits_without_bitsandbytes(make_model):
+    pytest.importorskip("peft")
+    with pytest.raises(InputError, match="requires bitsandbytes"):
+        make_model("llama", load_in_4bit=True, lora_rank=2)
 
 
 @pytest.mark.parametrize(

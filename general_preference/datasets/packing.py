@@ -32,6 +32,7 @@ class Batch:
     weight:        (M,) share of each preference in the loss; a comparison's weights sum to its own weight
     targets:       (sources, tokens, owners) of the language-model regulariser or None, see `RewardModel.forward`
     ids:           G names for messages to people
+    counted:       (R, L) the tokens of comparisons with a weight, over which experts are balanced, or None
     """
 
     input_ids: torch.Tensor
@@ -49,11 +50,12 @@ class Batch:
     weight: torch.Tensor
     targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     ids: list[str]
+    counted: torch.Tensor | None
 
     def model_inputs(self) -> dict:
         """The keyword arguments of `RewardModel.forward`."""
         names = ("input_ids", "position_ids", "segments", "shared", "sequences", "response_ends", "prompt_ends")
-        return {name: getattr(self, name) for name in (*names, "targets")}
+        return {name: getattr(self, name) for name in (*names, "targets", "counted")}
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -82,11 +84,13 @@ class Collator:
     layout:      what the model's kernel wants (`RewardModel.row_layout`). Unpacked rows that hold one response each are
                  plain sequences even if prompts could be shared: no mask of length times length is made for them.
     regularized: whose tokens get log-probs: "" nobody's, "chosen", or "both" (reference_free compares them).
+    balanced:    experts are balanced, so the batch says which tokens count.
     """
 
     pad_id: int
     layout: RowLayout
     regularized: str = ""
+    balanced: bool = False
 
     def __call__(self, comparisons: list[dict]) -> Batch:
         """Comparisons with the columns of `tables.TOKENIZED` and optionally `weight` (default 1)."""
@@ -94,13 +98,14 @@ class Collator:
         shared = packed or (self.layout.shared and any(len(c["response_ids"]) > 1 for c in comparisons))
         # A block is a prompt and the responses behind it: one per comparison, or one per response.
         blocks: list[Block] = []
-        first_blocks = []
+        first_blocks, real = [], []
         for comparison in comparisons:
             first_blocks.append(len(blocks))
             responses = comparison["response_ids"]
             blocks += [
                 (comparison["prompt_ids"], some) for some in ([responses] if shared else [[r] for r in responses])
             ]
+            real += [comparison.get("weight", 1.0) != 0] * (len(blocks) - len(real))
         rows = [blocks] if packed else [[block] for block in blocks]
         length = self.layout.row_length(max(sum(map(_tokens, row)) for row in rows))
         prompt_ends, response_ends = _ends(rows, length)
@@ -118,6 +123,7 @@ class Collator:
             **_preferences(comparisons),
             targets=self._targets(comparisons, response_ends, prompt_ends) if self.regularized else None,
             ids=[comparison.get("id", "") for comparison in comparisons],
+            counted=_counted(rows, real, segments) if self.balanced else None,
         )
 
     def _lay_out(self, rows: list[list[Block]], length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -160,6 +166,18 @@ class Collator:
 
 def _tokens(block: Block) -> int:
     return len(block[0]) + sum(map(len, block[1]))
+
+
+def _counted(rows: list[list[Block]], real: list[bool], segments: torch.Tensor) -> torch.Tensor:
+    """Tokens that are no padding and stand in a block that is `real`; blocks count on from row to row."""
+    counted, block = segments != PADDING, 0
+    for number, row in enumerate(rows):
+        end = 0
+        for part in row:
+            start, end = end, end + _tokens(part)
+            counted[number, start:end] &= real[block]
+            block += 1
+    return counted
 
 
 def _ends(rows: list[list[Block]], length: int) -> tuple[list[int], list[int]]:

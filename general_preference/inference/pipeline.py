@@ -18,8 +18,9 @@ from general_preference.errors import InputError
 from general_preference.inference import ranking
 from general_preference.inference.embedding import EmbeddedPrompt, embed
 from general_preference.models.device import choose_device, has_fast_bf16, inference_dtype
+from general_preference.models.model_files import trained_preference
 from general_preference.models.preference_config import MIN_LENGTH
-from general_preference.models.pretrained import load_reward_model, trained_preference
+from general_preference.models.pretrained import load_reward_model
 from general_preference.models.reward_model import RewardModel
 from general_preference.models.score import preference_probability, preference_score
 

@@ -20,6 +20,7 @@ from general_preference.models.attention import (
     shares_prompts,
 )
 from general_preference.models.attention_choice import choose_attention
+from general_preference.models.experts import load_balancing_loss
 from general_preference.models.log_probs import can_fuse, linear_log_probs
 from general_preference.models.losses import token_log_probs
 from general_preference.models.model_card import CardFacts
@@ -160,6 +161,7 @@ class RewardModel(nn.Module):
         prompt_ends: torch.Tensor,
         sequences: PackedSequences | None = None,
         targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        counted: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Embed every response and gate every prompt of a batch in one pass.
 
@@ -171,13 +173,16 @@ class RewardModel(nn.Module):
             sequences: how a packed row attends, for kernels of packed_attention.py; else the mask is made here.
             targets: (sources, tokens, owners), each (T,): the hidden state at flat position `sources[t]` predicts
                 token `tokens[t]`, whose log-prob is added to owner `owners[t]` in [0, N + G). None: no regulariser.
+            counted: (R, L) booleans, the tokens over which experts are balanced. None: no load-balancing loss.
 
         Returns:
             embeddings: (N, D). temperature: (1,), learnt or fixed. prompt_hidden_states: (G, hidden).
             gates: (G, P), only if the model has a gate.
             log_probs, counts: (N + G,) summed log-prob in nats and tokens per owner, only with `targets`.
+            aux_loss: scalar, see `experts.load_balancing_loss`, only with `counted`.
         """
-        hidden = self._hidden_states(input_ids, position_ids, segments, shared, sequences)
+        run = self._run_backbone(input_ids, position_ids, segments, shared, sequences, counted is not None)
+        hidden = run.last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])
 
         embeddings = self.value_head(hidden[response_ends])
@@ -193,10 +198,12 @@ class RewardModel(nn.Module):
         if targets is not None:
             owners = len(response_ends) + len(prompt_ends)
             output["log_probs"], output["counts"] = self._log_probs(hidden, targets, owners)
+        if counted is not None:
+            output["aux_loss"] = load_balancing_loss(run.router_logits, self.config.num_experts_per_tok, counted)
         return output
 
-    def _hidden_states(self, input_ids, position_ids, segments, shared: bool, sequences=None) -> torch.Tensor:
-        """(R, L, hidden) last hidden states of the rows."""
+    def _run_backbone(self, input_ids, position_ids, segments, shared: bool, sequences, routed: bool):
+        """What the layers return: `last_hidden_state` (R, L, hidden), and with `routed` also `router_logits`."""
         # Plain right-padded rows count their own positions; some architectures (ALiBi) take no position_ids at all.
         options = {"position_ids": position_ids} if shared else {}
         if sequences is not None:
@@ -208,9 +215,9 @@ class RewardModel(nn.Module):
             mask = block_mask(segments, position_ids)
         else:
             mask = attention_mask(self.config, segments, position_ids, self.dtype, shared)
-        output = self.language_model.base_model(
-            input_ids=input_ids, attention_mask=mask, use_cache=False, **options
-        ).last_hidden_state
+        if routed or getattr(self.config, "output_router_logits", False):
+            options["output_router_logits"] = routed
+        output = self.language_model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **options)
         if sequences is not None and sequences.calls == 0:
             raise RuntimeError(f"{self.config.model_type} did not hand the sequences to its attention layers")
         return output

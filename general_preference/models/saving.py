@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from general_preference.models.model_card import model_card
-from general_preference.models.pretrained import HEAD_NAMES, HEADS_FILE
+from general_preference.models.model_files import HEAD_NAMES, HEADS_FILE
 from general_preference.models.reward_model import RewardModel
 
 

@@ -126,7 +126,7 @@ class DataArguments:
 
 @dataclass
 class LossArguments:
-    """What is minimised: (1 - c) * preference + c * regulariser."""
+    """What is minimised: (1 - c) * preference + c * regulariser + a * load balance of experts."""
 
     loss: PreferenceLossKind = flag(
         "logistic", "logistic: cross-entropy with sigmoid(score / tau); regression: squared distance to a target"
@@ -139,6 +139,11 @@ class LossArguments:
     ptx_response_only: bool = flag(False, "regularise the response's tokens alone; default the whole chosen sequence")
     reward_scaler_beta: float = flag(2.0, "beta of the regularisers mean, sum and reference_free")
     reward_margin: float = flag(1.0, "margin of the reference_free regulariser")
+    aux_loss_coef: float | None = flag(
+        None, "weight a of the load-balancing loss of mixtures of experts: that of each micro-batch's tokens without padding, "
+        "averaged over a step's micro-batches; default the model's router_aux_loss_coef if its configuration sets "
+        "output_router_logits, else 0"
+    )  # fmt: skip
     compute_fp32_loss: bool = flag(
         False, "compute heads, scores and losses in fp32: always so here, whatever the backbone's dtype"
     )
@@ -151,6 +156,8 @@ class LossArguments:
             )
         if not 0 <= self.ptx_loss_coef <= 1:
             raise InputError(f"--ptx_loss_coef {self.ptx_loss_coef} must lie between 0 and 1")
+        if self.aux_loss_coef is not None and not 0 <= self.aux_loss_coef < float("inf"):
+            raise InputError(f"--aux_loss_coef {self.aux_loss_coef} must be a number not below 0")
         if self.ptx_loss_coef == 1 and self.add_pretrain_loss:
             raise InputError("--ptx_loss_coef 1 leaves no preference loss: use a smaller share")
 
@@ -201,6 +208,9 @@ class EngineArguments:
     zpg: int = flag(1, "ZeRO++ secondary partition size (processes per node), ZeRO 3")
     grad_accum_dtype: str | None = flag(None, "dtype in which gradients accumulate", choices=["fp32", "bf16", "fp16"])
     disable_trace_cache: bool = flag(False, "ZeRO 3: do not rely on modules running in the same order every step")
+    deepspeed_config: str | None = flag(
+        None, "a DeepSpeed configuration (JSON) merged over what the flags describe; what flags decide it cannot change"
+    )
     local_rank: int = flag(-1, "set by launchers")
     dist_timeout: int = flag(1800, "seconds a process waits for the others before the run ends with an error")
 
@@ -285,12 +295,29 @@ class Arguments:
             raise InputError(f"--attn_implementation {kernel} computes in half precision: add --bf16, or use auto")
         if engine.torch_compile and engine.zero_stage == 3:
             raise InputError("--torch_compile works with weights that are whole: use --zero_stage 2, not 3, or drop it")
+        if engine.adam_offload and engine.zero_stage == 0:
+            raise InputError("--adam_offload moves what ZeRO partitions: use --zero_stage 1 to 3, not 0, or drop it")
+        own = "bf16" if engine.bf16 else "fp32"
+        if engine.zero_stage == 0 and engine.grad_accum_dtype not in (None, own):
+            raise InputError(
+                f"--grad_accum_dtype {engine.grad_accum_dtype} with --zero_stage 0 must be {own}, in which it trains: "
+                "use --zero_stage 1 to 3, or drop it"
+            )
         if engine.zpg > 1 and engine.zero_stage != 3:
             raise InputError(f"--zpg {engine.zpg} needs --zero_stage 3, not {engine.zero_stage}")
         if engine.zpg < 1 or engine.dist_timeout < 1:
             raise InputError("--zpg and --dist_timeout must be at least 1")
+        self.check_routing()
         if output.save_best_model and not self.data.eval_dataset and self.data.train_split_ratio == 1:
             raise InputError("--save_best_model needs an evaluation: add --eval_dataset or --train_split_ratio below 1")
+
+    def check_routing(self) -> None:
+        """Refuse a load-balancing loss without gradient; called again when the model has said its own weight for it."""
+        if self.loss.aux_loss_coef and self.engine.gradient_checkpointing_use_reentrant:
+            raise InputError(
+                "--gradient_checkpointing_use_reentrant gives the load-balancing loss no gradient, and --aux_loss_coef "
+                f"is {self.loss.aux_loss_coef}: drop it, or set --aux_loss_coef 0"
+            )
 
     def to_dict(self) -> dict:
         """All flags, flat, as saved in arguments.json; a wandb key is never among them."""

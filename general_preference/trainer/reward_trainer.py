@@ -20,6 +20,7 @@ from general_preference.datasets.preparation import Comparisons
 from general_preference.datasets.sampler import StepSampler, evaluation_batches
 from general_preference.errors import InputError, NonFiniteError, Stopped
 from general_preference.files import replace_text
+from general_preference.models.experts import balance_coefficient
 from general_preference.models.losses import preference_loss, regularizer
 from general_preference.models.score import preference_score
 from general_preference.models.statistics import empty_sums, preference_statistics, preference_sums
@@ -36,9 +37,11 @@ logger = logging.getLogger(__name__)
 
 
 def batch_loss(output: dict[str, torch.Tensor], batch: Batch, arguments: LossArguments) -> BatchLoss:
-    """(1 - c) * preference + c * regulariser of a micro-batch, from the model's output.
+    """(1 - c) * preference + c * regulariser + a * load balance of a micro-batch, from the model's output.
 
     Without the regulariser c = 0. Weights are the batch's own, so any split into micro-batches gives one gradient.
+    The load-balancing loss alone depends on the split: it is that of each micro-batch's tokens, and a step's is the
+    mean over its micro-batches on all processes, weighted by their comparisons (as transformers' trainer has it).
     """
     embeddings, gates = output["embeddings"], output.get("gates")
     gate = None if gates is None else gates[batch.owner]
@@ -55,7 +58,11 @@ def batch_loss(output: dict[str, torch.Tensor], batch: Batch, arguments: LossArg
     if batch.targets is not None:
         extra = _regularizer(output, batch, arguments)
         each = (1 - arguments.ptx_loss_coef) * preference + arguments.ptx_loss_coef * extra
-    return BatchLoss(score, preference, extra, (batch.weight * each).sum(), output["temperature"])
+    total, aux = (batch.weight * each).sum(), None
+    if "aux_loss" in output:
+        aux = batch.weight.sum() * output["aux_loss"]  # 1 * aux_loss, but in the last step of an epoch
+        total = total + arguments.aux_loss_coef * aux
+    return BatchLoss(score, preference, extra, total, output["temperature"], aux)
 
 
 def _regularizer(output: dict[str, torch.Tensor], batch: Batch, arguments: LossArguments) -> torch.Tensor:
@@ -89,7 +96,10 @@ class RewardTrainer:
         kernels = strategy.gather_objects(model.config._attn_implementation)
         if len(set(kernels)) > 1:  # then they would deal out a step in different ways
             raise InputError(f"processes chose different attention kernels ({kernels}): set --attn_implementation")
-        self.collator = Collator(tokenizer.pad_token_id, layout, kind if loss.add_pretrain_loss else "")
+        loss.aux_loss_coef = balance_coefficient(model.language_model, loss.aux_loss_coef)
+        arguments.check_routing()
+        kind = kind if loss.add_pretrain_loss else ""
+        self.collator = Collator(tokenizer.pad_token_id, layout, kind, loss.aux_loss_coef > 0)
         self.train_set = Comparisons(train_table)
         self.eval_sets = {name: Comparisons(table) for name, table in eval_tables.items()}
         self.sampler = StepSampler(
@@ -280,7 +290,7 @@ class RewardTrainer:
             rank=strategy.rank,
         )
         strategy.train_mode(False)
-        plain = dataclasses.replace(self.collator, regularized="")
+        plain = dataclasses.replace(self.collator, regularized="", balanced=False)
         sums = empty_sums(strategy.device)
         loader = self._loader(comparisons, items, plain)
         for batch in tqdm(loader, desc=f"eval {name}", leave=False, disable=not strategy.is_main, mininterval=1):

@@ -4,6 +4,7 @@ nccl between GPUs, gloo between CPUs; ranks and launchers are the business of pr
 """
 
 import contextlib
+import copy
 import io
 import logging
 import os
@@ -19,7 +20,9 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from pydantic import ValidationError
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from general_preference import rendezvous
@@ -30,6 +33,7 @@ from general_preference.models.device import has_fast_bf16
 from general_preference.models.reward_model import RewardModel
 from general_preference.processes import Processes
 from general_preference.trainer.arguments import EngineArguments, OptimizerArguments
+from general_preference.trainer.engine_config import engine_config, offloads_optimizer, read_overrides
 from general_preference.trainer.shares import manifest_entry, read_extra, read_share, write_share
 from general_preference.trainer.zero_layout import filling, own_share
 
@@ -45,7 +49,8 @@ class Strategy(Processes):
         """Join the other processes, choose the device, seed the generators.
 
         Raises:
-            InputError: the device cannot do what the flags ask for, or the processes do not find each other.
+            InputError: the device cannot do what the flags ask for, --deepspeed_config cannot be used, or the processes
+                do not find each other.
         """
         self.engine_arguments, self.optimizer_arguments = engine, optimizer
         deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -65,6 +70,7 @@ class Strategy(Processes):
         super().__init__()
         if rendezvous.spans_nodes():
             self.heartbeat = Heartbeat(self)
+        self._config = self._read_config()
         set_seed(optimizer.seed)
         self.engine: Any = None
         self._whole_norm = float("nan")  # without ZeRO the engine does not keep it
@@ -76,30 +82,37 @@ class Strategy(Processes):
         return arguments.micro_train_batch_size * arguments.accumulated_gradient * self.world_size
 
     def config(self) -> dict:
-        """The DeepSpeed configuration that the flags describe."""
-        engine, optimizer = self.engine_arguments, self.optimizer_arguments
-        on_gpu = self.device.type != "cpu"
-        zero = {
-            "stage": engine.zero_stage,
-            "overlap_comm": on_gpu,
-            "contiguous_gradients": True,
-            "stage3_gather_16bit_weights_on_model_save": True,
-            "zero_hpz_partition_size": engine.zpg,
-        }
-        if engine.adam_offload and on_gpu:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        if engine.disable_trace_cache:
-            zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
-        return {
-            "train_micro_batch_size_per_gpu": optimizer.micro_train_batch_size,
-            "gradient_accumulation_steps": optimizer.accumulated_gradient,
-            "gradient_clipping": optimizer.max_norm,
-            "zero_optimization": zero,
-            "bf16": {"enabled": engine.bf16},
-            "data_types": {"grad_accum_dtype": engine.grad_accum_dtype},
-            "steps_per_print": 10**12,
-            "wall_clock_breakdown": False,
-        }
+        """The DeepSpeed configuration: what the flags describe, and the user's own file over it."""
+        return copy.deepcopy(self._config)
+
+    def _read_config(self) -> dict:
+        arguments, options = self.engine_arguments, {"on_gpu": self.device.type != "cpu"}
+        path = arguments.deepspeed_config
+        if path is None:
+            return engine_config(arguments, self.optimizer_arguments, **options)
+        overrides = self.main_first(lambda: read_overrides(path))
+        config = engine_config(
+            arguments, self.optimizer_arguments, world_size=self.world_size, overrides=overrides, **options
+        )
+        with self._explained():
+            DeepSpeedConfig(copy.deepcopy(config))
+        return config
+
+    @contextlib.contextmanager
+    def _explained(self):
+        """What DeepSpeed does not accept in a user's own configuration is one line; without one it is a fault here."""
+        try:
+            yield
+        except Exception as error:  # DeepSpeed raises whatever its parts raise, assertions among them
+            path = self.engine_arguments.deepspeed_config
+            if path is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            if isinstance(error, ValidationError):
+                found = error.errors()[0]
+                reason = f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
+            else:
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(f"--deepspeed_config {path} is refused by DeepSpeed ({reason}): correct it") from error
 
     def prepare(self, model: RewardModel, steps: int) -> None:
         """Wrap `model` in the engine: AdamW, cosine schedule to zero over `steps` optimizer steps with a warm-up."""
@@ -121,7 +134,8 @@ class Strategy(Processes):
         if temperature:  # decaying its logarithm would pull it towards 1
             parameters.append({"params": temperature, "weight_decay": 0.0})
         options = {"lr": arguments.learning_rate, "betas": (0.9, 0.95), "weight_decay": arguments.l2}
-        if engine.adam_offload and self.device.type != "cpu":
+        config = self.config()
+        if offloads_optimizer(config):
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles an operator when first used
 
             optimizer = DeepSpeedCPUAdam(parameters, **options)
@@ -129,9 +143,10 @@ class Strategy(Processes):
             optimizer = torch.optim.AdamW(parameters, fused=self.device.type != "cpu" or None, **options)
         warmup = int(-(-steps * arguments.warmup_ratio // 1))
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=schedule, config=self.config(), dist_init_required=False
-        )
+        with self._explained():
+            self.engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
+            )
         set_seed(self.optimizer_arguments.seed + self.rank)  # adapters were made alike everywhere; dropout is not
 
     @property
@@ -168,9 +183,14 @@ class Strategy(Processes):
         return float(self.engine.get_lr()[0])
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """All tensors of the model, whole, on the CPU of the main process; an empty dict on the others. Collective."""
-        state = {}
+        """What a saved model needs, whole, on the CPU of the main process; an empty dict on the others. Collective.
+
+        Of a model with adapters that is what was trained; the frozen base is neither gathered nor copied.
+        """
+        state, adapted = {}, hasattr(self.model.backbone, "peft_config")
         for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if adapted and not tensor.requires_grad:
+                continue
             partitioned = hasattr(tensor, "ds_id")
             with GatheredParameters([tensor], enabled=partitioned):
                 if self.is_main:

@@ -16,7 +16,7 @@ from general_preference.trainer.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
-TOTALS = ("loss", "regularizer", "tokens", "positions", "prompt_tokens", "prompts")
+TOTALS = ("loss", "regularizer", "tokens", "positions", "prompt_tokens", "prompts", "aux")
 SLOW = 10  # times the median makes a step worth a report
 RECENT = 100  # steps whose median is taken
 ENOUGH = 10  # steps before there is one: the first ones compile and warm up
@@ -26,7 +26,8 @@ ENOUGH = 10  # steps before there is one: the first ones compile and warm up
 class BatchLoss:
     """Losses of one micro-batch, per preference (M,): score, preference loss, regulariser or None; and their total.
 
-    total: scalar, the weighted sum that is backpropagated. temperature: (1,).
+    total: scalar, the weighted sum that is backpropagated. temperature: (1,). aux: scalar, the load-balancing loss
+    times the micro-batch's share of the step, or None.
     """
 
     score: torch.Tensor
@@ -34,6 +35,7 @@ class BatchLoss:
     regularizer: torch.Tensor | None
     total: torch.Tensor
     temperature: torch.Tensor
+    aux: torch.Tensor | None = None
 
 
 class Window:
@@ -80,6 +82,8 @@ class Window:
         self.totals[3] += batch.segments.numel()
         self.totals[4] += prompt_tokens
         self.totals[5] += prompts
+        if losses.aux is not None:
+            self.totals[6] += losses.aux.detach()
         self.losses.append((step, batch.ids, each.detach(), batch.owner))
         self.temperature = losses.temperature.detach()
 
@@ -94,6 +98,8 @@ class Window:
         metrics |= {f"train/{name}": summary[name] for name in ("accuracy", "ties", "probability", "margin")}
         if arguments.loss.add_pretrain_loss:
             metrics |= {"train/preference_loss": summary["loss"], "train/regularizer": total["regularizer"] / divisor}
+        if arguments.loss.aux_loss_coef:
+            metrics["train/aux_loss"] = total["aux"] / divisor
         if arguments.model.learnable_temperature:
             metrics["train/temperature"] = self.temperature.item()
         if self.prompt_length:

@@ -1,0 +1,86 @@
+"""LoRA adapters on a backbone, and backbones in 4 bits under them (QLoRA, arXiv 2305.14314). Only this needs peft."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from general_preference.errors import InputError
+from general_preference.models.model_files import ADAPTER_CONFIG, first_line, reason, resolve
+
+
+def add_lora(backbone, rank: int, alpha: int, target_modules, dropout: float, seed: int):
+    """New adapters on a causal LM whose own weights are frozen; the same values for the same seed on every process.
+
+    A backbone in 4 bits keeps the dtypes it was loaded with: norms that are raised to fp32, as peft's preparation for
+    4-bit training does, would be made bf16 again by the engine.
+
+    Raises:
+        InputError: peft is not installed, or the modules named are not there.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InputError("lora_rank > 0 needs the package peft: pip install peft") from error
+    backbone.enable_input_require_grads()
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules, lora_dropout=dropout, bias="none")
+    try:
+        with torch.random.fork_rng(devices=[]):  # how much was drawn so far differs where loading is partitioned
+            torch.manual_seed(seed)
+            return get_peft_model(backbone, lora)
+    except ValueError as error:
+        raise InputError(f"LoRA does not fit this model: {first_line(error)}") from error
+
+
+def load_adapter(model, path: str):
+    """The adapter at `path` on its base `model`, its weights trainable.
+
+    Raises:
+        InputError: peft is not installed, or the adapter's weights cannot be read.
+    """
+    weights = resolve(path, "adapter_model.safetensors")
+    if weights is None:
+        raise InputError(f"{path} has no adapter_model.safetensors: adapters in other formats are not loaded")
+    try:
+        from peft import PeftModel
+
+        folder = str(Path(weights).parent)  # of the hub's snapshot, if it came from there
+        return PeftModel.from_pretrained(model, folder, is_trainable=True, use_safetensors=True)
+    except ImportError as error:
+        raise InputError(f"{path} is a LoRA adapter and needs the package peft: pip install peft") from error
+    except (SafetensorError, KeyError, RuntimeError, OSError, ValueError) as error:
+        raise InputError(f"cannot load the adapter {path}: {reason(path, error)}") from error
+
+
+def merge_adapter(model) -> None:
+    """Fold the adapters of a preference model into its backbone, in place: W becomes W + alpha / rank * B A.
+
+    Raises:
+        InputError: the model has no adapter, or one on embeddings that are the LM head too, or the sum is not finite.
+    """
+    if not hasattr(model.backbone, "peft_config"):
+        raise InputError(f"this model has no adapter to fold in: there is no {ADAPTER_CONFIG}")
+    language_model = model.language_model
+    ends = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+    if model.config.tie_word_embeddings and any(hasattr(module, "base_layer") for module in ends):
+        raise InputError("the adapter changes embeddings that are the LM head as well: it cannot be folded into one")
+    try:
+        model.backbone = model.backbone.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise InputError(f"the adapter cannot be folded in: {first_line(error)}") from error
+
+
+def four_bit_options() -> dict:
+    """What `from_pretrained` takes to load a backbone in 4 bits: NF4 with double quantisation, computing in bf16.
+
+    Source: arXiv 2305.14314.
+    """
+    from transformers import BitsAndBytesConfig
+
+    options = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": options}

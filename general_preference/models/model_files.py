@@ -1,0 +1,155 @@
+"""What a model's folder or hub repository says, read without loading the model.
+
+A folder keeps the published tensor names (`model.*`, `lm_head.weight`, `value_head.weight`, `prompt_head.weight`) and a
+`preference` object in config.json. A LoRA run's folder holds the adapter, the heads and the same config.json. Only
+safetensors are read: no pickle is ever loaded from a model folder.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+from transformers.utils import cached_file
+
+from general_preference.errors import InputError
+from general_preference.models.preference_config import PreferenceConfig
+
+HEADS_FILE = "preference_heads.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+HEAD_NAMES = ("value_head.weight", "prompt_head.weight")
+
+
+def saved_preference(path: str, trust_remote_code: bool = False) -> PreferenceConfig | None:
+    """What the checkpoint at `path` says about its head; None for a plain language model."""
+    config = load_config(path, trust_remote_code)
+    if getattr(config, "preference", None) is not None:
+        return PreferenceConfig.from_dict(config.preference)
+    shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(path, HEAD_NAMES).items()}
+    if "value_head.weight" not in shapes:
+        return None
+    return PreferenceConfig.from_shapes(shapes["value_head.weight"], shapes.get("prompt_head.weight"))
+
+
+def trained_preference(
+    path: str, trust_remote_code: bool = False, temperature: float | None = None
+) -> PreferenceConfig:
+    """The head of a trained model; `temperature` is used where the checkpoint records none (published weights).
+
+    Raises:
+        InputError: no such model, a plain language model without heads, or another temperature is recorded.
+    """
+    preference = saved_preference(path, trust_remote_code)
+    if preference is None:
+        pickles = [name for name in PICKLES if resolve(path, name)]
+        if pickles:
+            raise InputError(
+                f"{path} holds its weights as pickle ({pickles[0]}), which is never loaded: convert it to safetensors"
+            )
+        raise InputError(
+            f"{path} has no value_head: it is a plain language model. Train it first, or pass a trained folder"
+        )
+    recorded = getattr(load_config(path, trust_remote_code), "preference", None) is not None
+    if recorded or temperature is None:
+        preference.check(str(path), temperature=temperature)
+        return preference
+    return dataclasses.replace(preference, temperature=temperature)
+
+
+def load_config(path: str, trust_remote_code: bool = False):
+    """The transformers configuration of a folder or hub name; InputError with the reason if there is none."""
+    folder = Path(path)
+    if folder.is_file():
+        raise InputError(f"{path} is a file: a model is a folder (config.json, *.safetensors) or a hub name")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"{path} is not a model folder: it has no config.json")
+    if not folder.exists() and (folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1):
+        raise InputError(f"model folder {path} does not exist: check the path")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a wrong value raises whatever the architecture's own checks raise
+        raise InputError(f"cannot read the model configuration of {path}: {first_line(error)}") from error
+
+
+def checkpoint_identity(path: str) -> list:
+    """What changes when the checkpoint at `path` does: names, sizes and times of its files, or its hub snapshot.
+
+    Of an adapter, also what changes when its base model does.
+    """
+    base = adapter_base(path)
+    of_base = checkpoint_identity(base) if base else []
+    if not Path(path).is_dir():
+        return [resolve(path, "config.json"), of_base]
+    written = {"arguments.json", "data_summary.json", "eval_metrics.json"}  # by training, beside the model
+    suffixes = (".json", ".safetensors", ".jinja", ".model", ".py")
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in suffixes and file.name not in written)
+    return [[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files], of_base]
+
+
+def adapter_base(path: str) -> str | None:
+    """Folder or hub name of the model under the adapter at `path`; None if `path` holds no adapter.
+
+    Raises:
+        InputError: an adapter that does not say.
+    """
+    file = resolve(path, ADAPTER_CONFIG)
+    if file is None:
+        return None
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: {ADAPTER_CONFIG} does not name the base model ({first_line(error)})") from error
+
+
+def read_tensors(path: str, names) -> dict[str, torch.Tensor]:
+    """The named tensors of a checkpoint that are there, read without touching the others."""
+    try:
+        files = _files_of(path, names)
+        found = {}
+        for name, file in files.items():
+            with safe_open(file, framework="pt") as tensors:
+                if name in tensors.keys():  # noqa: SIM118 (a file handle, not a dict)
+                    found[name] = tensors.get_tensor(name)
+        return found
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read the weights of {path}: {reason(path, error)}") from error
+
+
+def _files_of(path: str, names) -> dict[str, str]:
+    """Which file holds each of the named tensors, as far as the checkpoint says."""
+    heads = resolve(path, HEADS_FILE)
+    if heads is not None:
+        return dict.fromkeys(names, heads)
+    index = resolve(path, "model.safetensors.index.json")
+    if index is not None:
+        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        return {name: resolve(path, weight_map[name]) for name in names if name in weight_map}
+    single = resolve(path, "model.safetensors")
+    return {} if single is None else dict.fromkeys(names, single)
+
+
+def resolve(path: str, file: str) -> str | None:
+    """Local path of one file of a model folder or hub repository, None if it has no such file."""
+    if Path(path).is_dir():
+        return str(Path(path) / file) if (Path(path) / file).is_file() else None
+    return cached_file(path, file, _raise_exceptions_for_missing_entries=False)
+
+
+def reason(path: str, error: Exception) -> str:
+    """Why weights could not be loaded: the damaged file, if there is one, else what the library says."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as damage:
+            return f"{file.name} is damaged or cut short ({first_line(damage)})"
+    return first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
