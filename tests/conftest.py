@@ -76,6 +76,11 @@ FAMILIES = {
 MAIN_FAMILIES = ("llama", "gemma", "qwen2", "gpt2")
 
 
+def pytest_collection_modifyitems(items):
+    """The long files first, so that none of them is left over for one worker alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level tokenizer with a chat template, BOS, end and pad tokens."""

@@ -77,6 +77,11 @@ def test_agreeing_values_and_autos_are_taken(tmp_path):
         ({"bf16": {"enabled": False}}, "--bf16", r"enabled = false, but --bf16 is true"),
         ({"zero_optimization": {"zero_hpz_partition_size": 4}}, "--zero_stage 3 --zpg 2", r"= 4, but --zpg is 2"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "--grad_accum_dtype fp32", r'"bf16", but --grad_accum_dtype'),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "",
+            "offload_optimizer.device = nvme, which checkpoints do not reach",
+        ),
         ({"fp16": {"enabled": True}}, "", r"fp16.enabled = true, but this trains in fp32 or with --bf16"),
         ({"torch_autocast": {"enabled": True}}, "", r"torch_autocast.enabled = true"),
         ({"optimizer": {"type": "Lion"}}, "", r"'optimizer', but AdamW is made from --learning_rate and --l2: remove"),

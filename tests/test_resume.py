@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -17,7 +18,6 @@ from tests.conftest import random_comparisons
 from tests.test_training import GPM, ROOT, SCRIPT, environment, launch, run_cases
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
-STAGES = (0, 1, 2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,15 @@ def moved(model_folder, tmp_path_factory):
         assert done.returncode == 0, done.stderr[-3000:]
         return torch.load(output)
 
-    def saved(world: int) -> list[dict]:
-        runs = [
-            {"name": f"{world}/{stage}", "folder": str(base / f"on{world}_{stage}"), "stage": stage} for stage in STAGES
+    def saved(world: int, *kinds) -> list[dict]:
+        return [
+            {"name": f"{world}/{kind}", "folder": str(base / f"on{world}_{kind}"), **divided(kind)} for kind in kinds
         ]
-        lora = {"name": f"{world}/lora", "folder": str(base / f"on{world}_lora"), "stage": 3, "flags": LORA}
-        return [*runs, lora]
 
-    def loaded(world: int, pairs: list) -> list[dict]:
+    def divided(kind) -> dict:
+        return {"stage": 3, "flags": LORA} if kind == "lora" else {"stage": kind, "flags": []}
+
+    def loaded(world: int, *pairs) -> list[dict]:
         runs = []
         for writer, stage in pairs:
             kind = LORA if "lora" in writer else []
@@ -54,17 +55,23 @@ def moved(model_folder, tmp_path_factory):
             runs[-1]["persistence"] = 100 if writer.startswith("1") else 0  # ZeRO 3 keeps smaller tensors whole
         return runs
 
-    results = job(2, saved(2), [])
-    results |= job(1, saved(1), loaded(1, [("2/3", 2), ("2/2", 3), ("2/1", 0), ("2/lora", 2), ("1/0", 3), ("1/2", 2)]))
-    results |= job(2, [], loaded(2, [("1/2", 3), ("1/3", 2), ("1/0", 2), ("2/2", 3), ("2/2", 2), ("1/lora", 3)]))
+    results = job(2, saved(2, 2, 3), [])
+    results |= job(1, saved(1, 0, 2, "lora"), loaded(1, ("2/3", 2), ("2/2", 0), ("1/0", 3), ("1/2", 2)))
+    results |= job(2, [], loaded(2, ("1/2", 3), ("1/0", 1), ("2/3", 3), ("1/lora", 2)))
     return results
 
 
 LORA = ["--lora_rank", "2", "--lora_dropout", "0.1"]
 MOVES = [
-    "2/3 -> 1/2", "2/2 -> 1/3", "2/1 -> 1/0", "2/lora -> 1/2", "1/0 -> 1/3", "1/2 -> 1/2",
-    "1/2 -> 2/3", "1/3 -> 2/2", "1/0 -> 2/2", "2/2 -> 2/3", "2/2 -> 2/2", "1/lora -> 2/3",
-]  # fmt: skip
+    "2/3 -> 1/2",
+    "2/2 -> 1/0",
+    "1/0 -> 1/3",
+    "1/2 -> 1/2",
+    "1/2 -> 2/3",
+    "1/0 -> 2/1",
+    "2/3 -> 2/3",
+    "1/lora -> 2/2",
+]
 
 
 @pytest.mark.parametrize("move", MOVES)
@@ -193,7 +200,9 @@ def test_the_newest_whole_checkpoint_is_found(continued, whole, case):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_that_can_be_continued(model_folder, tmp_path, number):
     """It comes between two log lines; the continued run logs what the uninterrupted one would have logged."""
-    flags = [*short_run(model_folder("llama")), "--max_epochs", "20", "--eval_steps", "40", "--logging_steps", "7"]
+    flags = [*short_run(model_folder("llama")), "--max_epochs", "8", "--eval_steps", "20", "--logging_steps", "7"]
+    if number == signal.SIGINT:
+        flags += ["--save_minutes", "0.0001"]
     log = (tmp_path / "log").open("w+")
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *flags, "--save_path", str(tmp_path / "run")],
@@ -209,11 +218,14 @@ def test_a_signal_ends_a_run_that_can_be_continued(model_folder, tmp_path, numbe
     assert "saved at step" in said and "Traceback" not in said
     step = int((tmp_path / "run" / "checkpoint" / "latest").read_text().strip().removeprefix("step_"))
     if number == signal.SIGINT:
+        assert len(list((tmp_path / "run" / "checkpoint").glob("step_*"))) == 5, (
+            "--save_minutes wrote more than the last"
+        )
         return
     done = launch(1, SCRIPT, *flags, "--save_path", str(tmp_path / "run"), "--load_checkpoint")
     assert done.returncode == 0 and f"continuing from {tmp_path / 'run'}/checkpoint/step_{step}" in done.stderr
     found = [row["step"] for row in rows(tmp_path / "run") if "train/loss" in row]
-    assert found == [*range(7, 120, 7), 120]
+    assert found == [*range(7, 48, 7), 48]
     logged = next(row for row in rows(tmp_path / "run") if row["step"] == -(-step // 7) * 7)
     assert 0 < logged["train/loss"] < 20
 
@@ -237,3 +249,26 @@ def test_a_disk_that_refuses_a_checkpoint_leaves_the_last_one(whole, model_folde
     assert f"cannot write {folder / 'checkpoint'}: " in errors[0] and "are needed" in errors[0], errors
     assert (folder / "checkpoint" / "step_4" / WEIGHTS).read_bytes() == before
     assert not list((folder / "checkpoint").glob(".writing*")) and not (folder / "checkpoint" / "step_6").exists()
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_takes_the_other_with_it(model_folder, tmp_path, lost):
+    """SIGKILL to one of two: the launcher ends, non-zero, within a minute, and names the process; no hang."""
+    flags = [*short_run(model_folder("llama")), "--max_epochs", "500", "--eval_steps", "5000", "--logging_steps", "1"]
+    log = (tmp_path / "log").open("w+")
+    command = [sys.executable, str(ROOT / "scripts" / "launch_node.py"), "--nproc", "2", SCRIPT, *flags]
+    launcher = subprocess.Popen(
+        [*command, "--micro_train_batch_size", "1", "--save_path", str(tmp_path / "run")],
+        env=environment(), cwd=ROOT, stdout=log, stderr=log,
+    )  # fmt: skip
+    while launcher.poll() is None and not read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        time.sleep(0.05)
+    children = sorted(psutil.Process(launcher.pid).children(), key=lambda child: child.pid)
+    ranks = {int(child.environ()["RANK"]): child for child in children}
+    ranks[lost].kill()
+    began = time.monotonic()
+    assert launcher.wait(timeout=60) == 128 + signal.SIGKILL
+    assert time.monotonic() - began < 60
+    log.seek(0)
+    assert f"process {lost} ended with exit code 137" in log.read()
+    assert not any(child.is_running() for child in children)

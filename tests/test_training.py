@@ -142,20 +142,43 @@ def test_the_saved_model_scores_as_it_was_evaluated(finished, base):
     assert score.double().mean().item() == pytest.approx(reported["margin"], abs=1e-6)
 
 
-def test_two_processes_and_zero3_learn_the_same(finished, base, tmp_path):
-    flags = ["--zero_stage", "3", "--accumulated_gradient", "1", "--add_pretrain_loss", "--save_best_model", "1"]
-    train(base, tmp_path / "two", *flags, processes=2)
+@pytest.fixture(scope="module")
+def partitioned(base, tmp_path_factory):
+    """The same run on two processes under ZeRO 3, evaluated after every step, of which the two best models are kept."""
+    folder = tmp_path_factory.mktemp("two") / "model"
+    flags = ["--zero_stage", "3", "--accumulated_gradient", "1", "--add_pretrain_loss", "--save_best_model", "2"]
+    train(base, folder, *flags, "--eval_steps", "1", processes=2)
+    return folder
+
+
+def test_two_processes_and_zero3_learn_the_same(finished, partitioned):
     first, second = (
         [row["train/loss"] for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row]
-        for folder in (finished[0], tmp_path / "two")
+        for folder in (finished[0], partitioned)
     )
     assert second == pytest.approx(first, rel=1e-3)
-    one, two = (json.loads((folder / "eval_metrics.json").read_text()) for folder in (finished[0], tmp_path / "two"))
+    one, two = (json.loads((folder / "eval_metrics.json").read_text()) for folder in (finished[0], partitioned))
     assert two["cyclic"]["loss"] == pytest.approx(one["cyclic"]["loss"], rel=1e-2)
-    loaded = RewardModel.from_pretrained(str(tmp_path / "two")).state_dict()
+    loaded = RewardModel.from_pretrained(str(partitioned)).state_dict()
     expected = RewardModel.from_pretrained(str(finished[0])).state_dict()
     assert all(loaded[name].shape == expected[name].shape for name in expected)
-    assert len(list((tmp_path / "two" / "best").glob("step_*"))) == 1
+
+
+def test_the_best_of_all_evaluations_stay_under_zero3(partitioned):
+    losses = []
+    for row in read_metrics(partitioned / "metrics.jsonl"):
+        sets = [key.split("/")[1] for key in row if key.startswith("eval/") and key.endswith("/n")]
+        if sets:
+            counts = [row[f"eval/{name}/n"] for name in sets]
+            total = sum(row[f"eval/{name}/loss"] * count for name, count in zip(sets, counts, strict=True))
+            losses.append((total / sum(counts), f"step_{row['step']}"))
+    assert len(losses) == 6
+    best = json.loads((partitioned / "best" / "best.json").read_text())
+    assert [(entry["loss"], entry["model"]) for entry in best] == sorted(losses)[:2]
+    kept = {path.name for path in (partitioned / "best").glob("step_*")}
+    assert kept == {name for _, name in sorted(losses)[:2]}
+    weights = [RewardModel.from_pretrained(str(partitioned / "best" / name)).value_head.weight for name in sorted(kept)]
+    assert not torch.equal(*weights), "two different models"
 
 
 def test_a_killed_run_continues_where_it_was(finished, base, tmp_path):

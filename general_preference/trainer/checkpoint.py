@@ -9,6 +9,7 @@ checkpoint, says why, and takes the newest that is whole. `latest` itself may be
 import json
 import logging
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from general_preference.trainer.strategy import Strategy
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+SHOWN_WITHIN = 60  # seconds in which a network file system shows what another node has written
 
 
 @dataclass
@@ -106,13 +108,7 @@ class CheckpointStore:
         temporary.mkdir(parents=True)
 
     def _finish(self, temporary: Path, state: RunState, entries: dict[str, dict]) -> None:
-        for name, entry in entries.items():
-            file = temporary / name
-            if not file.is_file() or file.stat().st_size != entry["bytes"]:
-                raise InputError(
-                    f"checkpoint file {file} was written by another process, but is not visible here: "
-                    "put --ckpt_path (or --save_path) on a disk that all nodes share"
-                )
+        _wait_until_visible(temporary, entries)
         content = {"format": 1, "state": vars(state), "files": entries}
         text = json.dumps(content | {"xxh3_128": _digest(content)}, indent=1)
         replace_text(temporary / MANIFEST, text)
@@ -170,6 +166,20 @@ class CheckpointStore:
             total += folder_bytes(path)
             if number > 1 and (number > self.max_number or total > self.max_bytes):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _wait_until_visible(folder: Path, entries: dict[str, dict]) -> None:
+    """Return once all processes' files are there; InputError if they never are: a disk that is not shared."""
+    deadline = time.monotonic() + SHOWN_WITHIN
+    for name, entry in entries.items():
+        file = folder / name
+        while not file.is_file() or file.stat().st_size != entry["bytes"]:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"{file}, which another process wrote, is not visible on the first node: "
+                    "put --ckpt_path (or --save_path) on a disk that all nodes share"
+                )
+            time.sleep(0.5)
 
 
 def _step_of(folder: Path) -> int:

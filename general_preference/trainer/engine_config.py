@@ -123,6 +123,9 @@ def _check(engine: EngineArguments, optimizer: OptimizerArguments, world_size: i
         found = _at(overrides, name)
         if found is not None and found != value:
             raise _refused(path, f"says {name} = {json.dumps(found)}, but {flag} is {json.dumps(value)}: change one")
+    for name in ("offload_optimizer", "offload_param"):
+        if _at(overrides, f"zero_optimization.{name}.device") == "nvme":
+            raise _refused(path, f"says {name}.device = nvme, which checkpoints do not reach: use cpu")
     for name in _PRECISIONS:
         if _at(overrides, name):
             raise _refused(path, f"says {name} = true, but this trains in fp32 or with --bf16: remove it")

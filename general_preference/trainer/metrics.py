@@ -25,15 +25,24 @@ class MetricsLogger:
     """Appends to metrics.jsonl in the run's folder, and mirrors to wandb. Made on the main process only."""
 
     def __init__(
-        self, folder: Path, output: OutputArguments, config: dict, resume_step: int = 0, wandb_id: str | None = None
+        self,
+        folder: Path,
+        output: OutputArguments,
+        config: dict,
+        resume_step: int = 0,
+        evaluated: int = 0,
+        wandb_id: str | None = None,
     ):
         """Start the file anew, or, when a run continues after `resume_step`, keep its lines up to that step.
 
         Args:
+            evaluated: the last step whose evaluation the continued run counts as done.
             wandb_id: the wandb run to continue.
         """
         self.path = folder / METRICS_FILE
-        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if resume_step else []
+        last = {True: min(evaluated, resume_step), False: resume_step}
+        rows = read_metrics(self.path) if resume_step else []
+        kept = [row for row in rows if row["step"] <= last[any(key.startswith("eval/") for key in row)]]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         temporary.replace(self.path)

@@ -321,7 +321,8 @@ class RewardTrainer:
     def _metrics_logger(self) -> MetricsLogger | None:
         def make() -> MetricsLogger:
             flags = self.arguments.to_dict()
-            return MetricsLogger(self.folder, self.arguments.output, flags, self.state.step, self.state.wandb_id)
+            state = self.state
+            return MetricsLogger(self.folder, self.arguments.output, flags, state.step, state.evaluated, state.wandb_id)
 
         logger = self.strategy.main_first(make, main_only=True)
         self.state.wandb_id = self.strategy.from_main(None if logger is None else logger.wandb_id)
