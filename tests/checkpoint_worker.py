@@ -15,6 +15,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 from general_preference.models.pretrained import get_reward_model
+from general_preference.trainer import strategy as strategy_module
 from general_preference.trainer.arguments import parse_arguments
 from general_preference.trainer.reward_trainer import RewardTrainer
 from general_preference.trainer.shares import FIELDS
@@ -24,6 +25,7 @@ from general_preference.trainer.zero_layout import own_share
 from scripts.train_rm_general_preference import make_tokenizer
 
 GLOBAL_BATCH = 4
+strategy_module.has_fast_bf16 = lambda device: True  # slow here, but tiny
 
 
 def make_trainer(job: dict, run: dict, load: bool) -> RewardTrainer:
@@ -38,8 +40,8 @@ def make_trainer(job: dict, run: dict, load: bool) -> RewardTrainer:
     config["zero_optimization"]["stage3_param_persistence_threshold"] = run.get("persistence", 0)
     strategy.config = lambda: config
     model = get_reward_model(
-        job["pretrain"], bf16=False, preference=arguments.model.preference(None), seed=7, ds_config=config,
-        lora_rank=arguments.model.lora_rank, lora_alpha=32,
+        job["pretrain"], bf16=arguments.engine.bf16, preference=arguments.model.preference(None), seed=7,
+        ds_config=config, lora_rank=arguments.model.lora_rank, lora_alpha=32,
     )  # fmt: skip
     model.freeze_unused(language_model_head=False)
     table = datasets.Dataset.from_list(job["comparisons"])

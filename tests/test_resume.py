@@ -44,34 +44,35 @@ def moved(model_folder, tmp_path_factory):
         ]
 
     def divided(kind) -> dict:
-        return {"stage": 3, "flags": LORA} if kind == "lora" else {"stage": kind, "flags": []}
+        stage, _, more = str(kind).partition("_")
+        return {"stage": int(stage), "flags": {"": [], "lora": LORA, "bf16": ["--bf16"]}[more]}
 
     def loaded(world: int, *pairs) -> list[dict]:
         runs = []
         for writer, stage in pairs:
-            kind = LORA if "lora" in writer else []
             folder = str(base / f"on{writer.replace('/', '_')}")
-            runs.append({"name": f"{writer} -> {world}/{stage}", "folder": folder, "stage": stage, "flags": kind})
+            run = divided(writer[2:]) | {"stage": stage}
+            runs.append({"name": f"{writer} -> {world}/{stage}", "folder": folder, **run})
             runs[-1]["persistence"] = 100 if writer.startswith("1") else 0  # ZeRO 3 keeps smaller tensors whole
         return runs
 
     results = job(2, saved(2, 2, 3), [])
-    results |= job(1, saved(1, 0, 2, "lora"), loaded(1, ("2/3", 2), ("2/2", 0), ("1/0", 3), ("1/2", 2)))
-    results |= job(2, [], loaded(2, ("1/2", 3), ("1/0", 1), ("2/3", 3), ("1/lora", 2)))
+    results |= job(1, saved(1, 0, 2, "3_lora", "0_bf16", "3_bf16"), loaded(1, *pairs_of(1)))
+    results |= job(2, [], loaded(2, *pairs_of(2)))
     return results
 
 
 LORA = ["--lora_rank", "2", "--lora_dropout", "0.1"]
 MOVES = [
-    "2/3 -> 1/2",
-    "2/2 -> 1/0",
-    "1/0 -> 1/3",
-    "1/2 -> 1/2",
-    "1/2 -> 2/3",
-    "1/0 -> 2/1",
-    "2/3 -> 2/3",
-    "1/lora -> 2/2",
-]
+    "2/3 -> 1/2", "2/2 -> 1/0", "1/0 -> 1/3", "1/2 -> 1/2", "1/0_bf16 -> 1/3", "1/3_bf16 -> 1/2",
+    "1/2 -> 2/3", "1/0 -> 2/1", "2/3 -> 2/3", "1/3_lora -> 2/2",
+]  # fmt: skip
+
+
+def pairs_of(world: int) -> list[tuple[str, int]]:
+    """(writer, reading ZeRO stage) of the moves to `world` processes."""
+    moves = (move.split(" -> ") for move in MOVES)
+    return [(writer, int(reader[2:])) for writer, reader in moves if reader.startswith(f"{world}/")]
 
 
 @pytest.mark.parametrize("move", MOVES)

@@ -29,7 +29,7 @@ from general_preference.trainer.checkpoint import CheckpointStore, RunState
 from general_preference.trainer.metrics import METRICS_FILE, MetricsLogger, read_metrics
 from general_preference.trainer.pictures import EmbeddedCycle, draw_cycles, draw_training_curves, embedded_cycle
 from general_preference.trainer.publishing import BestModels, publish_model
-from general_preference.trainer.stopping import StopRequests
+from general_preference.trainer.stopping import StopRequests, outlive_signals
 from general_preference.trainer.strategy import Strategy
 from general_preference.trainer.window import BatchLoss, StepClock, Window
 
@@ -339,6 +339,7 @@ class RewardTrainer:
             batch_sampler=batches,
             collate_fn=collator or self.collator,
             num_workers=2 if on_gpu else 0,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator(),  # not the global one, whose draws belong to dropout
             pin_memory=on_gpu,
         )

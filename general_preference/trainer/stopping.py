@@ -56,3 +56,20 @@ class StopRequests:
     def saved(self) -> None:
         """A checkpoint was written now."""
         self.saved_at = time.monotonic()
+
+
+def outlive_signals(_worker: int = 0) -> None:
+    """For the processes that a DataLoader starts: end when their parent ends them, not by signals meant for the run.
+
+    A terminal's Ctrl-C and Slurm's signals reach every process; a worker that ended by them would fail the step that is
+    still to be finished.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()

@@ -128,6 +128,7 @@ class Strategy(Processes):
             )
         if engine.torch_compile:
             compile_layers(model.language_model)
+        self._match_partitioned(model)
         learnt = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         temperature = [parameter for name, parameter in learnt if name.startswith("temperature.")]
         parameters = [{"params": [parameter for name, parameter in learnt if not name.startswith("temperature.")]}]
@@ -147,7 +148,21 @@ class Strategy(Processes):
             self.engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
             )
+        if engine.zero_stage == 0 and engine.bf16:
+            optimizer.state.clear()  # DeepSpeed takes an empty step to fill it, which Adam would count
         set_seed(self.optimizer_arguments.seed + self.rank)  # adapters were made alike everywhere; dropout is not
+
+    def _match_partitioned(self, model: RewardModel) -> None:
+        """Where ZeRO 3 loaded the backbone in parts, give heads and adapters its dtype and device.
+
+        DeepSpeed takes a model with partitioned tensors to be ready as it is, and refuses two dtypes among them.
+        """
+        weights = list(model.parameters())
+        if any(hasattr(weight, "ds_id") for weight in weights):
+            dtype = torch.bfloat16 if self.engine_arguments.bf16 else torch.float32
+            for weight in weights:
+                if not hasattr(weight, "ds_id") and weight.is_floating_point():
+                    weight.data = weight.data.to(self.device, dtype)
 
     @property
     def model(self) -> RewardModel:

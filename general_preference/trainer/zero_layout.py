@@ -1,8 +1,8 @@
 """Where DeepSpeed keeps a process's weights and Adam states: the one place that looks inside its engine.
 
-Three layouts: without ZeRO every process has every parameter; under ZeRO 1 and 2 (and its bf16 optimizer) all
-parameters of a group lie end to end and are cut into one stretch per process; under ZeRO 3 every parameter is cut by
-itself. For strategy.py alone.
+Three layouts: without ZeRO every process has every parameter (and in bf16 an fp32 copy of it); under ZeRO 1 and 2 (and
+the bf16 optimizer) all parameters of a group lie end to end and are cut into one stretch per process; under ZeRO 3
+every parameter is cut by itself. For strategy.py alone.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,8 @@ def own_share(engine, rank: int, step: int | None = None) -> Share:
         flats = [group["params"][0] for group in base.param_groups]
         pieces = [_fragment(name, weight) for name, weight in learnt.items() if weight._hp_mapping is not None]
     elif rank == 0 or step is not None:
-        flats = list(learnt.values())
+        copies = _fp32_copies(zero)
+        flats = [copies.get(weight, weight) for weight in learnt.values()]
         pieces = [
             Piece(name, tuple(weight.shape), 0, weight.numel(), number, 0)
             for number, (name, weight) in enumerate(learnt.items())
@@ -54,10 +55,18 @@ def filling(engine, rank: int, step: int) -> Iterator[Share]:
         zero.checkpoint_event_epilogue()
     elif hasattr(zero, "update_lp_params"):
         zero.update_lp_params()
+    for weight, copy in _fp32_copies(zero).items():
+        weight.data.copy_(copy.data)
 
 
 def _by_parameter(engine) -> bool:
     return hasattr(engine.optimizer, "fp32_partitioned_groups_flat")
+
+
+def _fp32_copies(zero) -> dict[torch.Tensor, torch.Tensor]:
+    """{parameter: its fp32 copy} of the optimizer that trains in bf16 without ZeRO; empty for any other."""
+    groups = zip(getattr(zero, "fp16_groups", []), getattr(zero, "fp32_groups", []), strict=False)
+    return {weight: copy for weights, copies in groups for weight, copy in zip(weights, copies, strict=True)}
 
 
 def _part(name: str, weight, rank: int, flat: int, offset: int, size: int) -> Piece:

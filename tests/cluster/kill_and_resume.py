@@ -37,7 +37,7 @@ def command(model: Path, folder: Path, processes: int) -> list[str]:
     return [
         *start, str(ROOT / "scripts" / "train_rm_general_preference.py"), "--pretrain", str(model),
         "--dataset", f"{data}/cyclic/train.jsonl,{data}/transitive/train.jsonl", "--max_samples", "160",
-        "--train_split_ratio", "0.9", "--max_len", "256", "--learning_rate", "1e-3", "--max_epochs", "10",
+        "--train_split_ratio", "0.9", "--max_len", "256", "--learning_rate", "1e-3", "--max_epochs", "14",
         "--micro_train_batch_size", str(4 // processes), "--accumulated_gradient", "2", "--is_general_preference",
         "--value_head_dim", "4", "--add_prompt_head", "--lora_rank", "4", "--lora_dropout", "0.1",
         "--logging_steps", "3", "--eval_steps", "10", "--save_best_model", "2", "--zero_stage", "2",
