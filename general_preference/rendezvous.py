@@ -189,8 +189,10 @@ def agree(store: dist.Store, rank: int, world_size: int, deadline: float, where:
         )
     elif store.add(f"rank/{rank}", 1) > 1:
         problem = f"two processes at {where} have rank {rank}: does every node have a NODE_RANK of its own?"
-    if store.add("arrived", 1) == world_size or problem:
-        store.compare_set("verdict", "", problem or "fine")
+    if problem:  # before it is counted: who comes last must not find everything fine
+        store.compare_set("verdict", "", problem)
+    if store.add("arrived", 1) == world_size:
+        store.compare_set("verdict", "", "fine")
     pause = 0.01
     while not store.check(["verdict"]):
         if time.monotonic() > deadline:
