@@ -23,6 +23,7 @@ setup(
         "safetensors",
         "datasets>=4",
         "scipy",
+        "xxhash",
         "tqdm",
     ],
     extras_require={

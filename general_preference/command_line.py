@@ -1,12 +1,16 @@
 """What the command-line scripts share: flags from dataclasses, quiet logs, tables, and errors as exit codes."""
 
+import argparse
 import contextlib
+import functools
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import field
+from typing import NoReturn
 
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
@@ -29,14 +33,20 @@ def flag(default, text: str, **metadata):
 def parse_flags(groups: tuple[type, ...], argv: list[str] | None, description: str) -> list:
     """One filled dataclass per group. Unknown flags and values of the wrong type exit with code 2, as argparse does."""
     parser = HfArgumentParser(groups, allow_abbrev=False, description=description)
+    parser.error = functools.partial(_refuse, parser)
     for action in parser._actions:
         if action.type is string_to_bool:  # also where the default is None a bare flag means true
             action.nargs, action.const = "?", True
     argv = sys.argv[1:] if argv is None else argv
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        parser.error(f"unknown flags: {' '.join(unknown)} (--help lists all)")
+        parser.error(f"unknown flags: {' '.join(unknown)}")
     return parsed
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """One line, from the main process; argparse itself would print the usage, a page long, before it."""
+    parser.exit(2, f"error: {message} (--help lists all flags)\n" if is_main_process() else None)
 
 
 def exit_code(work: Callable[[], None], kept: str) -> int:
@@ -67,7 +77,10 @@ def exit_code(work: Callable[[], None], kept: str) -> int:
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """SIGTERM raises `Stopped` where it arrives, as SIGINT raises KeyboardInterrupt; only in the main thread."""
+    """SIGTERM raises `Stopped` where it arrives, as SIGINT raises KeyboardInterrupt; only in the main thread.
+
+    Of several processes each just ends: one that waits for another in a collective would never come to raise anything.
+    """
 
     def stop(number, _frame):
         raise Stopped(number)
@@ -75,7 +88,9 @@ def signals_raise() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop), signal.signal(signal.SIGINT, signal.default_int_handler)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    handlers = (stop, signal.default_int_handler) if alone else (signal.SIG_DFL, signal.SIG_DFL)
+    before = signal.signal(signal.SIGTERM, handlers[0]), signal.signal(signal.SIGINT, handlers[1])
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ writes a large file. So a process that hangs is not noticed here, only one that 
 import contextlib
 import logging
 import os
+import secrets
 import selectors
 import socket
 import struct
@@ -36,15 +37,19 @@ class Heartbeat:
         listening = None
         if processes.is_main:
             listening = socket.create_server(("", 0), backlog=processes.world_size + 8)
-        port = processes.from_main(listening and listening.getsockname()[1])
+        port, token = processes.from_main((listening and listening.getsockname()[1], secrets.token_bytes(16)))
         connected = True
         if listening is None:
-            connected = self._connect(os.environ["MASTER_ADDR"], port)
+            connected = self._connect(os.environ["MASTER_ADDR"], port, token)
         others = [rank for rank, here in enumerate(processes.gather_objects(connected)) if here and rank]
         if listening is not None:
             while len(self.peers) < len(others):
                 peer, _ = listening.accept()
-                self.peers[keep_alive(peer)] = struct.unpack("!i", peer.recv(4, socket.MSG_WAITALL))[0]
+                rank = greeted(peer, token)
+                if rank is None:  # a port scanner, say
+                    peer.close()
+                else:
+                    self.peers[keep_alive(peer)] = rank
             listening.close()
             if len(others) < processes.world_size - 1:
                 logger.warning(
@@ -53,11 +58,11 @@ class Heartbeat:
                 )  # fmt: skip
         threading.Thread(target=self._watch, name="heartbeat", daemon=True).start()
 
-    def _connect(self, address: str, port: int) -> bool:
+    def _connect(self, address: str, port: int, token: bytes) -> bool:
         try:
             peer = keep_alive(socket.create_connection((address, port), timeout=EVERY))
             peer.settimeout(None)
-            peer.sendall(struct.pack("!i", self.rank))
+            peer.sendall(token + struct.pack("!i", self.rank))
         except OSError:
             return False
         self.peers[peer] = 0
@@ -101,6 +106,18 @@ class Heartbeat:
             with contextlib.suppress(OSError):
                 peer.sendall(BYE)
                 peer.shutdown(socket.SHUT_WR)
+
+
+def greeted(peer: socket.socket, token: bytes) -> int | None:
+    """The rank of a process of this run that has just connected; None of anybody else, within a few seconds."""
+    peer.settimeout(EVERY)
+    try:
+        greeting = peer.recv(len(token) + 4, socket.MSG_WAITALL)
+    except OSError:
+        return None
+    peer.settimeout(None)
+    known = len(greeting) == len(token) + 4 and secrets.compare_digest(greeting[: len(token)], token)
+    return struct.unpack("!i", greeting[len(token) :])[0] if known else None
 
 
 def keep_alive(connection: socket.socket) -> socket.socket:

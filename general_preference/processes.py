@@ -60,16 +60,19 @@ class Processes:
         return result if goes_first else follows
 
     def _together(self, work: Callable[[], Any] | None) -> Any:
-        """Run `work` where there is some; an InputError of any process is raised on all of them."""
+        """Run `work` where there is some; an InputError or an error of the disk on any process is raised on all."""
         result, problem = None, None
         if work is not None:
             try:
                 result = work()
             except InputError as error:
-                problem = str(error)
+                problem = (InputError, str(error), ())
+            except (OSError, SafetensorError) as error:
+                problem = (RunError, str(error).splitlines()[0], (True,))
         for found in self.gather_objects(problem):
             if found is not None:
-                raise InputError(found)
+                kind, message, more = found
+                raise kind(message, *more)
         return result
 
     def write(self, folder: Path, needed: int, work: Callable[[], Any], main_only: bool = False) -> Any:

@@ -49,6 +49,9 @@ def join(backend: str, timeout: float, join_timeout: float) -> None:
         interface = interface_towards(address)
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
+    # Groups that libraries make of this one take these, whatever the timeout of this one.
+    dist.distributed_c10d.default_pg_timeout = timedelta(seconds=timeout)
+    dist.distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout)
     try:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
@@ -85,6 +88,8 @@ def find_place() -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         if not environment[name].isdecimal():
             raise InputError(f"{name}={environment[name]} is no number")
+    if int(environment["MASTER_PORT"]) > 65535:
+        raise InputError(f"MASTER_PORT={environment['MASTER_PORT']} is no port: use 1024 to 65535")
     if int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
         raise InputError(f"RANK={environment['RANK']} is not below WORLD_SIZE={environment['WORLD_SIZE']}")
 
@@ -101,6 +106,7 @@ def slurm_place(environment: dict[str, str]) -> dict[str, str]:
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
     one_device_each = re.fullmatch(r"[^,]+", environment.get("CUDA_VISIBLE_DEVICES", ""))  # srun --gpus-per-task=1
     return {
+        "PLACED_BY": "slurm",
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": tasks,
         "LOCAL_RANK": "0" if one_device_each else environment["SLURM_LOCALID"],
@@ -114,6 +120,11 @@ def first_host(nodelist: str) -> str:
     """First host of a Slurm list: "node[003-006,9],other" is "node003"."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist).group()
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def placed_by_slurm() -> bool:
+    """Whether the processes are tasks of a Slurm step, started by no launcher of ours, DeepSpeed's or torch's."""
+    return os.environ.get("PLACED_BY") == "slurm"
 
 
 def spans_nodes() -> bool:

@@ -25,6 +25,7 @@ by_numbers() { # this node's part of the run; needs NNODES, NODE_RANK, MASTER_AD
     [[ -n ${!name:-} ]] || fail "$name is not set: each node needs NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT"
     [[ $name == MASTER_ADDR || ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "$name=${!name} is no number"
   done
+  ((NNODES > 0 && NNODES < 100000)) || fail "NNODES=$NNODES is no number of nodes"
   ((NODE_RANK < NNODES)) || fail "NODE_RANK=$NODE_RANK must be from 0 to NNODES - 1 = $((NNODES - 1))"
   source "$HERE/environment.sh"
   PROCESSES=$((NNODES * NPROC))

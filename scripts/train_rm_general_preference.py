@@ -9,10 +9,24 @@ deepspeed and torchrun start it too. The launchers beside this file set it up; `
 """
 
 import logging
+import os
+import signal
 import sys
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+
+
+def leave(number: int, _frame) -> None:
+    """Until `main` takes over: what is imported below takes seconds, in which Ctrl-C should not print a traceback."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"\nended by {signal.Signals(number).name} before it began\n".encode())
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGTERM, leave)
 
 from general_preference.command_line import exit_code, format_table, quiet_other_libraries
 from general_preference.datasets.preparation import (

@@ -16,7 +16,8 @@ if [[ -z "${PRETRAIN:-}" ]]; then
   PRETRAIN=$ROOT/checkpoint/tiny-llama
   on_every_node python "$ROOT/scripts/make_tiny_model.py" "$PRETRAIN"
   head+=(--value_head_dim 4 --add_prompt_head)
-  MICRO_BATCH=${MICRO_BATCH:-$((PROCESSES < 16 ? 16 / PROCESSES : 1))} GLOBAL_BATCH=${GLOBAL_BATCH:-$((MICRO_BATCH * PROCESSES))}
+  MICRO_BATCH=${MICRO_BATCH:-$((PROCESSES < 16 ? 16 / PROCESSES : 1))}
+  [[ ! $MICRO_BATCH =~ ^[1-9][0-9]*$ ]] || GLOBAL_BATCH=${GLOBAL_BATCH:-$((MICRO_BATCH * PROCESSES))}
   # A random start wants a higher learning rate and temperature than a pretrained model.
   arguments+=(--learning_rate 3e-3 --max_epochs 8 --max_len 256 --logging_steps 10 --eval_steps 152)
   [[ " $* " == *" --preference_head"[\ =]"bt "* ]] || arguments+=(--general_preference_tau 0.25)
@@ -30,6 +31,9 @@ else
   SAVE_PATH=${SAVE_PATH:-$ROOT/checkpoint/rm-$(basename "$PRETRAIN")}
 fi
 MICRO_BATCH=${MICRO_BATCH:-2} GLOBAL_BATCH=${GLOBAL_BATCH:-32}
+for name in MICRO_BATCH GLOBAL_BATCH; do
+  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || { echo "error: $name=${!name} is no number of comparisons" >&2; exit 2; }
+done
 accumulation=$((GLOBAL_BATCH / (MICRO_BATCH * PROCESSES)))
 if ((accumulation * MICRO_BATCH * PROCESSES != GLOBAL_BATCH)); then
   echo "error: GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of MICRO_BATCH=$MICRO_BATCH times $PROCESSES processes: change one" >&2

@@ -173,7 +173,7 @@ STEP = {
 
 def test_a_slurm_step_of_several_tasks_is_a_world():
     assert slurm_place(STEP) == {
-        "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
+        "PLACED_BY": "slurm", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
         "MASTER_ADDR": "gpu07", "MASTER_PORT": "13456",
     }  # fmt: skip
     own = slurm_place(STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "CUDA_VISIBLE_DEVICES": "0"})

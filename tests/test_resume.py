@@ -157,6 +157,19 @@ HARM = {
         lambda c: None, ["--accumulated_gradient", "1"], 2, "was made with global_batch_size = 4, this run has 2"
     ),
     "another head": (lambda c: None, ["--value_head_dim", "6"], 2, "value_head_dim = 4, this run has 6"),
+    "another temperature": (
+        lambda c: None, ["--tau", "0.3"], 2, "was made with general_preference_tau = 0.1, this run has 0.3"
+    ),
+    "other data": (
+        lambda c: None, ["--dataset", f"{ROOT}/data/mixed/train.jsonl"], 2, "was made with data_checksum = "
+    ),
+    "another model": (lambda c: None, ["--pretrain", "{other}"], 2, "was made with pretrain_checksum = "),
+    "latest is a folder": (
+        lambda c: [(c / "latest").unlink(), (c / "latest").mkdir()], [], 2, "where the newest checkpoint is to be named"
+    ),
+    "odd names": (
+        lambda c: [(c / "step_²").mkdir(), (c / "step_6").write_text("")], [], 0, "continuing from {c}/step_4"
+    ),
     "another learning rate": (
         lambda c: None, ["--learning_rate", "5e-4"], 0, "learning_rate is 0.0005 from here on; it was 0.001 until now"
     ),
@@ -174,6 +187,7 @@ def continued(whole, model_folder, tmp_path_factory):
         shutil.rmtree(checkpoints / "step_6")
         (checkpoints / "latest").write_text("step_4\n")
         harm(checkpoints)
+        flags = [flag.replace("{other}", model_folder("gpt2")) for flag in flags]
         cases[name] = ["--save_path", str(folder), "--save_steps", "2", "--load_checkpoint", *flags]
     results = run_cases(short_run(model_folder("llama")), cases, base)
     return {name: (Path(cases[name][1]), *result) for name, result in results.items()}
@@ -194,13 +208,13 @@ def test_the_newest_whole_checkpoint_is_found(continued, whole, case):
         )
         assert len(list((folder / "best").glob("step_*"))) == 1
         assert (folder / "checkpoint" / "latest").read_text().strip() == "step_6"
-        left = {path.name for path in (folder / "checkpoint").iterdir()} - {"step_9"}
+        left = {path.name for path in (folder / "checkpoint").iterdir()} - {"step_9", "step_²"}
         assert left == {"latest", "step_2", "step_4", "step_6"}, "nothing half-written stays"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_that_can_be_continued(model_folder, tmp_path, number):
-    """It comes between two log lines; the continued run logs what the uninterrupted one would have logged."""
+    """It comes between two log lines; the continued run goes on with the same lines."""
     flags = [*short_run(model_folder("llama")), "--max_epochs", "8", "--eval_steps", "20", "--logging_steps", "7"]
     if number == signal.SIGINT:
         flags += ["--save_minutes", "0.0001"]

@@ -49,10 +49,11 @@ def cut_each(processes: int) -> list[list[Piece]]:
     return pieces
 
 
-def empty_share(pieces: list[Piece]) -> Share:
+def empty_share(pieces: list[Piece], names: set[str] | None = None) -> Share:
     flats = max((piece.flat for piece in pieces), default=-1) + 1
     sizes = [max((p.offset + p.count for p in pieces if p.flat == flat), default=0) + 2 for flat in range(flats)]
-    return Share([{field: torch.full((size,), -7.0) for field in FIELDS} for size in sizes], pieces)
+    flat_tensors = [{field: torch.full((size,), -7.0) for field in FIELDS} for size in sizes]
+    return Share(flat_tensors, pieces, set(SHAPES) if names is None else names)
 
 
 def fill(share: Share, values: dict) -> Share:
@@ -87,9 +88,11 @@ def test_another_model_is_refused(tmp_path):
     write_share(file, fill(empty_share(pieces[1:]), whole(0)), {})
     with pytest.raises(InputError, match="has no embedding"):
         read_share([file], empty_share(pieces))
+    with pytest.raises(InputError, match="which this one does not"):
+        read_share([file], empty_share(pieces[1:], {"head", "norm"}))
     other = [Piece("head", (5, 4), 0, 20, 0, 0)]
     with pytest.raises(InputError, match=r"head is \(4, 5\), this one's is \(5, 4\)"):
-        read_share([file], empty_share(other))
+        read_share([file], empty_share(other, {"head", "norm", "scale"}))
 
 
 def test_a_missing_part_is_noticed(tmp_path):

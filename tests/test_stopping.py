@@ -1,5 +1,6 @@
 """Signals: what the loader's processes do with them, and how a run takes two of them."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -16,26 +17,28 @@ from general_preference.errors import RunError, Stopped
 from general_preference.trainer.stopping import TOGETHER, outlive_signals
 from tests.test_training import ROOT, environment
 
+INIT = functools.partial(outlive_signals, os.getpid())
+
 
 @pytest.mark.timeout(60)
 def test_loader_processes_end_with_the_loader_alone():
     before = {child.pid for child in psutil.Process().children()}
-    loader = iter(DataLoader(torch.arange(64), batch_size=1, num_workers=2, worker_init_fn=outlive_signals))
-    assert next(loader).item() == 0
+    loader = iter(DataLoader(torch.arange(64), batch_size=1, num_workers=2, worker_init_fn=INIT))
+    assert [next(loader).item(), next(loader).item()] == [0, 1], "both are at work"
     workers = [child for child in psutil.Process().children() if child.pid not in before]
     assert len(workers) == 2
     for number in (signal.SIGINT, signal.SIGTERM):
         # By another process, as a scheduler does it: the parent's own signal is taken.
         subprocess.run(["kill", f"-{number.value}", *(str(worker.pid) for worker in workers)], check=True)
     time.sleep(0.2)
-    assert [batch.item() for batch in loader] == list(range(1, 64))
+    assert [batch.item() for batch in loader] == list(range(2, 64))
     del loader
     assert not psutil.wait_procs(workers, timeout=20)[1], "they end with the loader"
 
 
 @pytest.mark.timeout(60)
 def test_a_loaders_process_ends_when_its_parent_says_so():
-    loader = iter(DataLoader(torch.arange(64), batch_size=1, num_workers=1, worker_init_fn=outlive_signals))
+    loader = iter(DataLoader(torch.arange(64), batch_size=1, num_workers=1, worker_init_fn=INIT))
     next(loader)
     (worker,) = loader._workers
     worker.terminate()
@@ -53,6 +56,8 @@ class Alone:
 
 with StopRequests(Alone(), None) as requests:
     print("ready", flush=True)
+    if sys.argv[1:]:
+        sum(range(2 * 10**8))  # seconds in which no handler runs
     while not requests.agree()[0]:
         time.sleep(0.01)
     print("agreed on", requests.agree()[0], flush=True)
@@ -78,8 +83,23 @@ def test_a_second_signal_ends_at_once(number):
     time.sleep(TOGETHER + 0.2)
     assert process.poll() is None
     process.send_signal(number)
-    assert process.wait(timeout=5) == 128 + number
+    assert process.wait(timeout=5) == -number  # which a shell and the launcher call 128 + number
     assert "finishing the step, then saving" in process.stderr.read()
+
+
+@pytest.mark.timeout(60)
+def test_one_order_that_comes_twice_during_a_long_call_is_one():
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE, "long"], env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert process.stdout.readline() == "agreed on 15\n"
+    process.kill()
+    process.wait()
 
 
 def test_exit_codes(capsys):

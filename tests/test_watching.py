@@ -18,7 +18,7 @@ from tests.conftest import random_comparisons
 class OneProcess:
     """The collectives of a world of one, without an engine."""
 
-    device, world_size, is_main = torch.device("cpu"), 1, True
+    device, world_size, is_main, micro_batches = torch.device("cpu"), 1, True, 1
     all_reduce = staticmethod(lambda sums: sums)
     maximum = staticmethod(lambda values: list(map(float, values)))
     gather_objects = staticmethod(lambda value: [value])

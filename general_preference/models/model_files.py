@@ -6,6 +6,7 @@ safetensors are read: no pickle is ever loaded from a model folder.
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from general_preference.models.preference_config import PreferenceConfig
 HEADS_FILE = "preference_heads.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+SAMPLE = 1 << 16  # bytes of a weight file, three times, that its checksum is taken of
 HEAD_NAMES = ("value_head.weight", "prompt_head.weight")
 
 
@@ -87,6 +89,25 @@ def checkpoint_identity(path: str) -> list:
     suffixes = (".json", ".safetensors", ".jinja", ".model", ".py")
     files = sorted(file for file in Path(path).iterdir() if file.suffix in suffixes and file.name not in written)
     return [[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files], of_base]
+
+
+def weights_digest(path: str) -> str:
+    """A checksum of samples of the weights at `path`, its adapter's base included: the same wherever a copy lies."""
+    digest = hashlib.blake2b(digest_size=8)
+    index = resolve(path, "model.safetensors.index.json")
+    names = {"model.safetensors", "adapter_model.safetensors", HEADS_FILE}
+    if index is not None:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    for name in sorted(names):
+        file = resolve(path, name)
+        if file is not None:
+            with open(file, "rb") as weights:
+                size = weights.seek(0, 2)
+                for start in (0, size // 2, max(size - SAMPLE, 0)):
+                    weights.seek(start)
+                    digest.update(weights.read(SAMPLE))
+    base = adapter_base(path)
+    return digest.hexdigest() + (f" on {weights_digest(base)}" if base is not None else "")
 
 
 def adapter_base(path: str) -> str | None:

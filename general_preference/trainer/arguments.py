@@ -182,6 +182,8 @@ class OptimizerArguments:
         for name in ("max_epochs", "micro_train_batch_size", "accumulated_gradient"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed} must be from 0 to 4294967295")
         for name in ("learning_rate", "l2", "max_norm", "warmup_ratio"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"--{name} {getattr(self, name)} must be a number not below 0")
@@ -275,6 +277,10 @@ class Arguments:
         model, engine, output = self.model, self.engine, self.output
         if model.flash_attn and model.attn_implementation not in ("auto", "flash_attention_2"):
             raise InputError(f"--flash_attn and --attn_implementation {model.attn_implementation} disagree: drop one")
+        if model.lora_rank < 0 or model.lora_alpha < 1:
+            raise InputError(
+                f"--lora_rank {model.lora_rank} must be at least 0, and --lora_alpha {model.lora_alpha} at least 1"
+            )
         if model.load_in_4bit and model.lora_rank < 1:
             raise InputError("--load_in_4bit freezes the backbone: add --lora_rank to train adapters")
         if model.load_in_4bit and not engine.bf16:
@@ -305,8 +311,8 @@ class Arguments:
             )
         if engine.zpg > 1 and engine.zero_stage != 3:
             raise InputError(f"--zpg {engine.zpg} needs --zero_stage 3, not {engine.zero_stage}")
-        if engine.zpg < 1 or engine.dist_timeout < 1:
-            raise InputError("--zpg and --dist_timeout must be at least 1")
+        if engine.zpg < 1 or not 1 <= engine.dist_timeout <= 10**8:
+            raise InputError("--zpg must be at least 1, and --dist_timeout from 1 to 100000000 seconds")
         self.check_routing()
         if output.save_best_model and not self.data.eval_dataset and self.data.train_split_ratio == 1:
             raise InputError("--save_best_model needs an evaluation: add --eval_dataset or --train_split_ratio below 1")

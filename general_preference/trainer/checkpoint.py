@@ -8,6 +8,7 @@ checkpoint, says why, and takes the newest that is whole. `latest` itself may be
 
 import json
 import logging
+import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -59,9 +60,10 @@ class CheckpointStore:
             RunError: on every process, when the folder cannot be written; it names the folder and the bytes needed.
         """
         temporary = self.folder / f".writing_step_{state.step}"
-        self.strategy.write(self.folder, 0, lambda: self._clear(temporary), main_only=True)
+        needed = self.strategy.share_bytes()
+        self.strategy.write(self.folder, needed, lambda: self._clear(temporary), main_only=True)
         try:
-            entries = self.strategy.save_share(temporary)
+            entries = self.strategy.save_share(temporary, needed)
             self.strategy.write(self.folder, 0, lambda: self._finish(temporary, state, entries), main_only=True)
         except BaseException:
             if self.strategy.is_main:  # a full disk should get its space back
@@ -101,10 +103,19 @@ class CheckpointStore:
         logger.warning("no checkpoint in %s yet: starting from the beginning", self.folder)
         return None
 
+    def check(self) -> None:
+        """Look whether checkpoints can go here, long before the first is written; InputError if not."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"--ckpt_path {self.folder} is a file: choose another folder")
+        if (self.folder / "latest").is_dir():
+            raise InputError(
+                f"{self.folder / 'latest'} is a folder, where the newest checkpoint is to be named: remove it"
+            )
+
     def _clear(self, temporary: Path) -> None:
         """Make the folder to write into, and remove what a killed run left half-written."""
         for left in [*self.folder.glob(".writing_step_*"), *self.folder.glob(".replaced_step_*")]:
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
         temporary.mkdir(parents=True)
 
     def _finish(self, temporary: Path, state: RunState, entries: dict[str, dict]) -> None:
@@ -114,12 +125,12 @@ class CheckpointStore:
         replace_text(temporary / MANIFEST, text)
         flush_folder(temporary)
         final, replaced = self.folder / f"step_{state.step}", self.folder / f".replaced_step_{state.step}"
-        if final.is_dir():
+        if os.path.lexists(final):
             final.rename(replaced)
         temporary.rename(final)
         flush_folder(self.folder)
         replace_text(self.folder / "latest", final.name)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
         self._prune(state.step)
 
     def _finish_rename(self) -> None:
@@ -159,7 +170,7 @@ class CheckpointStore:
 
     def _prune(self, newest: int) -> None:
         """Remove the oldest beyond the limits; those of later steps, from a line that was left, count as oldest."""
-        found = [path for path in self.folder.glob("step_*") if path.is_dir()]
+        found = [path for path in self.folder.glob("step_*") if (path / MANIFEST).is_file()]  # nobody else's
         found.sort(key=lambda path: (_step_of(path) <= newest, _step_of(path)), reverse=True)
         total = 0
         for number, path in enumerate(found, 1):
@@ -182,9 +193,17 @@ def _wait_until_visible(folder: Path, entries: dict[str, dict]) -> None:
             time.sleep(0.5)
 
 
+def _remove(path: Path) -> None:
+    """Remove whatever is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _step_of(folder: Path) -> int:
     number = folder.name.removeprefix("step_")
-    return int(number) if number.isdigit() else -1
+    return int(number) if number.isascii() and number.isdigit() else -1
 
 
 def _digest(content: dict) -> str:
@@ -198,7 +217,7 @@ def _read_manifest(folder: Path) -> tuple[dict | None, str | None]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None, f"it has no {MANIFEST}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return None, f"its {MANIFEST} cannot be read ({str(error).splitlines()[0]})"
     if not isinstance(content, dict) or content.pop("xxh3_128", None) != _digest(content):
         return None, f"its {MANIFEST} is damaged (its checksum differs)"

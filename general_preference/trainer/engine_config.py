@@ -123,6 +123,18 @@ def _check(engine: EngineArguments, optimizer: OptimizerArguments, world_size: i
         found = _at(overrides, name)
         if found is not None and found != value:
             raise _refused(path, f"says {name} = {json.dumps(found)}, but {flag} is {json.dumps(value)}: change one")
+    parts = {
+        "offload_optimizer.ratio": 1,
+        "offload_optimizer.super_offload": False,
+        "zenflow": None,
+        "mics_shard_size": -1,
+    }
+    for name, usual in parts.items():
+        found = _at(overrides, f"zero_optimization.{name}")
+        if found is not None and found != usual:
+            raise _refused(
+                path, f"says {name} = {json.dumps(found)}: optimizer states that checkpoints do not reach; remove it"
+            )
     for name in ("offload_optimizer", "offload_param"):
         if _at(overrides, f"zero_optimization.{name}.device") == "nvme":
             raise _refused(path, f"says {name}.device = nvme, which checkpoints do not reach: use cpu")

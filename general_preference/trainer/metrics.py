@@ -8,7 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-from general_preference.errors import InputError
+from general_preference.errors import InputError, RunError
 from general_preference.trainer.arguments import OutputArguments
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,11 @@ class MetricsLogger:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line {"step": step, ...}; it is on disk when this returns."""
-        self._file.write(json.dumps({"step": step} | metrics) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step} | metrics) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error.strerror}") from error
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 

@@ -11,10 +11,12 @@ from general_preference.trainer.strategy import Strategy
 
 
 def publish_model(strategy: Strategy, tokenizer, folder: Path) -> None:
-    """Save the model and its tokenizer into `folder`, all files or none visible at a time. Collective.
+    """Save the model and its tokenizer into `folder`, written beside it and then moved in. Collective.
+
+    While files are moved the folder has no config.json, so nobody takes a half of them for a model.
 
     Raises:
-        RunError: on every process, when the folder cannot be written; what stood there before is still there.
+        RunError: on every process, when the folder cannot be written; a full disk leaves what stood there before.
     """
     state_dict = strategy.full_state_dict()
     temporary = folder / ".writing_model"
@@ -36,6 +38,7 @@ def _write_model(strategy: Strategy, tokenizer, temporary: Path, state_dict: dic
 
 def _move_model(temporary: Path, folder: Path) -> None:
     for stale in [
+        folder / "config.json",
         *folder.glob("*.safetensors"),
         *folder.glob("*.safetensors.index.json"),
         folder / "adapter_config.json",
@@ -43,6 +46,8 @@ def _move_model(temporary: Path, folder: Path) -> None:
         stale.unlink(missing_ok=True)
     # config.json comes last: without it the folder is no model yet.
     for file in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+        if file.is_dir():
+            shutil.rmtree(folder / file.name, ignore_errors=True)
         file.replace(folder / file.name)
     temporary.rmdir()
 
@@ -76,7 +81,7 @@ class BestModels:
         keep = {entry[1] for entry in entries}
         if self.strategy.is_main and self.number:
             for path in self.folder.glob("step_*"):
-                if path.name not in keep:
+                if path.name not in keep and self._stands(path.name):
                     shutil.rmtree(path, ignore_errors=True)
 
     def _stands(self, name: str) -> bool:

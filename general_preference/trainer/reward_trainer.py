@@ -4,14 +4,17 @@ Knows neither DeepSpeed nor ranks (strategy.py) nor how rows are laid out (datas
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import xxhash
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -22,6 +25,7 @@ from general_preference.errors import InputError, NonFiniteError, Stopped
 from general_preference.files import replace_text
 from general_preference.models.experts import balance_coefficient
 from general_preference.models.losses import preference_loss, regularizer
+from general_preference.models.model_files import weights_digest
 from general_preference.models.score import preference_score
 from general_preference.models.statistics import empty_sums, preference_statistics, preference_sums
 from general_preference.trainer.arguments import Arguments, LossArguments
@@ -124,25 +128,38 @@ class RewardTrainer:
         ckpt_path = Path(output.ckpt_path) if output.ckpt_path else self.folder / "checkpoint"
         self.store = CheckpointStore(ckpt_path, strategy, output.max_ckpt_num, output.max_ckpt_mem)
         self.best = BestModels(self.folder / "best", strategy, tokenizer, output.save_best_model or 0)
+        strategy.main_first(self.store.check, main_only=True)
         if output.load_checkpoint:
             self.state = self.store.load(fixed, flags) or self.state
 
     def _identity(self, model, train_table) -> tuple[dict, dict]:
         """What a continued run must share with this one, and the flags that it may change, which is then said."""
-        optimizer, loss = self.arguments.optimizer, self.arguments.loss
+        arguments, optimizer, head = self.arguments, self.arguments.optimizer, model.preference
+        columns = [name for name in ("length", "prompt_key") if name in train_table.column_names]
+        lengths_and_prompts = json.dumps([train_table[name][:] for name in columns])
         fixed = {
             "global_batch_size": self.strategy.global_batch_size,
             "seed": optimizer.seed,
             "comparisons": len(train_table),
-            "tokens": sum(train_table["length"][:]),
+            "data_checksum": xxhash.xxh3_64_hexdigest(lengths_and_prompts.encode()),
+            "group_size": arguments.data.group_size,
             "max_epochs": optimizer.max_epochs,
-            "preference_head": model.preference.head,
-            "value_head_dim": model.preference.dim,
-            "lora_rank": self.arguments.model.lora_rank,
+            "pretrain_checksum": self.strategy.from_main(
+                weights_digest(arguments.model.pretrain) if self.strategy.is_main else None
+            ),
+            "preference_head": head.head,
+            "value_head_dim": head.dim,
+            "add_prompt_head": head.prompt_gate,
+            "gate": head.gate,
+            "normalize": head.normalize,
+            "general_preference_tau": head.temperature,
+            "learnable_temperature": head.learnable_temperature,
+            "lora_rank": arguments.model.lora_rank,
+            "lora_alpha": arguments.model.lora_alpha,
         }
         free = ("learning_rate", "l2", "max_norm", "warmup_ratio")
-        flags = {name: value for name, value in vars(optimizer).items() if name in free} | vars(loss)
-        return fixed, flags
+        flags = {name: value for name, value in vars(optimizer).items() if name in free} | vars(arguments.loss)
+        return fixed, flags | {"lora_dropout": arguments.model.lora_dropout}
 
     def fit(self) -> dict[str, dict]:
         """Train to the end, evaluate, save the model, metrics and pictures; returns the last evaluation per set.
@@ -179,6 +196,7 @@ class RewardTrainer:
         number, by_clock, slow = requests.agree(self.clock.stop())
         if slow:
             self.clock.report(step, self.strategy)
+        self._check_gradient(window, step)
         if step % output.logging_steps == 0 or step == self.steps:
             bar.set_postfix(self._log(window, step), refresh=False)
         if number:
@@ -191,6 +209,14 @@ class RewardTrainer:
             window.pause(lambda: self._save(window))
             requests.saved()
         return results
+
+    def _check_gradient(self, window: Window, step: int) -> None:
+        """Raise on every process if the step's gradient was not finite: the engine skips it, or spoils weights."""
+        if not math.isfinite(self.strategy.gradient_norm()):
+            window.check_finite()  # which can name the comparisons
+            raise NonFiniteError(
+                f"the gradient is not finite at step {step}, though the loss is: lower --learning_rate", everywhere=True
+            )
 
     def _save(self, window: Window) -> None:
         self.state.window = window.state()
@@ -293,8 +319,9 @@ class RewardTrainer:
         plain = dataclasses.replace(self.collator, regularized="", balanced=False)
         sums = empty_sums(strategy.device)
         loader = self._loader(comparisons, items, plain)
-        for batch in tqdm(loader, desc=f"eval {name}", leave=False, disable=not strategy.is_main, mininterval=1):
-            number = requests.agree()[0] if requests is not None else 0
+        shown = tqdm(loader, desc=f"eval {name}", leave=False, disable=not strategy.is_main, mininterval=1)
+        for index, batch in enumerate(shown):
+            number = requests.agree()[0] if requests is not None and index % 8 == 0 else 0
             if number:
                 raise Stopped(number)
             batch = batch.to(strategy.device)
@@ -325,7 +352,8 @@ class RewardTrainer:
             return MetricsLogger(self.folder, self.arguments.output, flags, state.step, state.evaluated, state.wandb_id)
 
         logger = self.strategy.main_first(make, main_only=True)
-        self.state.wandb_id = self.strategy.from_main(None if logger is None else logger.wandb_id)
+        found = None if logger is None else logger.wandb_id
+        self.state.wandb_id = self.strategy.from_main(found or self.state.wandb_id)
         return logger
 
     def _close_metrics(self) -> None:
@@ -339,7 +367,7 @@ class RewardTrainer:
             batch_sampler=batches,
             collate_fn=collator or self.collator,
             num_workers=2 if on_gpu else 0,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=functools.partial(outlive_signals, os.getpid()),
             generator=torch.Generator(),  # not the global one, whose draws belong to dropout
             pin_memory=on_gpu,
         )

@@ -40,11 +40,12 @@ class Piece:
 class Share:
     """What one process owns: flat tensors, {field: (n,)} each, and the pieces of parameters that lie in them.
 
-    The tensors are the engine's own memory, so filling them changes the model (`Strategy.load_share` tells it).
+    The tensors are the engine's own memory. names: all parameters that are trained, here or on other processes.
     """
 
     flats: list[dict[str, torch.Tensor]]
     pieces: list[Piece]
+    names: set[str]
 
     @property
     def bytes(self) -> int:
@@ -68,9 +69,11 @@ def read_share(files: Iterable[Path], share: Share) -> None:
         InputError: they do not hold a parameter, hold it in another shape, or hold parameters that the model lacks.
     """
     stored = _stored_pieces(files)
-    missing = {piece.name for piece in share.pieces} - stored.keys()
+    missing, beyond = share.names - stored.keys(), stored.keys() - share.names
     if missing:
         raise InputError(f"it is of another model: it has no {sorted(missing)[0]}, which this one trains")
+    if beyond:
+        raise InputError(f"it is of another model: it trained {sorted(beyond)[0]}, which this one does not")
     for piece in share.pieces:
         shape = stored[piece.name][0][1].shape
         if shape != piece.shape:

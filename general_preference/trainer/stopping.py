@@ -10,40 +10,47 @@ from general_preference.trainer.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
+CAUGHT = (signal.SIGTERM, signal.SIGINT)
 TOGETHER = 1.0  # seconds within which signals count as one: a scheduler may tell launcher and processes
 
 
 class StopRequests:
-    """Catches SIGTERM and SIGINT while in use: the first is remembered, a second one ends the process at once.
+    """Catches SIGTERM and SIGINT while in use: the first is remembered, one that comes later ends the process at once.
 
     Schedulers send SIGTERM before they kill; Ctrl-C is SIGINT. `minutes`: also ask for a checkpoint that often.
     """
 
     def __init__(self, strategy: Strategy, minutes: float | None):
         self.strategy, self.seconds = strategy, None if minutes is None else 60 * minutes
-        self.received, self.received_at = 0, 0.0
+        self.received = 0
         self.saved_at = time.monotonic()
         self._before: dict = {}
 
     def __enter__(self) -> "StopRequests":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {number: signal.signal(number, self._receive) for number in CAUGHT}
         return self
 
     def __exit__(self, *_) -> None:
+        if self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame) -> None:
-        if self.received:
-            if time.monotonic() - self.received_at > TOGETHER:
-                os._exit(128 + number)
-            return
-        self.received, self.received_at = number, time.monotonic()
+        self.received = number
+        for each in CAUGHT:  # by the kernel: this function runs late while a library computes or waits
+            signal.signal(each, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, self._listen_again)
+        signal.setitimer(signal.ITIMER_REAL, TOGETHER)
         # Not logged: a handler may interrupt the logging of the same line.
         if self.strategy.is_main:
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: finishing the step, then saving; once more ends at once\n".encode())
+
+    def _listen_again(self, *_) -> None:
+        for each in CAUGHT:
+            signal.signal(each, signal.SIG_DFL)
 
     def agree(self, mine: bool = False) -> tuple[int, bool, bool]:
         """What all processes act on alike: (signal that any of them received or 0, whether a checkpoint is due by the
@@ -58,17 +65,20 @@ class StopRequests:
         self.saved_at = time.monotonic()
 
 
-def outlive_signals(_worker: int = 0) -> None:
+def outlive_signals(parent: int, _worker: int = 0) -> None:
     """For the processes that a DataLoader starts: end when their parent ends them, not by signals meant for the run.
 
     A terminal's Ctrl-C and Slurm's signals reach every process; a worker that ended by them would fail the step that is
     still to be finished.
+
+    Args:
+        parent: process id of the trainer.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait_for_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
         os._exit(0)
 

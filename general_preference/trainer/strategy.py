@@ -35,7 +35,7 @@ from general_preference.processes import Processes
 from general_preference.trainer.arguments import EngineArguments, OptimizerArguments
 from general_preference.trainer.engine_config import engine_config, offloads_optimizer, read_overrides
 from general_preference.trainer.shares import manifest_entry, read_extra, read_share, write_share
-from general_preference.trainer.zero_layout import filling, own_share
+from general_preference.trainer.zero_layout import filling, forget_empty_step, own_share
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,12 @@ class Strategy(Processes):
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its progress
             deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes over the group just made
         super().__init__()
-        if rendezvous.spans_nodes():
+        if rendezvous.spans_nodes() or rendezvous.placed_by_slurm():  # no launcher of this node watches the processes
             self.heartbeat = Heartbeat(self)
+        if self.world_size % engine.zpg:
+            raise InputError(
+                f"--zpg {engine.zpg} does not divide the {self.world_size} processes: use the number per node"
+            )
         self._config = self._read_config()
         set_seed(optimizer.seed)
         self.engine: Any = None
@@ -80,6 +84,11 @@ class Strategy(Processes):
         """Comparisons per optimizer step, over all processes."""
         arguments = self.optimizer_arguments
         return arguments.micro_train_batch_size * arguments.accumulated_gradient * self.world_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per optimizer step, over all processes."""
+        return self.optimizer_arguments.accumulated_gradient * self.world_size
 
     def config(self) -> dict:
         """The DeepSpeed configuration: what the flags describe, and the user's own file over it."""
@@ -149,8 +158,12 @@ class Strategy(Processes):
                 model=model, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
             )
         if engine.zero_stage == 0 and engine.bf16:
-            optimizer.state.clear()  # DeepSpeed takes an empty step to fill it, which Adam would count
-        set_seed(self.optimizer_arguments.seed + self.rank)  # adapters were made alike everywhere; dropout is not
+            forget_empty_step(self.engine)
+        self._seed(self.rank)  # adapters were made alike everywhere; dropout is not
+
+    def _seed(self, offset: int) -> None:
+        """Seed all generators, differently for every offset."""
+        set_seed((self.optimizer_arguments.seed + offset) % 2**32)
 
     def _match_partitioned(self, model: RewardModel) -> None:
         """Where ZeRO 3 loaded the backbone in parts, give heads and adapters its dtype and device.
@@ -212,8 +225,11 @@ class Strategy(Processes):
                     state[name] = tensor.detach().cpu().clone()
         return state
 
-    def save_share(self, folder: Path) -> dict[str, dict]:
+    def save_share(self, folder: Path, needed: int) -> dict[str, dict]:
         """Write every process's weights, optimizer and random states under `folder`. Collective.
+
+        Args:
+            needed: bytes of all of them, for what is said when there is no room.
 
         Returns:
             {file name: its entry in the manifest} of all processes.
@@ -229,8 +245,11 @@ class Strategy(Processes):
             write_share(file, share, self._random_states())
             return manifest_entry(file)
 
-        needed = sum(self.gather_objects(share.bytes))
         return dict(self.gather_objects((file.name, self.write(folder.parent, needed, work))))
+
+    def share_bytes(self) -> int:
+        """Bytes that a checkpoint takes, over all processes. Collective."""
+        return sum(self.gather_objects(own_share(self.engine, self.rank).bytes))
 
     def load_share(self, folder: Path, step: int) -> None:
         """Continue from `step`, as `save_share` wrote it, on any number of processes and ZeRO stage. Collective.
@@ -249,7 +268,7 @@ class Strategy(Processes):
         if mine.is_file():
             self._set_random_states(read_extra(mine, RANDOM_STATES))
         else:  # there were fewer processes
-            set_seed(self.optimizer_arguments.seed + self.rank + 7919 * step)
+            self._seed(self.rank + 7919 * step)
 
     def _random_states(self) -> dict[str, torch.Tensor]:
         states = {RANDOM_STATES[0]: torch.get_rng_state()}

@@ -49,8 +49,12 @@ class Window:
             self.steps = set(saved["steps"])
             self.carried = dict(zip(TOTALS, saved["totals"], strict=True)) | {"steps": len(self.steps)}
             if strategy.is_main:  # the sums of all processes; the others start at zero
-                self.sums += torch.tensor(saved["sums"], dtype=self.sums.dtype)
-                self.totals += torch.tensor(saved["totals"], dtype=self.totals.dtype)
+                totals = dict(zip(TOTALS, saved["totals"], strict=True))
+                if saved["micro_batches"] != strategy.micro_batches:  # losses are weighted so that these average
+                    for name in ("loss", "regularizer", "aux"):
+                        totals[name] *= strategy.micro_batches / saved["micro_batches"]
+                self.sums += self.sums.new_tensor(saved["sums"])
+                self.totals += self.totals.new_tensor(list(totals.values()))
 
     def _clear(self) -> None:
         self.sums = empty_sums(self.strategy.device)
@@ -66,7 +70,9 @@ class Window:
         if not self.steps:
             return None
         both = self.strategy.all_reduce(torch.cat([self.sums, self.totals])).tolist()
-        return {"steps": sorted(self.steps), "sums": both[: len(self.sums)], "totals": both[len(self.sums) :]}
+        sums, totals = both[: len(self.sums)], both[len(self.sums) :]
+        counted = {"steps": sorted(self.steps), "micro_batches": self.strategy.micro_batches}
+        return counted | {"sums": sums, "totals": totals}
 
     def add(self, step: int, batch: Batch, losses: BatchLoss) -> None:
         """Take in one micro-batch without waiting for the device."""
@@ -90,7 +96,7 @@ class Window:
     def reduce(self, arguments: Arguments) -> dict[str, float]:
         """Means over all processes since the last call; raises NonFiniteError if a loss was not finite."""
         self.check_finite()
-        divisor = len(self.steps) * arguments.optimizer.accumulated_gradient * self.strategy.world_size
+        divisor = len(self.steps) * self.strategy.micro_batches
         both = self.strategy.all_reduce(torch.cat([self.sums, self.totals])).cpu()
         summary = preference_statistics(both[: len(self.sums)])
         total = dict(zip(TOTALS, both[len(self.sums) :].tolist(), strict=True))

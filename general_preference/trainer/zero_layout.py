@@ -39,7 +39,8 @@ def own_share(engine, rank: int, step: int | None = None) -> Share:
         ]
     else:
         flats, pieces = [], []
-    return Share([_tensors(base, flat, step) for flat in flats], [piece for piece in pieces if piece.count > 0])
+    tensors = [_tensors(base, flat, step) for flat in flats]
+    return Share(tensors, [piece for piece in pieces if piece.count > 0], set(learnt))
 
 
 @contextmanager
@@ -57,6 +58,13 @@ def filling(engine, rank: int, step: int) -> Iterator[Share]:
         zero.update_lp_params()
     for weight, copy in _fp32_copies(zero).items():
         weight.data.copy_(copy.data)
+
+
+def forget_empty_step(engine) -> None:
+    """Undo the step of zero gradients that DeepSpeed takes in bf16 without ZeRO: Adam counts it, and weights decay."""
+    for weight, copy in _fp32_copies(engine.optimizer).items():
+        copy.data.copy_(weight.data)
+    engine.optimizer.optimizer.state.clear()
 
 
 def _by_parameter(engine) -> bool:
