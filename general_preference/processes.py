@@ -61,19 +61,22 @@ class Processes:
 
     def _together(self, work: Callable[[], Any] | None) -> Any:
         """Run `work` where there is some; an InputError or an error of the disk on any process is raised on all."""
+        result, problem = self._attempt(work)
+        if problem is not None:
+            message, is_input = problem
+            raise InputError(message) if is_input else RunError(message, everywhere=True)
+        return result
+
+    def _attempt(self, work: Callable[[], Any] | None) -> tuple[Any, tuple[str, bool] | None]:
+        """(what `work` returned, None), or on all processes (None, the first problem of any and if it was an input)."""
         result, problem = None, None
         if work is not None:
             try:
                 result = work()
-            except InputError as error:
-                problem = (InputError, str(error), ())
-            except (OSError, SafetensorError) as error:
-                problem = (RunError, str(error).splitlines()[0], (True,))
-        for found in self.gather_objects(problem):
-            if found is not None:
-                kind, message, more = found
-                raise kind(message, *more)
-        return result
+            except (InputError, OSError, SafetensorError) as error:
+                problem = str(error).splitlines()[0], isinstance(error, InputError)
+        problems = [found for found in self.gather_objects(problem) if found is not None]
+        return (None, problems[0]) if problems else (result, None)
 
     def write(self, folder: Path, needed: int, work: Callable[[], Any], main_only: bool = False) -> Any:
         """Run `work`, which writes into `folder`, on every process or on the first alone. Collective.
@@ -85,16 +88,14 @@ class Processes:
             RunError: on every process if it fails on any; names the folder, the reason and the bytes needed and free.
         """
         result = None
-        needed, problem = self.from_main((needed, _lacks_space(folder, needed) if self.is_main else None))
-        if problem is None and (self.is_main or not main_only):
-            try:
-                result = work()
-            except (OSError, SafetensorError, InputError) as error:
-                problem = str(error).splitlines()[0]
-        for found in self.gather_objects(problem):
-            if found is not None:
-                space = f"; {tqdm.format_sizeof(needed, 'B')} are needed, {_free(folder)} are free" if needed else ""
-                raise RunError(f"cannot write {folder}: {found}{space}. What was saved before is intact", True)
+        needed, reason = self.from_main((needed, _lacks_space(folder, needed) if self.is_main else None))
+        if reason is None:
+            result, problem = self._attempt(work if self.is_main or not main_only else None)
+            reason = None if problem is None else problem[0]
+        if reason is not None:
+            space = f"; {tqdm.format_sizeof(needed, 'B')} are needed, {_free(folder)} are free" if needed else ""
+            message = f"cannot write {folder}: {reason}{space}. What was saved before is intact"
+            raise RunError(message, everywhere=True)
         return result
 
     def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:

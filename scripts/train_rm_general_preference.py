@@ -80,9 +80,8 @@ def folders(arguments: Arguments) -> dict[Path, str]:
     """The folders that this run alone may write, and the flags that name them."""
     output = arguments.output
     folder = Path(output.save_path)
-    ckpt_path = Path(output.ckpt_path or folder / "checkpoint")
-    inside = ckpt_path.resolve().is_relative_to(folder.resolve())
-    return {folder: "--save_path"} | ({} if inside else {ckpt_path: "--ckpt_path"})
+    inside = output.checkpoint_folder.resolve().is_relative_to(folder.resolve())
+    return {folder: "--save_path"} | ({} if inside else {output.checkpoint_folder: "--ckpt_path"})
 
 
 def run(arguments: Arguments, strategy) -> None:

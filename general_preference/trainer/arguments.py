@@ -244,6 +244,11 @@ class OutputArguments:
         metadata={"help": "wandb run; default rm_DATE"},
     )
 
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where resumable checkpoints go."""
+        return Path(self.ckpt_path) if self.ckpt_path else Path(self.save_path) / "checkpoint"
+
     def check(self) -> None:
         """InputError for values out of range."""
         if self.logging_steps < 1:

@@ -6,6 +6,7 @@ where the run stands, and size and checksum of every file. It is written as `.wr
 checkpoint, says why, and takes the newest that is whole. `latest` itself may be missing.
 """
 
+import copy
 import json
 import logging
 import os
@@ -69,7 +70,7 @@ class CheckpointStore:
             if self.strategy.is_main:  # a full disk should get its space back
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        self.newest = RunState(**json.loads(json.dumps(vars(state))))
+        self.newest = copy.deepcopy(state)
 
     def load(self, fixed: dict, flags: dict) -> RunState | None:
         """Continue from the newest checkpoint that is whole; None if there is none at all.
@@ -91,7 +92,7 @@ class CheckpointStore:
                 self.strategy.load_share(folder, state.step)
             except InputError as error:
                 raise InputError(f"checkpoint {folder} cannot be loaded: {error}") from error
-            self.newest = RunState(**json.loads(json.dumps(vars(state))))
+            self.newest = copy.deepcopy(state)
             state.fixed, state.flags = fixed, flags
             logger.info("continuing from %s", folder)
             return state

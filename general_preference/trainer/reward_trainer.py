@@ -125,8 +125,7 @@ class RewardTrainer:
         fixed, flags = self._identity(model, train_table)
         self.state = RunState(fixed=fixed, flags=flags)
         output = arguments.output
-        ckpt_path = Path(output.ckpt_path) if output.ckpt_path else self.folder / "checkpoint"
-        self.store = CheckpointStore(ckpt_path, strategy, output.max_ckpt_num, output.max_ckpt_mem)
+        self.store = CheckpointStore(output.checkpoint_folder, strategy, output.max_ckpt_num, output.max_ckpt_mem)
         self.best = BestModels(self.folder / "best", strategy, tokenizer, output.save_best_model or 0)
         strategy.main_first(self.store.check, main_only=True)
         if output.load_checkpoint:
@@ -235,7 +234,7 @@ class RewardTrainer:
             return "no step was done yet"
         return f"saved at step {self.state.step} in {self.store.folder}: --load_checkpoint continues"
 
-    def train_steps(self, window: "Window") -> Iterator[int]:
+    def train_steps(self, window: Window) -> Iterator[int]:
         """Optimizer steps from where the run stands to its end; yields the number of each when it is done."""
         epochs, start = self.arguments.optimizer.max_epochs, self.state.step
         batches = iter(self._loader(self.train_set, self.sampler.micro_batches(epochs, start)))

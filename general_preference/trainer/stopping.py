@@ -1,14 +1,11 @@
 """When a run should save and when it should end: signals and the clock, agreed by all processes after a step."""
 
-import logging
 import os
 import signal
 import threading
 import time
 
 from general_preference.trainer.strategy import Strategy
-
-logger = logging.getLogger(__name__)
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT)
 TOGETHER = 1.0  # seconds within which signals count as one: a scheduler may tell launcher and processes
