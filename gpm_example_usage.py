@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from general_preference import GPMPipeline, generate_high_dim_result_with_prompt, get_reward_model
-from general_preference.command_line import exit_code
+from general_preference.cli import exit_code
 from general_preference.datasets.tokenization import load_tokenizer
 from general_preference.inference import ranking
 

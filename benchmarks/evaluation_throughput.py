@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.machine import describe_machine, numbers, run_in_launcher_environment
 from benchmarks.training_steps import left_padded
-from general_preference.command_line import align, exit_code
+from general_preference.cli import align, exit_code
 from general_preference.errors import InputError
 from general_preference.files import replace_text
 
@@ -54,11 +54,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Parts of the data in turns, the table, the JSON."""
+    from general_preference.datasets.preparation import tokenize
     from general_preference.datasets.sources import load_source, parse_sources
-    from general_preference.datasets.tables import tokenize
     from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
     from general_preference.models.device import choose_device
-    from general_preference.models.pretrained import get_reward_model
+    from general_preference.models.loading import get_reward_model
     from scripts.make_tiny_model import make_tiny_model
 
     if min(arguments.comparisons, arguments.part) < 1:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fo
 import torch
 
 from benchmarks.machine import describe_machine, matmul_rate, numbers, run_in_launcher_environment
-from general_preference.command_line import align, exit_code
+from general_preference.cli import align, exit_code
 from general_preference.datasets.packing import Collator
 from general_preference.errors import InputError
 from general_preference.files import replace_text
@@ -78,8 +78,8 @@ def measure(arguments: argparse.Namespace) -> None:
 def make_step(arguments: argparse.Namespace, folder: Path, longest: int):
     """A function that trains on one list of comparisons, through the engine."""
     from general_preference.trainer.arguments import parse_arguments
-    from general_preference.trainer.reward_trainer import batch_loss
-    from general_preference.trainer.strategy import Strategy
+    from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
+    from general_preference.trainer.trainer import batch_loss
     from scripts.train_rm_general_preference import make_model, resolve_preference
 
     make_tiny_model(
@@ -90,7 +90,7 @@ def make_step(arguments: argparse.Namespace, folder: Path, longest: int):
         f"--zero_stage={arguments.zero_stage}", f"--bf16={arguments.bf16}", "--is_general_preference",
         "--value_head_dim=6", "--add_prompt_head", f"--attn_implementation={arguments.attn_implementation}",
     ])  # fmt: skip
-    strategy = Strategy(flags.engine, flags.optimizer)
+    strategy = DeepSpeedEngine(flags.engine, flags.optimizer)
     model = make_model(flags, resolve_preference(flags), strategy)
     strategy.prepare(model, 10**6)
     collate = Collator(0, model.row_layout)
@@ -155,10 +155,10 @@ def draw(speeds: dict[tuple[int, int], float], lengths: list[int], sizes: list[i
     if pyplot is None:
         return False
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
-    colours = pyplot.get_cmap("viridis")
+    colors = pyplot.get_cmap("viridis")
     for number, size in enumerate(sizes):
         known = [length for length in lengths if (length, size) in speeds]
-        look = {"label": f"micro-batch {size}", "color": colours(number / max(1, len(sizes) - 1))}
+        look = {"label": f"micro-batch {size}", "color": colors(number / max(1, len(sizes) - 1))}
         left.plot(known, [speeds[length, size] / (1.5 * length) for length in known], "o-", **look)
         right.plot(known, [speeds[length, size] for length in known], "o-", **look)
     for axis in (left, right):

@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.machine import describe_machine, numbers
 from general_preference import GPMPipeline, get_reward_model, preference_matrix, preference_probability
-from general_preference.command_line import align, exit_code
+from general_preference.cli import align, exit_code
 from general_preference.datasets.tokenization import load_tokenizer
 from general_preference.errors import InputError
 from general_preference.files import replace_text

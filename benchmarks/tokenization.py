@@ -3,7 +3,7 @@
 
     python benchmarks/tokenization.py [--dataset FILE] [--comparisons 20000,200000] [--output RESULT.json]
 
-Prepares data as a training run does (read, check, tokenise, split by prompt, count), in processes of its own with an
+Prepares data as a training run does (read, check, tokenize, split by prompt, count), in processes of its own with an
 empty cache: the comparisons of FILE, and synthetic ones in the numbers named. Printed are comparisons per minute and
 core, the time of a second start, which reads the cache, and memory that is the process's own: tables are memory-mapped
 files, of which the kernel keeps in memory what it has room for. About five minutes on two cores.
@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for scripts/
 
 from benchmarks.machine import describe_machine, numbers
-from general_preference.command_line import align, exit_code
+from general_preference.cli import align, exit_code
 from general_preference.errors import InputError
 from general_preference.files import replace_text
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--comparisons", default="20000,200000", help="numbers of synthetic comparisons; empty for none"
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise")
+    parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     parser.add_argument("--max_len", type=int, default=512)
     parser.add_argument("--output", type=Path, default=Path("tokenization.json"))
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
@@ -101,7 +101,7 @@ def run_process(arguments: argparse.Namespace, file: Path, cache: Path) -> dict:
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Prepare one file as a training run does, then read through it; the last line of the output is JSON."""
-    from general_preference.datasets.preparation import Comparisons
+    from general_preference.datasets.packing import Comparisons
     from general_preference.datasets.sampler import StepSampler
     from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
     from general_preference.trainer.arguments import parse_arguments

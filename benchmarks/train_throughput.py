@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One training step, side by side: this trainer, a padded two-sequence step, and TRL's RewardTrainer.
+"""One training step, side by side: this trainer, a padded two-sequence step, and TRL's Trainer.
 
     python benchmarks/train_throughput.py [--dataset FILE] [--output RESULT.json] [--micro_batches 2,8,32]
 
@@ -11,7 +11,7 @@ of the arithmetic limit, 6 * non-embedding parameters * unique tokens (each prom
 products that its own process shows before and after. Writes RESULT.json and a picture beside it.
 
 `regularized` is this trainer with --add_pretrain_loss; what it takes more is compared with its logits' arithmetic,
-6 * hidden size * vocabulary per regularised token.
+6 * hidden size * vocabulary per regularized token.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.machine import describe_machine, launcher_environment, numbers
 from benchmarks.training_steps import run_one
-from general_preference.command_line import align, exit_code
+from general_preference.cli import align, exit_code
 from general_preference.errors import InputError
 from general_preference.files import replace_lines, replace_text
 from general_preference.plotting import load_pyplot
@@ -41,9 +41,9 @@ from scripts.make_tiny_model import CHAT_TEMPLATE, read_texts, train_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 TITLES = {
     "this": "this trainer",
-    "regularized": "this, regularised",
+    "regularized": "this, regularized",
     "padded": "padded pairs, eager",
-    "trl": "TRL RewardTrainer",
+    "trl": "TRL Trainer",
 }
 
 
@@ -113,7 +113,7 @@ def measure(arguments: argparse.Namespace) -> None:
         runs = []
         best: dict[str, int] = {}
         for name in names:
-            if name == "regularized" and "this" in best:  # or the micro-batch would be compared with the regulariser
+            if name == "regularized" and "this" in best:  # or the micro-batch would be compared with the regularizer
                 sizes[name] = [best["this"]]
             for size in sizes[name]:
                 runs.append(start(arguments, name, size))
@@ -215,14 +215,14 @@ def row_text(run: dict) -> str:
 
 
 def regularizer_text(plain: list[dict], regularized: list[dict], arguments: argparse.Namespace, rate: float) -> str:
-    """What the regulariser takes more, in time over its logits' arithmetic, and in memory."""
+    """What the regularizer takes more, in time over its logits' arithmetic, and in memory."""
     extra = statistics.median(run["seconds"] for run in regularized) - statistics.median(
         run["seconds"] for run in plain
     )
     products = 6 * arguments.hidden_size * arguments.vocabulary * regularized[0]["chosen_tokens"] / rate
     memory = max(run["peak_bytes"] for run in regularized) / max(run["peak_bytes"] for run in plain) - 1
     return (
-        f"regulariser: {extra:.2f} s more, {extra / products:.2f} times the arithmetic of its logits "
+        f"regularizer: {extra:.2f} s more, {extra / products:.2f} times the arithmetic of its logits "
         f"({products:.2f} s); {100 * memory:+.0f} % peak memory"
     )
 

@@ -73,7 +73,7 @@ def trainer_arguments(arguments: argparse.Namespace):
 
 
 def load_table(arguments: argparse.Namespace):
-    """(tokenised comparisons, the order in which a run of the trainer sees them, for as many steps as are run)."""
+    """(tokenized comparisons, the order in which a run of the trainer sees them, for as many steps as are run)."""
     from general_preference.datasets.sampler import StepSampler
     from scripts.train_rm_general_preference import prepare_data
 
@@ -89,18 +89,18 @@ def load_table(arguments: argparse.Namespace):
 
 def run_this(arguments: argparse.Namespace) -> dict:
     """The trainer's own steps: data pipeline, engine, optimizer, metrics."""
-    from general_preference.trainer.reward_trainer import RewardTrainer
-    from general_preference.trainer.strategy import Strategy
-    from general_preference.trainer.window import Window
+    from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
+    from general_preference.trainer.metrics import Window
+    from general_preference.trainer.trainer import Trainer
     from scripts.train_rm_general_preference import make_model, resolve_preference
 
     table, order = load_table(arguments)
     flags = trainer_arguments(arguments)
     with tempfile.TemporaryDirectory() as folder:
         flags.output.save_path = folder
-        strategy = Strategy(flags.engine, flags.optimizer)
+        strategy = DeepSpeedEngine(flags.engine, flags.optimizer)
         model = make_model(flags, resolve_preference(flags), strategy)
-        trainer = RewardTrainer(flags, strategy, model, load_tokenizer(str(arguments.backbone)), table, {})
+        trainer = Trainer(flags, strategy, model, load_tokenizer(str(arguments.backbone)), table, {})
         window, losses, began = Window(strategy, False), [], 0.0
         for step in trainer.train_steps(window):
             losses.append(window.reduce(flags)["train/loss"])
@@ -116,8 +116,8 @@ def run_this(arguments: argparse.Namespace) -> dict:
 def run_padded(arguments: argparse.Namespace) -> dict:
     """Chosen and rejected as two left-padded sequences of one batch, eager attention, torch's AdamW."""
     from general_preference.models.device import choose_device
+    from general_preference.models.loading import get_reward_model
     from general_preference.models.losses import preference_loss
-    from general_preference.models.pretrained import get_reward_model
     from general_preference.models.score import normalize_embedding, preference_score
 
     table, order = load_table(arguments)
@@ -129,8 +129,8 @@ def run_padded(arguments: argparse.Namespace) -> dict:
     ).to(device)
     model.freeze_unused(language_model_head=False)
     model.train()
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
     backbone, size = model.language_model.base_model, arguments.micro_batch
     accumulation = arguments.global_batch // size
     losses, began = [], 0.0
@@ -151,7 +151,7 @@ def run_padded(arguments: argparse.Namespace) -> dict:
             loss = preference_loss(score, temperature=preference.temperature).mean() / accumulation
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
@@ -168,10 +168,10 @@ def left_padded(ids: list[list[int]], device: torch.device) -> tuple[torch.Tenso
 
 
 def run_trl(arguments: argparse.Namespace) -> dict:
-    """TRL's RewardTrainer with its defaults, on the same conversations in the same steps."""
+    """TRL's Trainer with its defaults, on the same conversations in the same steps."""
     import datasets
     from transformers import AutoModelForSequenceClassification, TrainerCallback
-    from trl import RewardConfig, RewardTrainer
+    from trl import RewardConfig, Trainer
 
     from general_preference.datasets.sources import load_source, parse_sources
 
@@ -188,7 +188,7 @@ def run_trl(arguments: argparse.Namespace) -> dict:
         def on_step_end(self, _arguments, state, _control, **_):
             clock[state.global_step] = time.perf_counter()
 
-    class InOrder(RewardTrainer):
+    class InOrder(Trainer):
         def _get_train_sampler(self, *_, **__):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 

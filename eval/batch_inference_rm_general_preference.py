@@ -20,17 +20,16 @@ import datasets
 import torch
 
 from general_preference import GPMPipeline
-from general_preference.command_line import exit_code, flag, format_table, parse_flags, quiet_other_libraries
+from general_preference.cli import exit_code, flag, format_table, parse_flags, quiet_other_libraries
 from general_preference.datasets.preparation import Summary, load_tokenized, parse_probabilities, summarize
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import stable_hash
+from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
-from general_preference.inference.batch_inference import ResultSummary, result_row, score_remaining
-from general_preference.inference.model_arguments import ModelArguments, check_positive
+from general_preference.inference.arguments import ModelArguments, check_positive
+from general_preference.inference.batch import ASKED, ResultStore, ResultSummary, result_row, score_remaining
 from general_preference.inference.pictures import draw_reliability
-from general_preference.inference.results import ASKED, ResultStore
-from general_preference.models.model_files import checkpoint_identity
-from general_preference.processes import Processes
+from general_preference.models.config import checkpoint_identity
 
 logger = logging.getLogger("batch_inference")
 
@@ -89,15 +88,15 @@ def run(arguments: BatchArguments, model: ModelArguments) -> None:
     model.check()
     refuse_own_input(arguments)
     quiet_other_libraries()
-    with Processes.join() as processes:
+    with DistributedContext.join() as processes:
         options = {"max_length": arguments.max_len, "disable_fast_tokenizer": arguments.disable_fast_tokenizer}
-        rm = processes.main_first(lambda: model.load(arguments.pretrain, processes.local_rank, **options))
-        table, read = processes.main_first(lambda: load_table(arguments, rm, model.preprocessing_workers))
+        rm = processes.main_process_first(lambda: model.load(arguments.pretrain, processes.local_rank, **options))
+        table, read = processes.main_process_first(lambda: load_table(arguments, rm, model.preprocessing_workers))
         for one in read:
             logger.info("%s", one)
         store = result_store(arguments.output_path, len(table), processes.rank)
-        made_with = processes.main_first(lambda: settings(arguments, rm, table))
-        processes.main_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)
+        made_with = processes.main_process_first(lambda: settings(arguments, rm, table))
+        processes.main_process_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)
         try:
             make_row = partial(result_row, tau=rm.tau, save_embeddings=arguments.save_embeddings)
             score_remaining(rm, table, store, processes, make_row, arguments.micro_batch_size)
@@ -121,7 +120,7 @@ def result_store(output_path: str, count: int, rank: int) -> ResultStore:
 
 
 def load_table(arguments: BatchArguments, rm: GPMPipeline, workers: int) -> tuple[datasets.Dataset, list[Summary]]:
-    """(tokenised comparisons in the order of the results, what each set held). Without subsets, sets are subsets."""
+    """(tokenized comparisons in the order of the results, what each set held). Without subsets, sets are subsets."""
     sources = parse_sources(arguments.dataset)
     probabilities = parse_probabilities(arguments.dataset_probs, len(sources))
     tables, left_out = load_tokenized(

@@ -8,7 +8,7 @@ says that all processes of the run raise the same, so that one of them prints it
 class InputError(ValueError):
     """A path, record, flag or checkpoint that cannot be used as given. Exit code 2; in a notebook a ValueError."""
 
-    everywhere = True  # every process is given the same, and `Processes.main_first` tells the others what one found
+    everywhere = True  # every process is given the same, see `main_process_first`
 
 
 class RunError(RuntimeError):

@@ -12,7 +12,7 @@ from general_preference.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-def claim_folder(folder: Path, flag: str):
+def lock_folder(folder: Path, flag: str):
     """Make the folder that `flag` names and hold it for this process; the returned file object is the claim.
 
     Raises:

@@ -18,7 +18,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from general_preference.processes import Processes
+    from general_preference.distributed import DistributedContext
 
 logger = logging.getLogger(__name__)
 EVERY, PATIENCE = 5, 40  # seconds: between probes; without an answer
@@ -30,14 +30,14 @@ OPTIONS = {"TCP_KEEPIDLE": EVERY, "TCP_KEEPINTVL": EVERY, "TCP_KEEPCNT": PATIENC
 class Heartbeat:
     """Ends this process (exit code 1, one line on stderr) when another is gone, until `close`."""
 
-    def __init__(self, processes: "Processes"):
+    def __init__(self, processes: "DistributedContext"):
         """Connect to process 0 at MASTER_ADDR and start watching. Collective."""
         self.rank, self.closing = processes.rank, threading.Event()
         self.peers: dict[socket.socket, int] = {}
         listening = None
         if processes.is_main:
             listening = socket.create_server(("", 0), backlog=processes.world_size + 8)
-        port, token = processes.from_main((listening and listening.getsockname()[1], secrets.token_bytes(16)))
+        port, token = processes.broadcast((listening and listening.getsockname()[1], secrets.token_bytes(16)))
         connected = True
         if listening is None:
             connected = self._connect(os.environ["MASTER_ADDR"], port, token)

@@ -20,7 +20,7 @@ SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
 def join(backend: str, timeout: float, join_timeout: float) -> None:
-    """Initialise torch's process group together with all other processes; one that exists already is taken as it is.
+    """Initialize torch's process group together with all other processes; one that exists already is taken as it is.
 
     Args:
         backend: "gloo" or "nccl".

@@ -25,19 +25,17 @@ import datasets
 import torch
 
 from general_preference import GPMPipeline
-from general_preference.command_line import exit_code, flag, parse_flags, quiet_other_libraries
-from general_preference.datasets.preparation import Summary
+from general_preference.cli import exit_code, flag, parse_flags, quiet_other_libraries
+from general_preference.datasets.preparation import Summary, tokenize
 from general_preference.datasets.preparation import summarize as summarize_tokens
 from general_preference.datasets.sources import parse_sources
-from general_preference.datasets.tables import tokenize
 from general_preference.datasets.tokenization import DEFAULT_TEMPLATE, load_tokenizer, plain_template, stable_hash
+from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
 from general_preference.files import replace_text
-from general_preference.inference.batch_inference import result_row, score_remaining
-from general_preference.inference.model_arguments import ModelArguments, check_positive
-from general_preference.inference.results import ASKED, ResultStore
-from general_preference.models.model_files import checkpoint_identity
-from general_preference.processes import Processes
+from general_preference.inference.arguments import ModelArguments, check_positive
+from general_preference.inference.batch import ASKED, ResultStore, result_row, score_remaining
+from general_preference.models.config import checkpoint_identity
 from general_preference.rewardbench.data import (
     PREF_SETS,
     REWARDBENCH_1,
@@ -96,7 +94,7 @@ class RewardBenchArguments:
         None, "the backbone's dtype; default bfloat16 on GPUs that compute it fast, else float32", choices=list(DTYPES)
     )
     is_custom_model: bool | None = flag(None, "always so here: models of this repository; false is an error")
-    not_quantized: bool | None = flag(None, "always so here: weights are never quantised; false is an error")
+    not_quantized: bool | None = flag(None, "always so here: weights are never quantized; false is an error")
     do_not_save: bool | None = flag(None, "always so here: nothing is uploaded to the hub; false is an error")
     disable_beaker_save: bool = flag(False, "in a Beaker job: do not also write /output/metrics.json")
 
@@ -154,12 +152,14 @@ def run(arguments: RewardBenchArguments, model: ModelArguments) -> None:
     benchmark = arguments.benchmark
     refuse_own_input(arguments)
     quiet_other_libraries()
-    with Processes.join() as processes:
-        rows = processes.main_first(
+    with DistributedContext.join() as processes:
+        rows = processes.main_process_first(
             lambda: load_benchmark(benchmark, arguments.dataset, arguments.debug, arguments.allow_empty_responses)
         )
-        rm = processes.main_first(lambda: load_pipeline(arguments, model, processes.local_rank))
-        table = processes.main_first(lambda: tokenize(rows, rm.encoder, model.preprocessing_workers, benchmark.title))
+        rm = processes.main_process_first(lambda: load_pipeline(arguments, model, processes.local_rank))
+        table = processes.main_process_first(
+            lambda: tokenize(rows, rm.encoder, model.preprocessing_workers, benchmark.title)
+        )
         read = summarize_tokens(benchmark.title, table)
         logger.info("%s", read)
         if read.identical_after_cut and read.identical + read.identical_after_cut == len(table):
@@ -168,8 +168,8 @@ def run(arguments: RewardBenchArguments, model: ModelArguments) -> None:
                 "them out"
             )
         store = result_store(arguments, len(table), processes.rank)
-        made_with = processes.main_first(lambda: settings(arguments, rm, rows))
-        processes.main_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)
+        made_with = processes.main_process_first(lambda: settings(arguments, rm, rows))
+        processes.main_process_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)
         try:
             make_row = partial(best_of_n_row if benchmark.best_of_n else result_row, tau=rm.tau)
             score_remaining(rm, table, store, processes, make_row, arguments.batch_size)

@@ -59,8 +59,8 @@ def draw_one_cycle(folders: list[Path], names: list[str], file: Path, path: Path
     import torch
 
     from general_preference import RewardModel
-    from general_preference.datasets.packing import Collator
-    from general_preference.datasets.preparation import Comparisons, load_tokenized
+    from general_preference.datasets.packing import Collator, Comparisons
+    from general_preference.datasets.preparation import load_tokenized
     from general_preference.datasets.sources import Source
     from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
     from general_preference.trainer.pictures import draw_cycles, embedded_cycle

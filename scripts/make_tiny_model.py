@@ -1,4 +1,4 @@
-"""Build a tiny, randomly initialised Llama language model with its own tokenizer, in an ordinary model folder.
+"""Build a tiny, randomly initialized Llama language model with its own tokenizer, in an ordinary model folder.
 
 Run with:
 
@@ -94,7 +94,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 def build_model(
     tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int, num_heads: int, seed: int
 ) -> LlamaForCausalLM:
-    """A randomly initialised float32 Llama for this tokenizer; the caller's random state is left as it was."""
+    """A randomly initialized float32 Llama for this tokenizer; the caller's random state is left as it was."""
     if hidden_size % (2 * num_heads):
         raise ValueError(f"hidden_size ({hidden_size}) must be an even multiple of num_heads ({num_heads})")
     config = LlamaConfig(

@@ -4,7 +4,7 @@
     python scripts/merge_lora.py ADAPTER OUTPUT [--dtype auto|float32|bfloat16|float16]
 
 The sum is made in fp32 and scores as the adapter does; a half-precision dtype then rounds it. An adapter trained with
---load_in_4bit is added to the base as it was before quantisation. Exit codes: 0 done, 1 failed, 2 what was given cannot
+--load_in_4bit is added to the base as it was before quantization. Exit codes: 0 done, 1 failed, 2 what was given cannot
 be used (one line says why), 130 interrupted.
 """
 
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from general_preference.command_line import exit_code, quiet_other_libraries
+from general_preference.cli import exit_code, quiet_other_libraries
 from general_preference.datasets.tokenization import load_tokenizer
 from general_preference.errors import InputError
 from general_preference.models.adapters import merge_adapter
-from general_preference.models.model_files import ADAPTER_CONFIG, adapter_base, load_config, resolve
-from general_preference.models.pretrained import load_reward_model
+from general_preference.models.config import ADAPTER_CONFIG, adapter_base, load_config, resolve
+from general_preference.models.loading import load_reward_model
 
 
 def main(argv: list[str] | None = None) -> int:

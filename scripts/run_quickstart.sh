@@ -17,7 +17,7 @@ train() { # name, flags...
 train bt --preference_head bt "$@"
 train gpm_d2 --preference_head gpm --value_head_dim 2 "$@"
 train gpm_d4_gate --preference_head gpm --value_head_dim 4 --add_prompt_head "$@"
-# A normalised plane could not outweigh the unbounded number beside it.
+# A normalized plane could not outweigh the unbounded number beside it.
 train hybrid_d3 --preference_head hybrid --value_head_dim 3 --normalize false "$@"
 exec python "$HERE/compare_runs.py" "$RUNS"/{bt,gpm_d2,gpm_d4_gate,hybrid_d3} --output "$RUNS/comparison.png" \
   --cycle "$ROOT/data/cyclic/test.jsonl"

@@ -28,7 +28,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, leave)
     signal.signal(signal.SIGTERM, leave)
 
-from general_preference.command_line import exit_code, format_table, quiet_other_libraries
+from general_preference.cli import exit_code, format_table, quiet_other_libraries
 from general_preference.datasets.preparation import (
     load_tokenized,
     parse_probabilities,
@@ -38,12 +38,11 @@ from general_preference.datasets.preparation import (
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError, RunError, Stopped
-from general_preference.files import claim_folder, replace_text
-from general_preference.models.model_files import saved_preference
-from general_preference.models.preference_config import PreferenceConfig
-from general_preference.models.pretrained import get_reward_model
+from general_preference.files import lock_folder, replace_text
+from general_preference.models.config import PreferenceConfig, saved_preference
+from general_preference.models.loading import get_reward_model
 from general_preference.trainer.arguments import DEFAULT_MAX_LEN, Arguments, parse_arguments
-from general_preference.trainer.engine_config import without_keys
+from general_preference.trainer.deepspeed_config import without_keys
 
 logger = logging.getLogger("train")
 
@@ -59,13 +58,15 @@ def train(arguments: Arguments) -> None:
     arguments.check()
     quiet_other_libraries()
     # Imported late: --help and refused flags should not wait for DeepSpeed.
-    from general_preference.trainer.strategy import Strategy
+    from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
 
-    strategy = Strategy(arguments.engine, arguments.optimizer)
+    strategy = DeepSpeedEngine(arguments.engine, arguments.optimizer)
     try:
         with ExitStack() as held:
             for folder, flag in folders(arguments).items():
-                claim = strategy.main_first(lambda folder=folder, flag=flag: claim_folder(folder, flag), main_only=True)
+                claim = strategy.main_process_first(
+                    lambda folder=folder, flag=flag: lock_folder(folder, flag), main_only=True
+                )
                 if claim is not None:
                     held.enter_context(claim)
             run(arguments, strategy)
@@ -86,19 +87,19 @@ def folders(arguments: Arguments) -> dict[Path, str]:
 
 def run(arguments: Arguments, strategy) -> None:
     """Data, model, training, and what is printed at the end."""
-    from general_preference.trainer.reward_trainer import RewardTrainer
+    from general_preference.trainer.trainer import Trainer
 
     folder = Path(arguments.output.save_path)
     if (folder / "config.json").is_file() and not arguments.output.load_checkpoint:
         logger.warning("%s holds a finished run; its files are replaced as this one writes its own", folder)
-    preference = strategy.main_first(lambda: resolve_preference(arguments))
-    tokenizer = strategy.main_first(lambda: make_tokenizer(arguments))
+    preference = strategy.main_process_first(lambda: resolve_preference(arguments))
+    tokenizer = strategy.main_process_first(lambda: make_tokenizer(arguments))
     encoder = ComparisonTokenizer(tokenizer, preference.max_length, preference.input_format)
-    train_table, eval_tables, summaries = strategy.main_first(lambda: prepare_data(arguments, encoder))
+    train_table, eval_tables, summaries = strategy.main_process_first(lambda: prepare_data(arguments, encoder))
     for summary in summaries:
         logger.info("%s", summary)
     model = make_model(arguments, preference, strategy)
-    trainer = RewardTrainer(arguments, strategy, model, tokenizer, train_table, eval_tables)
+    trainer = Trainer(arguments, strategy, model, tokenizer, train_table, eval_tables)
     kernel = model.config._attn_implementation
     logger.info(
         "%s D=%d%s on %s: %d steps of %d comparisons, %d process(es) on %s, ZeRO %d, attention %s",

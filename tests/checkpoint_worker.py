@@ -14,13 +14,13 @@ import datasets
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-from general_preference.models.pretrained import get_reward_model
-from general_preference.trainer import strategy as strategy_module
+from general_preference.models.loading import get_reward_model
+from general_preference.trainer import deepspeed_engine as strategy_module
 from general_preference.trainer.arguments import parse_arguments
-from general_preference.trainer.reward_trainer import RewardTrainer
-from general_preference.trainer.shares import FIELDS
-from general_preference.trainer.strategy import Strategy
-from general_preference.trainer.window import Window
+from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
+from general_preference.trainer.metrics import Window
+from general_preference.trainer.shards import FIELDS
+from general_preference.trainer.trainer import Trainer
 from general_preference.trainer.zero_layout import own_share
 from scripts.train_rm_general_preference import make_tokenizer
 
@@ -28,13 +28,13 @@ GLOBAL_BATCH = 4
 strategy_module.has_fast_bf16 = lambda device: True  # slow here, but tiny
 
 
-def make_trainer(job: dict, run: dict, load: bool) -> RewardTrainer:
+def make_trainer(job: dict, run: dict, load: bool) -> Trainer:
     """A trainer on `run`'s checkpoint folder."""
     flags = ["--pretrain", job["pretrain"], "--dataset", "none", "--save_path", run["folder"], "--max_epochs", "3"]
     flags += ["--learning_rate", "1e-2", "--is_general_preference", "--value_head_dim", "4", "--add_prompt_head"]
     flags += ["--learnable_temperature", "--l2", "0.1", "--zero_stage", str(run["stage"]), *run.get("flags", [])]
     arguments = parse_arguments([*flags, *(["--load_checkpoint"] if load else [])])
-    strategy = Strategy(arguments.engine, arguments.optimizer)
+    strategy = DeepSpeedEngine(arguments.engine, arguments.optimizer)
     arguments.optimizer.micro_train_batch_size = GLOBAL_BATCH // strategy.world_size
     config = strategy.config()
     config["zero_optimization"]["stage3_param_persistence_threshold"] = run.get("persistence", 0)
@@ -45,10 +45,10 @@ def make_trainer(job: dict, run: dict, load: bool) -> RewardTrainer:
     )  # fmt: skip
     model.freeze_unused(language_model_head=False)
     table = datasets.Dataset.from_list(job["comparisons"])
-    return RewardTrainer(arguments, strategy, model, make_tokenizer(arguments), table, {})
+    return Trainer(arguments, strategy, model, make_tokenizer(arguments), table, {})
 
 
-def tensors(trainer: RewardTrainer) -> dict[str, torch.Tensor]:
+def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Whole weights and moments by name, put together from what every process owns; weights as DeepSpeed has them."""
     strategy, found = trainer.strategy, {}
     share = own_share(strategy.engine, strategy.rank)
@@ -66,7 +66,7 @@ def tensors(trainer: RewardTrainer) -> dict[str, torch.Tensor]:
     return found
 
 
-def train(trainer: RewardTrainer, steps: int) -> list[float]:
+def train(trainer: Trainer, steps: int) -> list[float]:
     """Losses of the next `steps` steps."""
     window, losses = Window(trainer.strategy, False), []
     for _, _ in zip(range(steps), trainer.train_steps(window), strict=False):

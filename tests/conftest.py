@@ -25,8 +25,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from general_preference.models.preference_config import PreferenceConfig
-from general_preference.models.pretrained import get_reward_model
+from general_preference.models.config import PreferenceConfig
+from general_preference.models.loading import get_reward_model
 from scripts.make_tiny_model import train_tokenizer
 
 TEXTS = ["Which throw wins? Name one. The rock, the paper, the scissors; a system prompt äöü 你好."] * 4
@@ -89,7 +89,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model_folder(tokenizer, tmp_path_factory):
-    """A function: family name -> folder of a randomly initialised causal LM with the shared tokenizer."""
+    """A function: family name -> folder of a randomly initialized causal LM with the shared tokenizer."""
     made = {}
 
     def make(family: str) -> str:
@@ -148,7 +148,7 @@ def own_environment():
 
 
 def random_comparisons(count: int, vocabulary: int, seed: int = 0, groups: bool = True) -> list[dict]:
-    """Tokenised comparisons of random ids and lengths, some of them groups with several preferences."""
+    """Tokenized comparisons of random ids and lengths, some of them groups with several preferences."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(low: int, high: int) -> list[int]:

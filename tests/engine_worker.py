@@ -14,12 +14,12 @@ import datasets
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-from general_preference.models.pretrained import get_reward_model
+from general_preference.models.loading import get_reward_model
 from general_preference.trainer.arguments import parse_arguments
-from general_preference.trainer.publishing import publish_model
-from general_preference.trainer.reward_trainer import RewardTrainer, batch_loss
-from general_preference.trainer.strategy import Strategy
-from general_preference.trainer.window import Window
+from general_preference.trainer.checkpoint import publish_model
+from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
+from general_preference.trainer.metrics import Window
+from general_preference.trainer.trainer import Trainer, batch_loss
 from scripts.train_rm_general_preference import make_tokenizer
 
 
@@ -28,7 +28,7 @@ def one_step(job: dict, run: dict) -> dict:
     pretrain = run.get("pretrain", job["pretrain"])
     flags = ["--pretrain", pretrain, "--dataset", "none", "--save_path", job["output"], "--warmup_ratio", "0"]
     arguments = parse_arguments([*flags, "--learning_rate", "1e-3", *run["flags"]])
-    strategy = Strategy(arguments.engine, arguments.optimizer)
+    strategy = DeepSpeedEngine(arguments.engine, arguments.optimizer)
     preference = arguments.model.preference(None)
     model = get_reward_model(
         pretrain,
@@ -45,7 +45,7 @@ def one_step(job: dict, run: dict) -> dict:
     held /= sum(getattr(p, "ds_numel", p.numel()) for p in weights)
     model.freeze_unused(language_model_head=arguments.loss.add_pretrain_loss)
     table = datasets.Dataset.from_list(job["comparisons"])
-    trainer = RewardTrainer(arguments, strategy, model, make_tokenizer(arguments), table, {"all": table})
+    trainer = Trainer(arguments, strategy, model, make_tokenizer(arguments), table, {"all": table})
     trainable = {name: p for name, p in strategy.model.named_parameters() if p.requires_grad}
     before = {name: safe_get_full_fp32_param(p).clone() for name, p in trainable.items()} if run["stage"] else {}
     window = Window(strategy, True)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from general_preference.processes import Processes
+from general_preference.distributed import DistributedContext
 from scripts.train_rm_general_preference import main
 
 torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False  # the same on every machine
-Processes.close = lambda self: None  # DeepSpeed keeps groups of the first case, which would end with it
+DistributedContext.close = lambda self: None  # DeepSpeed keeps groups of the first case, which would end with it
 job, results = json.loads(Path(sys.argv[1]).read_text()), {}
 for name, flags in job["cases"].items():
     out = io.StringIO()

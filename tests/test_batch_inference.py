@@ -16,9 +16,8 @@ from transformers import AutoTokenizer
 
 from eval.batch_inference_rm_general_preference import _order, main
 from general_preference import GPMPipeline
-from general_preference.inference.batch_inference import ResultSummary, result_row
+from general_preference.inference.batch import ResultStore, ResultSummary, result_row
 from general_preference.inference.embedding import EmbeddedPrompt
-from general_preference.inference.results import ResultStore
 from general_preference.models.statistics import wilson_interval
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -69,7 +69,7 @@ def test_held_out_cycles_are_cycles(looked):
     threes = [group for group in groups if len(group["borda"]) == 3]
     assert len(threes) > 10
     for group in threes:
-        if min(group["stated"]) > 0.75:  # a cycle that was learnt
+        if min(group["stated"]) > 0.75:  # a cycle that was learned
             assert len(group["cycles"]) == 1 and group["cyclic_share"] > 0.8
             assert all(0.1 < weight < 0.7 for weight in group["nash"]), "it mixes the members"
             assert all(abs(value - 0.5) < 0.15 for value in group["borda"]), "it ties them"

@@ -6,7 +6,7 @@ import pytest
 
 from general_preference.errors import InputError
 from general_preference.trainer.arguments import parse_arguments
-from general_preference.trainer.engine_config import engine_config, offloads_optimizer, read_overrides, without_keys
+from general_preference.trainer.deepspeed_config import engine_config, offloads_optimizer, read_overrides, without_keys
 
 
 def configured(flags="", overrides=None, on_gpu=True, world_size=2):

@@ -9,10 +9,10 @@ from general_preference.datasets.packing import Collator
 from general_preference.errors import InputError
 from general_preference.models.acceleration import checkpoint_activations
 from general_preference.models.attention import RowLayout
+from general_preference.models.config import PreferenceConfig
 from general_preference.models.experts import balance_coefficient, load_balancing_loss
-from general_preference.models.preference_config import PreferenceConfig
 from general_preference.trainer.arguments import parse_arguments
-from general_preference.trainer.reward_trainer import batch_loss
+from general_preference.trainer.trainer import batch_loss
 from tests.conftest import COMMON, random_comparisons
 
 SPARSE = {

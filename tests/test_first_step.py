@@ -132,7 +132,7 @@ def test_a_saved_adapter_scores_as_it_was_evaluated(steps, world_size, run):
     with torch.no_grad():
         output = model(**batch.model_inputs())
     embeddings, gates = output["embeddings"], output["gates"]
-    score = preference_score(embeddings[batch.first], embeddings[batch.second], gates[batch.owner])
+    score = preference_score(embeddings[batch.first], embeddings[batch.second], gates[batch.comparison_index])
     assert score.double().mean().item() == pytest.approx(found["evaluation"]["margin"], abs=1e-6)
 
 
@@ -174,7 +174,7 @@ def test_every_trainable_parameter_changes_in_one_step(steps, world_size, divisi
     if division in ("zero2", "zero3"):
         assert {"value_head.weight", "prompt_head.weight", "temperature.log_value"} <= set(found["changed"])
     if division == "bt":
-        assert not any("lm_head" in name for name in found["trainable"]), "unused without the regulariser"
+        assert not any("lm_head" in name for name in found["trainable"]), "unused without the regularizer"
 
 
 def test_evaluation_does_not_depend_on_the_processes(steps):

@@ -77,7 +77,7 @@ def test_wrong_requests_are_refused():
         language_model_loss(
             torch.zeros(1, 3, 5), torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3), kind="reference_free"
         )
-    with pytest.raises(ValueError, match="unknown regulariser"):
+    with pytest.raises(ValueError, match="unknown regularizer"):
         regularizer((torch.zeros(1), torch.ones(1)), kind="other")
 
 

@@ -22,7 +22,7 @@ def scores(model):
     with torch.no_grad():
         output = model.eval()(**batch.model_inputs())
     embeddings = output["embeddings"]
-    return preference_score(embeddings[batch.first], embeddings[batch.second], output["gates"][batch.owner])
+    return preference_score(embeddings[batch.first], embeddings[batch.second], output["gates"][batch.comparison_index])
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,9 @@ def adapter(make_model, tokenizer, tmp_path_factory):
     for _ in range(4):
         output = model.train()(**batch.model_inputs())
         embeddings = output["embeddings"]
-        score = preference_score(embeddings[batch.first], embeddings[batch.second], output["gates"][batch.owner])
+        score = preference_score(
+            embeddings[batch.first], embeddings[batch.second], output["gates"][batch.comparison_index]
+        )
         torch.nn.functional.softplus(-score / 0.1).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

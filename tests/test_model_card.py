@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load
 
 from general_preference import RewardModel
-from general_preference.models.model_card import CardFacts, model_card
-from general_preference.models.preference_config import PreferenceConfig
+from general_preference.models.config import PreferenceConfig
+from general_preference.models.saving import CardFacts, model_card
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = {"easy": {"accuracy": 0.9, "loss": 0.25, "n": 40}, "hard set": {"accuracy": 0.625, "loss": 0.6, "n": 8}}

@@ -5,10 +5,10 @@ import torch
 
 from general_preference.datasets.packing import Collator
 from general_preference.errors import InputError
-from general_preference.models import attention, attention_choice, packed_attention
+from general_preference.models import attention, kernels
 from general_preference.models.attention import RowLayout
 from general_preference.trainer.arguments import LossArguments
-from general_preference.trainer.reward_trainer import batch_loss
+from general_preference.trainer.trainer import batch_loss
 from tests.conftest import FAMILIES, MAIN_FAMILIES, random_comparisons
 
 PACKED, MASKED, SEPARATE = RowLayout(packed=True), RowLayout(), RowLayout(shared=False)
@@ -127,7 +127,7 @@ def test_exact_tensors_of_a_small_batch():
     assert batch.segments.tolist() == [[0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 2, 2, 3, 3]]
     assert batch.response_ends.tolist() == [3, 6, 9, 11, 13] and batch.prompt_ends.tolist() == [1, 7]
     assert batch.first.tolist() == [0, 4, 2] and batch.second.tolist() == [1, 2, 3]
-    assert batch.owner.tolist() == [0, 1, 1] and batch.weight.tolist() == [2.0, 0.5, 0.5]
+    assert batch.comparison_index.tolist() == [0, 1, 1] and batch.weight.tolist() == [2.0, 0.5, 0.5]
     sources, tokens, owners = batch.targets
     assert sources.tolist() == [0, 1, 2, 7, 8, 7, 12]
     assert tokens.tolist() == [7, 8, 5, 6, 5, 8, 5]
@@ -202,15 +202,15 @@ def test_a_kernel_is_compared_with_plain_attention(monkeypatch):
     class Config:
         num_attention_heads, num_key_value_heads, head_dim, hidden_size = 6, 2, 8, 48
 
-    assert attention_choice.kernel_error(Config, "packed_sdpa", CPU, torch.float32) < 1e-5
+    assert kernels.kernel_error(Config, "packed_sdpa", CPU, torch.float32) < 1e-5
 
     def looks_ahead(query, key, value, sequences, scale, dropout):
         everything = [torch.zeros(count, seen) for count, seen in zip(sequences.queries, sequences.keys, strict=True)]
         monkeypatch.setattr(sequences, "masks", lambda dtype: everything)
-        return packed_attention.by_sdpa(query, key, value, sequences, scale, dropout)
+        return attention.by_sdpa(query, key, value, sequences, scale, dropout)
 
-    monkeypatch.setitem(packed_attention.KERNELS, "wrong", looks_ahead)
-    assert attention_choice.kernel_error(Config, "wrong", CPU, torch.float32) > 0.1
+    monkeypatch.setitem(attention.KERNELS, "wrong", looks_ahead)
+    assert kernels.kernel_error(Config, "wrong", CPU, torch.float32) > 0.1
 
 
 @pytest.mark.parametrize("wanted", ["varlen", "flex_attention"])
@@ -233,7 +233,7 @@ def test_the_kernel_follows_the_device(make_model, monkeypatch):
         tried.append(kernel)
         return None if kernel in works else "not here"
 
-    monkeypatch.setattr(attention_choice, "kernel_problem", problem)
+    monkeypatch.setattr(kernels, "kernel_problem", problem)
     model, gpu = make_model("llama"), torch.device("cuda")
     assert model.row_layout == PACKED and not tried
     for training, works, chosen, layout in (  # noqa: B007 (works is read by the function above)

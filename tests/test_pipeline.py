@@ -20,7 +20,7 @@ from general_preference.datasets.packing import Collator
 from general_preference.datasets.sources import Source
 from general_preference.errors import InputError, NonFiniteError
 from general_preference.inference.embedding import embed
-from general_preference.models.preference_config import PreferenceConfig
+from general_preference.models.config import PreferenceConfig
 from general_preference.models.score import preference_score
 from tests.conftest import MAIN_FAMILIES
 
@@ -86,7 +86,7 @@ def published(model_folder, tmp_path_factory):
 
 @torch.no_grad()
 def as_published(folder: Path, conversations: list, max_length: int = 4096):
-    """(ids, embeddings or rewards, prompt hidden states): left padding, text tokenised with special tokens again, end
+    """(ids, embeddings or rewards, prompt hidden states): left padding, text tokenized with special tokens again, end
     token over the last one, gate at the end of the first message."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", truncation_side="right")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -286,9 +286,10 @@ def test_system_messages_and_turns_count(rm):
 
 
 def test_a_pair_has_the_score_of_the_trainers_evaluation(saved, tmp_path):
-    from general_preference.datasets.preparation import Comparisons, load_tokenized
+    from general_preference.datasets.packing import Comparisons
+    from general_preference.datasets.preparation import load_tokenized
     from general_preference.trainer.arguments import LossArguments
-    from general_preference.trainer.reward_trainer import batch_loss
+    from general_preference.trainer.trainer import batch_loss
 
     rm = GPMPipeline(saved())
     records = [{"prompt": PROMPT, "chosen": a, "rejected": b} for a, b in pairwise(RESPONSES)]

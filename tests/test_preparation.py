@@ -13,9 +13,9 @@ from general_preference.datasets.preparation import (
     split_and_blend,
     split_by_prompt,
     summarize,
+    tokenize,
 )
 from general_preference.datasets.sources import Source, load_source, parse_sources
-from general_preference.datasets.tables import tokenize
 from general_preference.datasets.tokenization import ComparisonTokenizer
 from general_preference.errors import InputError
 
@@ -192,7 +192,7 @@ def test_no_prompt_stands_on_both_sides(group_size):
     assert split(2)[0]["value"][:] != train["value"][:]
 
 
-def test_neighbours_stay_together_through_the_split():
+def test_neighbors_stay_together_through_the_split():
     tables = [tokenized([f"{name}{i}" for i in range(30)], name) for name in "ab"]
     train, held_out = split_and_blend(tables, None, 0.7, seed=0, group_size=4)
     assert {len(train), len(held_out)} == {42, 18} or abs(len(train) - 42) <= 4

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
-from general_preference.processes import Processes
 from general_preference.rendezvous import find_place, first_host, interface_towards, slurm_place
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +21,7 @@ CODE = """
 import json, os, signal, socket, sys, tempfile, time
 from general_preference import heartbeat
 from general_preference.errors import InputError
-from general_preference.processes import Processes
+from general_preference.distributed import DistributedContext
 
 heartbeat.GRACE = 1.0
 
@@ -36,7 +36,7 @@ def process(rank, world_size, port, act, **extra):
     code = 0
     try:
         began = time.monotonic()
-        with Processes.join(timeout=20, join_timeout=3) as processes:
+        with DistributedContext.join(timeout=20, join_timeout=3) as processes:
             act(processes)
     except InputError as error:
         code = 2
@@ -148,7 +148,7 @@ def test_without_a_launcher_the_world_is_one(monkeypatch, own_environment):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     began = time.monotonic()
-    with Processes.join() as processes:
+    with DistributedContext.join() as processes:
         assert processes.world_size == 1 and processes.is_main and processes.heartbeat is None
     assert time.monotonic() - began < 5
 

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 from general_preference import RewardModel, get_reward_model
 from general_preference.datasets.packing import Collator
 from general_preference.errors import InputError
-from general_preference.models.model_files import HEADS_FILE, saved_preference
-from general_preference.models.preference_config import PreferenceConfig
+from general_preference.models.config import HEADS_FILE, PreferenceConfig, saved_preference
 from general_preference.models.reward_model import Fp32Linear
 from tests.conftest import MAIN_FAMILIES, random_comparisons
 
@@ -140,7 +139,7 @@ def test_scaled_softmax_gate(make_model):
     torch.testing.assert_close(model.gate(hidden), expected)
 
 
-def test_learnt_temperature_is_saved(make_model, tmp_path, model_folder):
+def test_learned_temperature_is_saved(make_model, tmp_path, model_folder):
     preference = PreferenceConfig("gpm", 2, False, normalize=True, temperature=0.1, learnable_temperature=True)
     model = get_reward_model(model_folder("llama"), bf16=False, preference=preference)
     assert any("temperature" in name for name, p in model.named_parameters() if p.requires_grad)
@@ -183,7 +182,7 @@ def test_an_adapter_names_what_is_wrong_with_its_base(make_model, tmp_path):
 
 
 def test_four_bits_under_adapters(make_model, model_folder, tmp_path):
-    """The backbone is quantised, the heads are not; nothing that was not asked for is switched on."""
+    """The backbone is quantized, the heads are not; nothing that was not asked for is switched on."""
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     model = make_model("llama", load_in_4bit=True, lora_rank=2)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from general_preference import GPMPipeline
 from general_preference.errors import InputError
-from general_preference.inference.results import ResultStore
+from general_preference.inference.batch import ResultStore
 from general_preference.models.statistics import wilson_interval
 from general_preference.rewardbench import RewardBenchPipeline, rewardbench_config
 from general_preference.rewardbench.data import (

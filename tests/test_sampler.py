@@ -61,7 +61,7 @@ def test_epochs_differ_and_seeds_repeat():
     assert sampler.order(1) == StepSampler(lengths_of(40), micro_batch_size=4, seed=1).order(1)
 
 
-def test_neighbours_stay_in_one_step():
+def test_neighbors_stay_in_one_step():
     for items in steps(48, 4, 1, 2, group_size=4):
         indices = sorted(index for index, _ in items)
         assert all(indices[i + 1] == indices[i] + 1 for i in range(len(indices)) if i % 4 != 3)

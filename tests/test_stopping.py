@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from general_preference.command_line import exit_code
+from general_preference.cli import exit_code
 from general_preference.errors import RunError, Stopped
-from general_preference.trainer.stopping import TOGETHER, outlive_signals
+from general_preference.trainer.stopping import TOGETHER, ignore_signals_in_worker
 from tests.test_training import ROOT, environment
 
-INIT = functools.partial(outlive_signals, os.getpid())
+INIT = functools.partial(ignore_signals_in_worker, os.getpid())
 
 
 @pytest.mark.timeout(60)
@@ -52,7 +52,7 @@ from general_preference.trainer.stopping import StopRequests
 
 class Alone:
     is_main = True
-    maximum = staticmethod(lambda values: list(map(float, values)))
+    all_reduce_max = staticmethod(lambda values: list(map(float, values)))
 
 with StopRequests(Alone(), None) as requests:
     print("ready", flush=True)

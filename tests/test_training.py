@@ -121,7 +121,8 @@ def test_checkpoints_and_best_models_are_pruned(finished):
 
 def test_the_saved_model_scores_as_it_was_evaluated(finished, base):
     from general_preference import preference_score
-    from general_preference.datasets.preparation import Comparisons, load_tokenized
+    from general_preference.datasets.packing import Comparisons
+    from general_preference.datasets.preparation import load_tokenized
     from general_preference.datasets.sources import parse_sources
     from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 
@@ -135,7 +136,7 @@ def test_the_saved_model_scores_as_it_was_evaluated(finished, base):
     with torch.no_grad():
         output = model(**batch.model_inputs())
     score = preference_score(
-        output["embeddings"][batch.first], output["embeddings"][batch.second], output["gates"][batch.owner]
+        output["embeddings"][batch.first], output["embeddings"][batch.second], output["gates"][batch.comparison_index]
     )
     reported = json.loads((folder / "eval_metrics.json").read_text())["cyclic"]
     assert (score > 0).double().mean().item() == pytest.approx(reported["accuracy"])
@@ -268,14 +269,14 @@ def test_two_runs_cannot_share_a_folder_and_nan_stops_a_run(base, tmp_path, mode
     import fcntl
 
     from general_preference.errors import InputError
-    from general_preference.files import claim_folder
+    from general_preference.files import lock_folder
 
     time.sleep(0.2)
     with pytest.raises(InputError, match="being written by another run"):
-        claim_folder(folder, "--save_path")
+        lock_folder(folder, "--save_path")
     said = first.communicate(timeout=300)[1]
     assert first.returncode == 1
     line = next(line for line in said.splitlines() if line.startswith("error: "))
     assert "not finite at step" in line and "/train.jsonl, line " in line
     assert "Traceback" not in said and not (folder / "config.json").exists()
-    fcntl.flock(claim_folder(folder, "--save_path"), fcntl.LOCK_UN)  # the folder is free again
+    fcntl.flock(lock_folder(folder, "--save_path"), fcntl.LOCK_UN)  # the folder is free again

@@ -10,8 +10,7 @@ import torch
 from general_preference.datasets.packing import Collator
 from general_preference.models.attention import RowLayout
 from general_preference.trainer.arguments import OutputArguments, parse_arguments
-from general_preference.trainer.metrics import MetricsLogger, read_metrics
-from general_preference.trainer.window import ENOUGH, BatchLoss, StepClock, Window
+from general_preference.trainer.metrics import ENOUGH, BatchLoss, MetricsLogger, StepClock, Window, read_metrics
 from tests.conftest import random_comparisons
 
 
@@ -20,7 +19,7 @@ class OneProcess:
 
     device, world_size, is_main, micro_batches = torch.device("cpu"), 1, True, 1
     all_reduce = staticmethod(lambda sums: sums)
-    maximum = staticmethod(lambda values: list(map(float, values)))
+    all_reduce_max = staticmethod(lambda values: list(map(float, values)))
     gather_objects = staticmethod(lambda value: [value])
     peak_memory = staticmethod(lambda: 3_000_000_000)
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from general_preference.models.attention import PADDING, PROMPT, RowLayout
-from general_preference.models.packed_attention import PackedSequences, pack_sequences
+from general_preference.models.attention import PADDING, PROMPT, PackedSequences, RowLayout, pack_sequences
 
 Block = tuple[list[int], list[list[int]]]  # ids of a prompt, ids of each response behind it
 
@@ -27,10 +26,10 @@ class Batch:
     response_ends: (N,) where each response's end token stands in the flattened rows
     prompt_ends:   (G,) where each prompt's last token stands
     first, second: (M,) indices into the N responses; first is the preferred one
-    owner:         (M,) index into the G comparisons
+    comparison_index: (M,) index into the G comparisons
     label, margin: (M,) probability in [0.5, 1] that first is preferred; margin in units of the score
     weight:        (M,) share of each preference in the loss; a comparison's weights sum to its own weight
-    targets:       (sources, tokens, owners) of the language-model regulariser or None, see `RewardModel.forward`
+    targets:       (predict_positions, target_ids, sequence_index), see `RewardModel.forward`; None: no regularizer
     ids:           G names for messages to people
     counted:       (R, L) the tokens of comparisons with a weight, over which experts are balanced, or None
     """
@@ -44,7 +43,7 @@ class Batch:
     prompt_ends: torch.Tensor
     first: torch.Tensor
     second: torch.Tensor
-    owner: torch.Tensor
+    comparison_index: torch.Tensor
     label: torch.Tensor
     margin: torch.Tensor
     weight: torch.Tensor
@@ -78,7 +77,7 @@ class Batch:
 
 @dataclass
 class Collator:
-    """Turns tokenised comparisons into a `Batch`.
+    """Turns tokenized comparisons into a `Batch`.
 
     pad_id:      any token id; padding is never attended to nor read.
     layout:      what the model's kernel wants (`RewardModel.row_layout`). Unpacked rows that hold one response each are
@@ -209,8 +208,22 @@ def _preferences(comparisons: list[dict]) -> dict[str, torch.Tensor]:
     return {
         "first": torch.tensor(first, dtype=torch.long),
         "second": torch.tensor(second, dtype=torch.long),
-        "owner": torch.tensor(owner, dtype=torch.long),
+        "comparison_index": torch.tensor(owner, dtype=torch.long),
         "label": torch.tensor(label, dtype=torch.float32),
         "margin": torch.tensor(margin, dtype=torch.float32),
         "weight": torch.tensor(weight, dtype=torch.float32),
     }
+
+
+class Comparisons(torch.utils.data.Dataset):
+    """A tokenized `datasets.Dataset` indexed by the samplers' (index, weight) items."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, item: tuple[int, float]) -> dict:
+        index, weight = item
+        return self.table[index] | {"weight": weight}

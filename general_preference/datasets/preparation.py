@@ -1,4 +1,4 @@
-"""From the paths a user names to the tables a trainer reads: load, tokenise, blend, split by prompt, count.
+"""From the paths a user names to the tables a trainer reads: load, tokenize, blend, split by prompt, count.
 
 No prompt stands on both sides of a split, whatever the blend; `Summary` says what was read, cut or left out.
 """
@@ -10,12 +10,29 @@ from dataclasses import asdict, dataclass
 import datasets
 import torch
 
-from general_preference.datasets.sources import Source, load_source
-from general_preference.datasets.tables import COUNTS, tokenize
-from general_preference.datasets.tokenization import ComparisonTokenizer
+from general_preference.datasets.records import Message
+from general_preference.datasets.sources import Source, load_source, record_location
+from general_preference.datasets.tokenization import ComparisonTokenizer, stable_hash
 from general_preference.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+COUNTS = ("empty", "identical", "prompt_cut", "response_cut", "identical_after_cut")
+TOKENIZED = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "subset": datasets.Value("string"),
+        "prompt_key": datasets.Value("string"),
+        "prompt_ids": datasets.List(datasets.Value("int32")),
+        "response_ids": datasets.List(datasets.List(datasets.Value("int32"))),
+        "first": datasets.List(datasets.Value("int32")),
+        "second": datasets.List(datasets.Value("int32")),
+        "label": datasets.List(datasets.Value("float64")),
+        "margin": datasets.Value("float64"),
+        "length": datasets.Value("int32"),
+        **{name: datasets.Value("bool") for name in COUNTS},
+    }
+)
 
 
 @dataclass
@@ -55,6 +72,75 @@ class Summary:
 _NOTES = ("left_out", *COUNTS, "seen_prompts")
 
 
+def tokenize(
+    table: datasets.Dataset, encoder: ComparisonTokenizer, workers: int = 1, name: str = ""
+) -> datasets.Dataset:
+    """Tokenize a table of comparisons with `datasets.map`; the result is cached on disk under `encoder.fingerprint()`.
+
+    Args:
+        table: columns of `sources.ROW`. workers: processes, fewer when there is little to do.
+
+    Returns:
+        a table with the columns of `TOKENIZED`; `length` counts unique tokens (the prompt once).
+
+    Raises:
+        InputError: no prompt token can be made of a record, or the chat template refuses it.
+    """
+    workers = max(1, min(workers, len(table) // 2000))
+    fingerprint = stable_hash(table._fingerprint, encoder.fingerprint())
+    return table.map(
+        _encode_rows,
+        batched=True,
+        with_indices=True,
+        batch_size=500,
+        num_proc=workers if workers > 1 else None,
+        fn_kwargs={"encoder": encoder},
+        features=TOKENIZED,
+        remove_columns=table.column_names,
+        new_fingerprint=fingerprint,
+        desc=f"Tokenizing {name}".strip(),
+    )
+
+
+def _encode_rows(rows: dict, indices: list[int], encoder: ComparisonTokenizer) -> dict:
+    places = [record_location(name, index) for index, name in zip(indices, rows["id"], strict=True)]
+    try:
+        encoded = encoder.encode(rows["prompt"], rows["responses"])
+    except InputError:
+        encoded = [_encode_one(encoder, *row) for row in zip(places, rows["prompt"], rows["responses"], strict=True)]
+    for place, row in zip(places, encoded, strict=True):
+        if not row["prompt_ids"]:
+            raise InputError(f"{place}: the prompt has no tokens; expected some text before the responses")
+    contents = [[[message["content"] for message in response] for response in some] for some in rows["responses"]]
+    return {
+        **{name: rows[name] for name in ("id", "subset", "first", "second", "label", "margin")},
+        **{
+            name: [row[name] for row in encoded]
+            for name in ("prompt_ids", "response_ids", "prompt_cut", "response_cut")
+        },
+        "prompt_key": [stable_hash(prompt) for prompt in rows["prompt"]],
+        "length": [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in encoded],
+        "empty": [any(not "".join(response).strip() for response in some) for some in contents],
+        "identical": [_repeats(some) for some in contents],
+        "identical_after_cut": [
+            _repeats(row["response_ids"]) and not _repeats(some) for row, some in zip(encoded, contents, strict=True)
+        ],
+    }
+
+
+def _encode_one(
+    encoder: ComparisonTokenizer, place: str, prompt: list[Message], responses: list[list[Message]]
+) -> dict:
+    try:
+        return encoder.encode([prompt], [responses])[0]
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def _repeats(items: list) -> bool:
+    return any(item in items[:index] for index, item in enumerate(items))
+
+
 def load_tokenized(
     sources: list[Source],
     encoder: ComparisonTokenizer,
@@ -63,7 +149,7 @@ def load_tokenized(
     skip_bad: bool = False,
     workers: int = 1,
 ) -> tuple[list[datasets.Dataset], dict[str, int]]:
-    """Read and tokenise each source; cached on disk. Returns the tables and the records left out of each."""
+    """Read and tokenize each source; cached on disk. Returns the tables and the records left out of each."""
     tables, left_out = [], {}
     for source in sources:
         table, left_out[source.name] = load_source(source, custom, skip_bad)
@@ -92,7 +178,7 @@ def split_and_blend(
     """(training table, held-out table): split all sets by prompt together, then blend what is trained on.
 
     In this order a set that the blend repeats is not repeated in the held-out table. With `group_size` > 1 the tables
-    get a column `group`: which rows of a set were neighbours and must stay together.
+    get a column `group`: which rows of a set were neighbors and must stay together.
     """
     whole = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
     groups = None
@@ -112,7 +198,7 @@ def split_and_blend(
 
 
 def parse_probabilities(text: str | None, count: int) -> list[float] | None:
-    """`"0.4,0.6"` -> [0.4, 0.6], normalised to sum 1; None for none. InputError if they do not match `count` sets."""
+    """`"0.4,0.6"` -> [0.4, 0.6], normalized to sum 1; None for none. InputError if they do not match `count` sets."""
     if text is None:
         return None
     try:
@@ -197,17 +283,3 @@ def summarize(
         **{count: int(columns[count][:].sum()) for count in COUNTS},
         seen_prompts=0 if trained_prompts is None else sum(key in trained_prompts for key in table["prompt_key"][:]),
     )
-
-
-class Comparisons(torch.utils.data.Dataset):
-    """A tokenised table indexed by the samplers' (index, weight) items."""
-
-    def __init__(self, table: datasets.Dataset):
-        self.table = table
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, item: tuple[int, float]) -> dict:
-        index, weight = item
-        return self.table[index] | {"weight": weight}

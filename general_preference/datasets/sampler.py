@@ -21,7 +21,7 @@ class StepSampler:
     """Yields the micro-batches of one process, in order, for the rest of a run.
 
     A comparison's weight is (world_size * accumulation) / (comparisons in the step): a trainer that averages its
-    micro-batches over accumulation and processes then minimises the mean over the global batch, also in the smaller
+    micro-batches over accumulation and processes then minimizes the mean over the global batch, also in the smaller
     last step of an epoch, whose empty places hold weight-0 repeats.
     """
 
@@ -38,7 +38,7 @@ class StepSampler:
         groups: list[int] | None = None,
         packed: bool = False,
     ):
-        """lengths: tokens of each comparison. groups: which neighbours are shuffled as one and share a step, one id
+        """lengths: tokens of each comparison. groups: which neighbors are shuffled as one and share a step, one id
         each; default `group_size` in a row. packed: rows have no padding, so a micro-batch costs its tokens.
 
         Raises:
@@ -52,7 +52,7 @@ class StepSampler:
         self.global_batch_size = micro_batch_size * accumulation * world_size
         if self.global_batch_size % group_size:
             raise InputError(
-                f"--group_size {group_size} keeps neighbours in one step, but a step has {self.global_batch_size} "
+                f"--group_size {group_size} keeps neighbors in one step, but a step has {self.global_batch_size} "
                 "comparisons: make micro-batch * accumulation * processes a multiple"
             )
         self.steps_per_epoch = math.ceil(len(lengths) / self.global_batch_size)

@@ -75,13 +75,13 @@ def parse_sources(text: str) -> list[Source]:
     return sources
 
 
-def place_of(name: str, index: int, path: str = "") -> str:
+def record_location(name: str, index: int, path: str = "") -> str:
     """How a message names a row: its place in the file where it has no id of its own, else its number and id."""
     shown = name if name.isprintable() else repr(name)
-    return name if is_place(name) else f"{path}{', ' if path else ''}row {index + 1} (id {shown})"
+    return name if is_record_location(name) else f"{path}{', ' if path else ''}row {index + 1} (id {shown})"
 
 
-def is_place(name: str) -> bool:
+def is_record_location(name: str) -> bool:
     """Whether an id is the place that was given to a record without one."""
     return bool(re.search(r", (line|record|row) \d+$", name))
 

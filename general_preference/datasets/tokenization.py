@@ -2,10 +2,10 @@
 
 Two input formats, saved with the model:
 
-chat      the prompt is rendered by the tokenizer's chat template with the generation prompt and tokenised on its own,
+chat      the prompt is rendered by the tokenizer's chat template with the generation prompt and tokenized on its own,
           so its ids are a true prefix of every response; the end token is appended to each response; exactly one BOS
           where the tokenizer or its template wants one.
-released  what the published GPM checkpoints were trained with: template text tokenised with special tokens again, the
+released  what the published GPM checkpoints were trained with: template text tokenized with special tokens again, the
           last token overwritten by the end token, the prompt (for the gate) being the first message alone.
 """
 

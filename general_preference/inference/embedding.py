@@ -1,4 +1,4 @@
-"""Tokenised comparisons in, embeddings out: calls of bounded size, similar lengths together, any number of responses.
+"""Tokenized comparisons in, embeddings out: calls of bounded size, similar lengths together, any number of responses.
 
 The collation and the forward pass are those of training (`Collator`, `RewardModel.forward`), so a pair gets the same
 score here as in the trainer's evaluation.

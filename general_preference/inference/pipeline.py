@@ -17,10 +17,9 @@ from general_preference.datasets.tokenization import ComparisonTokenizer, load_t
 from general_preference.errors import InputError
 from general_preference.inference import ranking
 from general_preference.inference.embedding import EmbeddedPrompt, embed
+from general_preference.models.config import MIN_LENGTH, trained_preference
 from general_preference.models.device import choose_device, has_fast_bf16, inference_dtype
-from general_preference.models.model_files import trained_preference
-from general_preference.models.preference_config import MIN_LENGTH
-from general_preference.models.pretrained import load_reward_model
+from general_preference.models.loading import load_reward_model
 from general_preference.models.reward_model import RewardModel
 from general_preference.models.score import preference_probability, preference_score
 
@@ -35,7 +34,7 @@ Response = str | list[Message]
 class GPMPipeline:
     """Scores, compares and ranks responses with a trained preference model (GPM, Bradley-Terry or hybrid).
 
-    Head, D, gate, normalisation, temperature and input format come from the checkpoint. The attributes `model`,
+    Head, D, gate, normalization, temperature and input format come from the checkpoint. The attributes `model`,
     `tokenizer`, `device`, `value_head_dim`, `add_prompt_head`, `tau` and `max_length` are for reading.
     """
 
@@ -71,7 +70,7 @@ class GPMPipeline:
             padding: let rows of different length share a call. Scores do not depend on it.
             dtype: the backbone's dtype where neither choice of `bf16` is the one wanted.
             tokenizer: takes the place of the one saved with the model (`tokenization.load_tokenizer`).
-            attn_implementation: one of `models.attention_choice.CHOICES`.
+            attn_implementation: one of `models.kernels.CHOICES`.
             batch_tokens: tokens of one forward call; None fits the device.
 
         Raises:

@@ -61,15 +61,15 @@ def copeland(probabilities: Matrix) -> torch.Tensor:
 def nash(probabilities: Matrix) -> torch.Tensor:
     """(K,) weights of the von Neumann winner: the mixed strategy that no response beats more often than not.
 
-    It maximises the least expected win, min_j sum_i w_i (P_ij - 1/2), which is 0 at the optimum of this symmetric game.
+    It maximizes the least expected win, min_j sum_i w_i (P_ij - 1/2), which is 0 at the optimum of this symmetric game.
     A response that beats all others gets weight 1; the members of a cycle share it. Where several strategies are
-    optimal, the mean over those that favour each response most, so that tied responses get equal weights.
+    optimal, the mean over those that favor each response most, so that tied responses get equal weights.
 
     Differences from 1/2 below 1e-6 are ties. Needs scipy. Source: Fishburn 1984 (maximal lotteries); Dudik et al. 2015
     (arXiv 1502.06362, von Neumann winner); for language models, Munos et al. 2024 (arXiv 2312.00886).
 
     Raises:
-        InputError: not a preference matrix. RuntimeError: the linear programme found no solution.
+        InputError: not a preference matrix. RuntimeError: the linear program found no solution.
     """
     matrix = _checked(probabilities)
     payoff = (matrix - matrix.T) / 2
@@ -83,12 +83,12 @@ def nash(probabilities: Matrix) -> torch.Tensor:
     ends = [_optimal_strategy(payoff, sign * direction) for sign in (1, -1)]
     if (ends[0] - ends[1]).abs().max() < _TOLERANCE:
         return ends[0]
-    favourites = []
-    for favoured in torch.eye(count, dtype=torch.float64):
-        strategy = _optimal_strategy(payoff, favoured)
-        if strategy @ favoured > _TOLERANCE:
-            favourites.append(strategy)
-    return torch.stack(favourites).mean(dim=0)
+    favorites = []
+    for favored in torch.eye(count, dtype=torch.float64):
+        strategy = _optimal_strategy(payoff, favored)
+        if strategy @ favored > _TOLERANCE:
+            favorites.append(strategy)
+    return torch.stack(favorites).mean(dim=0)
 
 
 def _optimal_strategy(payoff: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:

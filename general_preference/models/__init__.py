@@ -1,1 +1,1 @@
-"""What is learnt: score, losses, and the model behind them. Imports torch and transformers only."""
+"""What is learned: score, losses, and the model behind them. Imports torch and transformers only."""

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 
 from general_preference.errors import InputError
-from general_preference.models.model_files import ADAPTER_CONFIG, first_line, reason, resolve
+from general_preference.models.config import ADAPTER_CONFIG, first_line, reason, resolve
 
 
 def add_lora(backbone, rank: int, alpha: int, target_modules, dropout: float, seed: int):
@@ -71,7 +71,7 @@ def merge_adapter(model) -> None:
 
 
 def four_bit_options() -> dict:
-    """What `from_pretrained` takes to load a backbone in 4 bits: NF4 with double quantisation, computing in bf16.
+    """What `from_pretrained` takes to load a backbone in 4 bits: NF4 with double quantization, computing in bf16.
 
     Source: arXiv 2305.14314.
     """

@@ -26,7 +26,7 @@ def linear_log_probs(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.T
 
 
 def can_fuse(head: nn.Module) -> bool:
-    """Whether the output layer is one plain whole matrix: no bias, no adapter, not quantised, not partitioned."""
+    """Whether the output layer is one plain whole matrix: no bias, no adapter, not quantized, not partitioned."""
     return type(head) is nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id")
 
 

@@ -1,6 +1,6 @@
-"""What is minimised: the preference loss on scores, and the language-model regularisers on chosen responses.
+"""What is minimized: the preference loss on scores, and the language-model regularizers on chosen responses.
 
-Pure functions, tensors in and tensors out. The trainer combines them as (1 - c) * preference + c * regulariser.
+Pure functions, tensors in and tensors out. The trainer combines them as (1 - c) * preference + c * regularizer.
 """
 
 from typing import Literal
@@ -28,7 +28,7 @@ def preference_loss(
 
     Args:
         score: (...,) score of first against second, any real number.
-        temperature: > 0, the tau of P = sigmoid(score / tau); a tensor when it is learnt.
+        temperature: > 0, the tau of P = sigmoid(score / tau); a tensor when it is learned.
         margin: >= 0, in units of the score: how much `first` should win by. Logistic only.
         target: wanted score / temperature of a certain preference. Regression only.
         label: q in [0, 1], the probability that `first` is preferred; 0.5 is a tie.
@@ -63,7 +63,7 @@ def language_model_loss(
     margin: float = 0.0,
     rejected: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Mean regulariser of a batch of chosen sequences, a scalar in nats.
+    """Mean regularizer of a batch of chosen sequences, a scalar in nats.
 
     Args:
         logits: (B, L, V), logits[:, t] predicts token t + 1 (as a causal LM returns them).
@@ -91,7 +91,7 @@ def regularizer(
     beta: float = 1.0,
     margin: float = 0.0,
 ) -> torch.Tensor:
-    """The four language-model regularisers per comparison, from (summed log-prob, token count), each (B,).
+    """The four language-model regularizers per comparison, from (summed log-prob, token count), each (B,).
 
     vanilla:        -mean log-prob                                          (plain supervised fine-tuning)
     mean:           -logsigmoid(beta * mean log-prob)
@@ -101,7 +101,7 @@ def regularizer(
     Returns:
         (B,) in nats. A sequence without counted tokens has mean log-prob 0.
 
-    Source: arXiv 2406.10216 (generalisable reward models by regularising hidden states).
+    Source: arXiv 2406.10216 (generalisable reward models by regularizing hidden states).
     """
     mean = chosen[0] / chosen[1].clamp(min=1)
     if kind == "vanilla":
@@ -112,9 +112,9 @@ def regularizer(
         return -F.logsigmoid(beta * chosen[0])
     if kind == "reference_free":
         if rejected is None:
-            raise ValueError("the reference_free regulariser compares with the rejected response: pass `rejected`")
+            raise ValueError("the reference_free regularizer compares with the rejected response: pass `rejected`")
         return -F.logsigmoid(beta * (mean - rejected[0] / rejected[1].clamp(min=1)) - margin)
-    raise ValueError(f"unknown regulariser {kind!r}: expected 'vanilla', 'mean', 'sum' or 'reference_free'")
+    raise ValueError(f"unknown regularizer {kind!r}: expected 'vanilla', 'mean', 'sum' or 'reference_free'")
 
 
 def token_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

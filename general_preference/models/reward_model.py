@@ -1,4 +1,4 @@
-"""The model that is learnt: a causal language model, an embedding head on responses, and a gate on prompts.
+"""The model that is learned: a causal language model, an embedding head on responses, and a gate on prompts.
 
 One forward pass takes a batch of rows (datasets/packing.py lays them out) and returns the embeddings of all responses
 and the gates of all prompts, whatever the head. Loading and saving live in `pretrained.py` and `saving.py`.
@@ -13,19 +13,20 @@ from torch.utils.checkpoint import checkpoint
 
 from general_preference.models.attention import (
     FLEX,
+    KERNELS,
+    PackedSequences,
     RowLayout,
     attention_mask,
     block_mask,
     row_layout,
     shares_prompts,
 )
-from general_preference.models.attention_choice import choose_attention
+from general_preference.models.config import PreferenceConfig
 from general_preference.models.experts import load_balancing_loss
+from general_preference.models.kernels import choose_attention
 from general_preference.models.log_probs import can_fuse, linear_log_probs
 from general_preference.models.losses import token_log_probs
-from general_preference.models.model_card import CardFacts
-from general_preference.models.packed_attention import KERNELS, PackedSequences
-from general_preference.models.preference_config import PreferenceConfig
+from general_preference.models.saving import CardFacts
 from general_preference.models.score import normalize_embedding
 
 # Parts in which token log-probs are computed where the LM head is not one whole matrix. A fixed number, not a fixed
@@ -60,12 +61,12 @@ class Temperature(nn.Module):
 class RewardModel(nn.Module):
     """Causal LM backbone + embedding head + prompt gate.
 
-    `backbone` is the whole causal LM, so its `lm_head` serves the language-model regularisers. `preference` is the
+    `backbone` is the whole causal LM, so its `lm_head` serves the language-model regularizers. `preference` is the
     `PreferenceConfig` that is saved with the weights. Heads and gate run in fp32 whatever the backbone's dtype.
     """
 
     def __init__(self, backbone: nn.Module, preference: PreferenceConfig, attention: str = "auto"):
-        """attention: one of `attention_choice.CHOICES`; the kernel itself is chosen where the model is run."""
+        """attention: one of `kernels.CHOICES`; the kernel itself is chosen where the model is run."""
         super().__init__()
         self.backbone = backbone
         self.preference = preference
@@ -81,7 +82,7 @@ class RewardModel(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str, **kwargs) -> "RewardModel":
         """Load a trained preference model from a folder or hub name; see `pretrained.load_reward_model`."""
-        from general_preference.models.pretrained import load_reward_model
+        from general_preference.models.loading import load_reward_model
 
         return load_reward_model(path, **kwargs)
 
@@ -145,7 +146,7 @@ class RewardModel(nn.Module):
                 head.weight.data.copy_(values)
 
     def freeze_unused(self, language_model_head: bool) -> None:
-        """Stop gradients of the LM head when no regulariser will use it (a tied one is the embedding and stays)."""
+        """Stop gradients of the LM head when no regularizer will use it (a tied one is the embedding and stays)."""
         head = self.language_model.get_output_embeddings()
         tied = head is None or head.weight is self.language_model.get_input_embeddings().weight
         if not language_model_head and not tied:
@@ -170,13 +171,13 @@ class RewardModel(nn.Module):
             shared: whether rows hold several responses behind one prompt.
             response_ends: (N,) where each response's last token stands in the flattened rows.
             prompt_ends: (G,) where each prompt's last token stands.
-            sequences: how a packed row attends, for kernels of packed_attention.py; else the mask is made here.
+            sequences: how a packed row attends, for kernels of the kernels below; else the mask is made here.
             targets: (sources, tokens, owners), each (T,): the hidden state at flat position `sources[t]` predicts
-                token `tokens[t]`, whose log-prob is added to owner `owners[t]` in [0, N + G). None: no regulariser.
+                token `tokens[t]`, whose log-prob is added to owner `owners[t]` in [0, N + G). None: no regularizer.
             counted: (R, L) booleans, the tokens over which experts are balanced. None: no load-balancing loss.
 
         Returns:
-            embeddings: (N, D). temperature: (1,), learnt or fixed. prompt_hidden_states: (G, hidden).
+            embeddings: (N, D). temperature: (1,), learned or fixed. prompt_hidden_states: (G, hidden).
             gates: (G, P), only if the model has a gate.
             log_probs, counts: (N + G,) summed log-prob in nats and tokens per owner, only with `targets`.
             aux_loss: scalar, see `experts.load_balancing_loss`, only with `counted`.

@@ -5,22 +5,24 @@ The folder keeps the published tensor names (`model.*`, `lm_head.weight`, `value
 """
 
 import dataclasses
+import re
 import shutil
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
 from transformers import GenerationConfig
+from yaml import YAMLError
 
-from general_preference.models.model_card import model_card
-from general_preference.models.model_files import HEAD_NAMES, HEADS_FILE
-from general_preference.models.reward_model import RewardModel
+from general_preference.models.config import HEAD_NAMES, HEADS_FILE, PreferenceConfig
 
 
 def save_reward_model(
-    model: RewardModel,
+    model,
     path: str,
     state_dict: dict[str, torch.Tensor] | None = None,
     *,
@@ -41,8 +43,8 @@ def save_reward_model(
     heads = {name: state_dict[name].contiguous() for name in HEAD_NAMES if name in state_dict}
     preference = model.preference
     if model.temperature is not None:
-        learnt = state_dict["temperature.log_value"].float().exp().item()
-        preference = dataclasses.replace(preference, temperature=learnt)
+        learned = state_dict["temperature.log_value"].float().exp().item()
+        preference = dataclasses.replace(preference, temperature=learned)
 
     language_model = model.language_model
     language_model.config.preference = preference.to_dict()
@@ -60,7 +62,7 @@ def save_reward_model(
 
 
 def push_reward_model(
-    model: RewardModel,
+    model,
     repo_id: str,
     *,
     commit_message: str = "Upload model",
@@ -96,3 +98,138 @@ def push_reward_model(
             create_pr=create_pr,
             ignore_patterns=["README.md"] if kept else None,
         )
+
+
+LIBRARY = "general-preference"
+_HEADS = {"bt": "Bradley-Terry reward model", "gpm": "General Preference Model", "hybrid": "Hybrid preference model"}
+_METRICS = ("accuracy", "loss", "n")
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ description }}
+
+## Use
+
+```python
+from general_preference import GPMPipeline
+
+rm = GPMPipeline("path or hub name of this model")
+rm.compare(prompt, first, second)       # P(first is preferred)
+rm.rank(prompt, responses)              # indices, best first
+```
+
+## Training
+
+Base model: {{ base }}. Comparisons: {{ data }}.
+
+{{ evaluation }}
+
+## Source
+
+Zhang et al., *Beyond Bradley-Terry Models: A General Preference Model for Language Model Alignment*, ICML 2025,
+[arXiv 2410.02197](https://arxiv.org/abs/2410.02197).
+"""
+
+
+@dataclass
+class CardFacts:
+    """Where a model comes from and how well it does.
+
+    base_model: hub name or folder. datasets: hub names or files it was trained on. results: {set: {metric: value}} of
+    held-out comparisons, as `statistics.preference_statistics` names them.
+    """
+
+    base_model: str | None = None
+    datasets: list[str] = field(default_factory=list)
+    results: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def model_card(preference: PreferenceConfig, facts: CardFacts, tags: list[str] | None = None) -> ModelCard:
+    """The card of a model with this head; `tags` are added to its own."""
+    planes = f"D = {preference.dim}{', prompt gate' if preference.prompt_gate else ''}"
+    title = _HEADS[preference.head] + ("" if preference.head == "bt" else f" ({planes})")
+    data = ModelCardData(
+        base_model=_on_hub(facts.base_model),
+        datasets=[name for name in map(_on_hub, facts.datasets) if name] or None,
+        eval_results=_eval_results(facts.results) or None,
+        model_name=title,
+        library_name=LIBRARY,
+        pipeline_tag="text-classification",
+        tags=["reward-model", "preference-model", preference.head, "arxiv:2410.02197", *(tags or [])],
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        title=title,
+        description=_description(preference),
+        base=_shown(facts.base_model),
+        data=", ".join(map(_shown, facts.datasets)) or "not recorded",
+        evaluation=_table(facts.results),
+    )
+
+
+def read_card_facts(readme: str | Path | None) -> CardFacts:
+    """What a card written by `model_card` says in its metadata; nothing if there is no such card."""
+    try:
+        data = ModelCard.load(readme, ignore_metadata_errors=True).data if readme else None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, YAMLError, HFValidationError):
+        return CardFacts()  # somebody else's README.md, whatever is wrong with it
+    if data is None or data.library_name != LIBRARY:
+        return CardFacts()
+    results: dict[str, dict[str, float]] = {}
+    for result in data.eval_results or []:
+        results.setdefault(result.dataset_name, {})[result.metric_type] = result.metric_value
+    datasets = [data.datasets] if isinstance(data.datasets, str) else data.datasets or []
+    return CardFacts(data.base_model, datasets, results)
+
+
+def _description(preference: PreferenceConfig) -> str:
+    if preference.head == "bt":
+        return "Gives each response one number; P(first is preferred) = sigmoid((first - second) / temperature)."
+    also = " and a scalar reward" if preference.head == "hybrid" else ""
+    return (
+        f"Embeds each response in {preference.planes} plane{'s' if preference.planes > 1 else ''}{also} and compares "
+        "two embeddings with a skew-symmetric operator, so its preferences may be cyclic.\n"
+        f"P(first is preferred) = sigmoid(score / {preference.temperature:.4g})."
+    )
+
+
+def _on_hub(name: str | None) -> str | None:
+    """`name` if it can be a hub name and is no local path, without a split (`owner/name@split`)."""
+    name = (name or "").partition("@")[0]
+    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists() else None
+
+
+def _shown(name: str | None) -> str:
+    if not name:
+        return "not recorded"
+    # Of a file also its folder: data is often called train.jsonl.
+    path = Path(name)
+    return f"`{_on_hub(name) or '/'.join(path.parts[-2:] if path.suffix else path.parts[-1:])}`"
+
+
+def _eval_results(results: dict[str, dict[str, float]]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-classification",
+            task_name="Preference prediction",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=metric,
+            metric_value=row[metric],
+        )
+        for name, row in results.items()
+        for metric in _METRICS
+        if metric in row
+    ]
+
+
+def _table(results: dict[str, dict[str, float]]) -> str:
+    if not results:
+        return "No evaluation was recorded."
+    rows = [f"| {name} | {row.get('accuracy', 0):.4f} | {row.get('loss', 0):.4f} | {row.get('n', 0)} |"
+            for name, row in results.items()]  # fmt: skip
+    return "\n".join(["| held-out comparisons | accuracy | loss | n |", "|---|---:|---:|---:|", *rows])

@@ -70,9 +70,9 @@ def preference_probability(score: torch.Tensor, temperature: float | torch.Tenso
 
 
 def normalize_embedding(embedding: torch.Tensor) -> torch.Tensor:
-    """L2-normalise the planes of an embedding (..., D); the scalar coordinate of an odd D stays as it is.
+    """L2-normalize the planes of an embedding (..., D); the scalar coordinate of an odd D stays as it is.
 
-    Scores of normalised embeddings lie in [-max(gate), max(gate)] plus the scalar difference. D = 1 has no planes and
+    Scores of normalized embeddings lie in [-max(gate), max(gate)] plus the scalar difference. D = 1 has no planes and
     is returned unchanged. Source: arXiv 2410.02197 (unit-norm preference embeddings).
     """
     planes = 2 * (embedding.shape[-1] // 2)

@@ -92,9 +92,9 @@ def wilson_interval(share: float, count: int, deviations: float = 1.959964) -> t
     Source: Wilson 1927. Unlike share +- 1.96 * error it stays in [0, 1] and holds for few trials and shares near 1.
     """
     square = deviations**2
-    centre = share + square / (2 * count)
+    center = share + square / (2 * count)
     half = deviations * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
-    low, high = ((centre + sign * half) / (1 + square / count) for sign in (-1, 1))
+    low, high = ((center + sign * half) / (1 + square / count) for sign in (-1, 1))
     return max(0.0, low), min(1.0, high)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import datasets
 
-from general_preference.datasets.sources import Source, is_place, load_source, parse_sources, place_of
+from general_preference.datasets.sources import Source, is_record_location, load_source, parse_sources, record_location
 from general_preference.errors import InputError
 from general_preference.rewardbench.scoring import PRIOR_ROWS, ROWS_1, ROWS_2, TIES
 
@@ -88,7 +88,7 @@ def load_benchmark(
                 logger.info("left out: %d rows of %s", len(table) - len(kept), ", ".join(LEFT_OUT))
                 table = table.select(kept)
         for index, row in enumerate(table):
-            place = place_of(row["id"], index, source.path)
+            place = record_location(row["id"], index, source.path)
             problem = _problem(benchmark, row, allow_empty)
             if not problem and benchmark.best_of_n and row["subset"] == TIES:
                 first = ties.setdefault(parse_ties_id(row["id"]), place)
@@ -115,7 +115,9 @@ def content_fingerprint(table: datasets.Dataset) -> str:
     """A hash of what the rows say, the same whatever file they came from: sha256 over them as JSON, in order."""
     digest = hashlib.sha256()
     for row in table.select_columns(["id", "subset", "prompt", "responses", "first", "second"]):
-        digest.update(json.dumps(row | {"id": "" if is_place(row["id"]) else row["id"]}, sort_keys=True).encode())
+        digest.update(
+            json.dumps(row | {"id": "" if is_record_location(row["id"]) else row["id"]}, sort_keys=True).encode()
+        )
     return digest.hexdigest()
 
 

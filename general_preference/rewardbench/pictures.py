@@ -10,7 +10,7 @@ _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3")
 
 
 def draw_subsets(benchmark: Benchmark, results: dict[str, dict], title: str, path: Path) -> bool:
-    """One bar per subset with its 95 % interval, coloured by section, and what guessing would get; False if not drawn.
+    """One bar per subset with its 95 % interval, colored by section, and what guessing would get; False if not drawn.
 
     Args:
         results: {subset: statistics}, as `report.summarize` gives them.
@@ -22,17 +22,17 @@ def draw_subsets(benchmark: Benchmark, results: dict[str, dict], title: str, pat
     accuracy = [results[name]["accuracy"] for name in names]
     low = [max(0.0, value - results[name]["accuracy_low"]) for name, value in zip(names, accuracy, strict=True)]
     high = [max(0.0, results[name]["accuracy_high"] - value) for name, value in zip(names, accuracy, strict=True)]
-    colour = {
+    color = {
         subset: (section, _COLOURS[number])
         for number, (section, subsets) in enumerate(SECTIONS.items())
         for subset in (subsets if not benchmark.best_of_n else ())
     }
     figure, axis = pyplot.subplots(figsize=(8, 1.6 + 0.3 * len(names)), constrained_layout=True)
-    labelled: set[str] = set()
+    labeled: set[str] = set()
     for place, name in list(enumerate(names))[::-1]:
-        section, fill = colour.get(name, ("", _COLOURS[0]))
-        label = section if section not in labelled else ""
-        labelled.add(section)
+        section, fill = color.get(name, ("", _COLOURS[0]))
+        label = section if section not in labeled else ""
+        labeled.add(section)
         axis.barh(place, accuracy[place], color=fill, height=0.72, label=label or None)
     axis.errorbar(accuracy, range(len(names)), xerr=[low, high], fmt="none", ecolor="0.25", capsize=2.5, lw=1)
     for place, name in enumerate(names):
@@ -50,7 +50,7 @@ def draw_subsets(benchmark: Benchmark, results: dict[str, dict], title: str, pat
     axis.set_title(title, fontsize=11, parse_math=False)
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)
-    if len(labelled) > 1:
+    if len(labeled) > 1:
         figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -5,10 +5,10 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from general_preference.command_line import align
+from general_preference.cli import align
 from general_preference.inference.embedding import EmbeddedPrompt
 from general_preference.inference.ranking import borda, hodge
-from general_preference.models.preference_config import PreferenceConfig
+from general_preference.models.config import PreferenceConfig
 from general_preference.models.score import preference_probability
 from general_preference.models.statistics import wilson_interval
 from general_preference.rewardbench.data import PREF_SETS, Benchmark, parse_ties_id, right_responses

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from general_preference.command_line import flag, parse_flags
+from general_preference.cli import flag, parse_flags
 from general_preference.errors import InputError
-from general_preference.models.attention_choice import CHOICES
+from general_preference.models.config import HEADS, PreferenceConfig
+from general_preference.models.kernels import CHOICES
 from general_preference.models.losses import LanguageModelLossKind, PreferenceLossKind
-from general_preference.models.preference_config import HEADS, PreferenceConfig
 
 DEFAULT_MAX_LEN = 512
 
@@ -38,13 +38,13 @@ class ModelArguments:
     gate: str | None = flag(None, "softmax (default): gate weights sum to 1; scaled_softmax: to the number of planes",
                       choices=["softmax", "scaled_softmax"])  # fmt: skip
     normalize: bool | None = flag(
-        None, "L2-normalise the planes of an embedding; default on for gpm and hybrid, never for bt"
+        None, "L2-normalize the planes of an embedding; default on for gpm and hybrid, never for bt"
     )
     general_preference_tau: float | None = flag(
         None, "temperature tau of P = sigmoid(score / tau); default 0.1 for gpm and hybrid, 1 for bt", aliases=["--tau"]
     )
     learnable_temperature: bool = flag(
-        False, "optimise the temperature, starting at --general_preference_tau; saved with the model"
+        False, "optimize the temperature, starting at --general_preference_tau; saved with the model"
     )
     input_format: str | None = flag(None, "chat, or released (the published checkpoints'); default what the model was saved with, else chat",
                                      choices=["chat", "released"])  # fmt: skip
@@ -100,11 +100,11 @@ class DataArguments:
     max_len: int | None = flag(None, "tokens of prompt and one response together; prompts are cut first, at their oldest end; "
                                 "default what a preference model in --pretrain was saved with, else 512")  # fmt: skip
     is_custom_dataset: bool = flag(False, "require the custom format: instruction, chosen, reject")
-    group_size: int = flag(1, "neighbouring records that stay in one step")
+    group_size: int = flag(1, "neighboring records that stay in one step")
     on_bad_record: str = flag(
         "stop", "a record that does not fit: stop the run, or skip and count it", choices=["stop", "skip"]
     )
-    preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenise")
+    preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenize")
     return_prompt_length: bool = flag(False, "log the mean prompt length of each step (train/prompt_length, tokens)")
 
     def check(self) -> None:
@@ -120,25 +120,25 @@ class DataArguments:
             raise InputError(f"--max_len {self.max_len} leaves no room for a prompt and a response: use at least 8")
         if self.group_size > 1 and self.dataset_probs and self.dataset.count(","):
             raise InputError(
-                "--group_size keeps neighbours together and --dataset_probs draws record by record: drop one"
+                "--group_size keeps neighbors together and --dataset_probs draws record by record: drop one"
             )
 
 
 @dataclass
 class LossArguments:
-    """What is minimised: (1 - c) * preference + c * regulariser + a * load balance of experts."""
+    """What is minimized: (1 - c) * preference + c * regularizer + a * load balance of experts."""
 
     loss: PreferenceLossKind = flag(
         "logistic", "logistic: cross-entropy with sigmoid(score / tau); regression: squared distance to a target"
     )
     margin_loss: bool = flag(False, "use the records' margin: the preferred side should win by so much (logistic)")
     regression_target_margin: float = flag(10.0, "target of score / tau under --loss regression")
-    add_pretrain_loss: bool = flag(False, "add a language-model regulariser on chosen responses")
+    add_pretrain_loss: bool = flag(False, "add a language-model regularizer on chosen responses")
     ptx_loss_coef: float = flag(0.1, "its share c in [0, 1]")
-    ptx_loss: LanguageModelLossKind = flag("vanilla", "which regulariser")
-    ptx_response_only: bool = flag(False, "regularise the response's tokens alone; default the whole chosen sequence")
-    reward_scaler_beta: float = flag(2.0, "beta of the regularisers mean, sum and reference_free")
-    reward_margin: float = flag(1.0, "margin of the reference_free regulariser")
+    ptx_loss: LanguageModelLossKind = flag("vanilla", "which regularizer")
+    ptx_response_only: bool = flag(False, "regularize the response's tokens alone; default the whole chosen sequence")
+    reward_scaler_beta: float = flag(2.0, "beta of the regularizers mean, sum and reference_free")
+    reward_margin: float = flag(1.0, "margin of the reference_free regularizer")
     aux_loss_coef: float | None = flag(
         None, "weight a of the load-balancing loss of mixtures of experts: that of each micro-batch's tokens without padding, "
         "averaged over a step's micro-batches; default the model's router_aux_loss_coef if its configuration sets "

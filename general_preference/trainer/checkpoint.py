@@ -1,6 +1,6 @@
 """Resumable checkpoints: complete, verified, and never half-written.
 
-`step_N/` holds one file of weights, optimizer states and random states per process (shares.py) and `manifest.json`:
+`step_N/` holds one file of weights, optimizer states and random states per process (shards.py) and `manifest.json`:
 where the run stands, and size and checksum of every file. It is written as `.writing_step_N`, flushed and renamed;
 `latest` names the newest and moves last. Reading begins there, passes over what is damaged, incomplete or not a
 checkpoint, says why, and takes the newest that is whole. `latest` itself may be missing.
@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +20,8 @@ import xxhash
 
 from general_preference.errors import InputError
 from general_preference.files import flush_folder, replace_text
-from general_preference.trainer.shares import damage
-from general_preference.trainer.strategy import Strategy
+from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
+from general_preference.trainer.shards import verify_file
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class RunState:
 class CheckpointStore:
     """Resumable checkpoints under one folder, the oldest pruned first. Every method is collective."""
 
-    def __init__(self, folder: Path, strategy: Strategy, max_number: int, max_gigabytes: float):
+    def __init__(self, folder: Path, strategy: DeepSpeedEngine, max_number: int, max_gigabytes: float):
         self.folder, self.strategy = folder, strategy
         self.max_number, self.max_bytes = max_number, max_gigabytes * 1e9
         self.newest: RunState | None = None  # of this run
@@ -79,7 +80,7 @@ class CheckpointStore:
             InputError: it belongs to a run with another global batch, seed, data or model, or none is whole.
         """
         self.strategy.write(self.folder, 0, self._finish_rename, main_only=True)
-        candidates = self.strategy.from_main(self._candidates() if self.strategy.is_main else None)
+        candidates = self.strategy.broadcast(self._candidates() if self.strategy.is_main else None)
         problems = []
         for folder in candidates:
             state, problem = self._verified(folder)
@@ -149,12 +150,12 @@ class CheckpointStore:
         return sorted((path for path in found if path.is_dir()), key=lambda path: path.name != named)
 
     def _verified(self, folder: Path) -> tuple[RunState | None, str | None]:
-        """(state, None) of a whole checkpoint, (None, what is wrong with it) of any other. Processes share the work."""
-        content, problem = self.strategy.from_main(_read_manifest(folder) if self.strategy.is_main else None)
+        """(state, None) of a whole checkpoint, (None, what is wrong with it) of any other. Shared among processes."""
+        content, problem = self.strategy.broadcast(_read_manifest(folder) if self.strategy.is_main else None)
         if content is None:
             return None, problem
         mine = sorted(content["files"])[self.strategy.rank :: self.strategy.world_size]
-        found = [damage(folder / name, content["files"][name]) for name in mine]
+        found = [verify_file(folder / name, content["files"][name]) for name in mine]
         problems = [problem for part in self.strategy.gather_objects(found) for problem in part if problem]
         return (None, problems[0]) if problems else (RunState(**content["state"]), None)
 
@@ -230,3 +231,81 @@ def _read_manifest(folder: Path) -> tuple[dict | None, str | None]:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def publish_model(strategy: DeepSpeedEngine, tokenizer, folder: Path) -> None:
+    """Save the model and its tokenizer into `folder`, written beside it and then moved in. Collective.
+
+    While files are moved the folder has no config.json, so nobody takes a half of them for a model.
+
+    Raises:
+        RunError: on every process, when the folder cannot be written; a full disk leaves what stood there before.
+    """
+    state_dict = strategy.full_state_dict()
+    temporary = folder / ".writing_model"
+    needed = sum(tensor.nbytes for tensor in state_dict.values())
+    strategy.write(folder, needed, lambda: _write_model(strategy, tokenizer, temporary, state_dict), main_only=True)
+    strategy.write(folder, 0, lambda: _move_model(temporary, folder), main_only=True)
+
+
+def _write_model(strategy: DeepSpeedEngine, tokenizer, temporary: Path, state_dict: dict) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        strategy.model.save_pretrained(str(temporary), state_dict=state_dict)
+        tokenizer.save_pretrained(str(temporary))
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk should get its space back
+        raise
+
+
+def _move_model(temporary: Path, folder: Path) -> None:
+    for stale in [
+        folder / "config.json",
+        *folder.glob("*.safetensors"),
+        *folder.glob("*.safetensors.index.json"),
+        folder / "adapter_config.json",
+    ]:
+        stale.unlink(missing_ok=True)
+    # config.json comes last: without it the folder is no model yet.
+    for file in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+        if file.is_dir():
+            shutil.rmtree(folder / file.name, ignore_errors=True)
+        file.replace(folder / file.name)
+    temporary.rmdir()
+
+
+class BestModels:
+    """The `number` models of lowest evaluation loss under one folder, in `step_N`; `best.json` ranks them."""
+
+    def __init__(self, folder: Path, strategy: DeepSpeedEngine, tokenizer, number: int):
+        self.folder, self.strategy, self.tokenizer, self.number = folder, strategy, tokenizer, number
+
+    def consider(self, state: RunState, loss: float, recorded: Iterable) -> None:
+        """Save the model if its `loss` is among the lowest so far, and let go of what is not any more. Collective.
+
+        Args:
+            loss: reduced over all processes; the main process decides for all of them.
+            recorded: the entries of the newest resumable checkpoint, kept until one is written that forgets them: a run
+                that continues from there finds every model that it believes to have.
+        """
+        name = f"step_{state.step}"
+        kept = self.strategy.broadcast([entry for entry in state.best if self._stands(entry[1]) and entry[1] != name])
+        ranked = sorted([*map(tuple, kept), (loss, name)], key=lambda entry: entry[0])[: self.number]
+        if any(kept == name for _, kept in ranked):
+            publish_model(self.strategy, self.tokenizer, self.folder / name)
+        state.best = ranked
+        table = json.dumps([{"loss": value, "model": kept} for value, kept in ranked], indent=2)
+        self.strategy.write(self.folder, 0, lambda: replace_text(self.folder / "best.json", table), main_only=True)
+        self.prune([*ranked, *recorded])
+
+    def prune(self, entries: Iterable) -> None:
+        """Remove every saved model that `entries` do not name."""
+        keep = {entry[1] for entry in entries}
+        if self.strategy.is_main and self.number:
+            for path in self.folder.glob("step_*"):
+                if path.name not in keep and self._stands(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _stands(self, name: str) -> bool:
+        return (self.folder / name / "config.json").is_file()

@@ -36,7 +36,7 @@ class EmbeddedCycle:
 def embedded_cycle(name: str, batch: Batch, output: dict[str, torch.Tensor], tokenizer) -> EmbeddedCycle | None:
     """The first comparison of a batch whose stated preferences go round, with the model's output for it; or None."""
     for index in range(len(batch.prompt_ends)):
-        mine = batch.owner == index
+        mine = batch.comparison_index == index
         if mine.sum() < 3:
             continue
         members = find_cycle(list(zip(batch.first[mine].tolist(), batch.second[mine].tolist(), strict=True)))

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 
-from general_preference.trainer.strategy import Strategy
+from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT)
 TOGETHER = 1.0  # seconds within which signals count as one: a scheduler may tell launcher and processes
@@ -17,7 +17,7 @@ class StopRequests:
     Schedulers send SIGTERM before they kill; Ctrl-C is SIGINT. `minutes`: also ask for a checkpoint that often.
     """
 
-    def __init__(self, strategy: Strategy, minutes: float | None):
+    def __init__(self, strategy: DeepSpeedEngine, minutes: float | None):
         self.strategy, self.seconds = strategy, None if minutes is None else 60 * minutes
         self.received = 0
         self.saved_at = time.monotonic()
@@ -54,7 +54,7 @@ class StopRequests:
         clock, whether `mine` is true on any). Collective, one small reduction.
         """
         due = self.strategy.is_main and self.seconds is not None and time.monotonic() - self.saved_at >= self.seconds
-        number, due, theirs = self.strategy.maximum([self.received, due, mine])
+        number, due, theirs = self.strategy.all_reduce_max([self.received, due, mine])
         return int(number), bool(due), bool(theirs)
 
     def saved(self) -> None:
@@ -62,7 +62,7 @@ class StopRequests:
         self.saved_at = time.monotonic()
 
 
-def outlive_signals(parent: int, _worker: int = 0) -> None:
+def ignore_signals_in_worker(parent: int, _worker: int = 0) -> None:
     """For the processes that a DataLoader starts: end when their parent ends them, not by signals meant for the run.
 
     A terminal's Ctrl-C and Slurm's signals reach every process; a worker that ended by them would fail the step that is

@@ -2,7 +2,7 @@
 
 Three layouts: without ZeRO every process has every parameter (and in bf16 an fp32 copy of it); under ZeRO 1 and 2 (and
 the bf16 optimizer) all parameters of a group lie end to end and are cut into one stretch per process; under ZeRO 3
-every parameter is cut by itself. For strategy.py alone.
+every parameter is cut by itself. For deepspeed_engine.py alone.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from general_preference.trainer.shares import FIELDS, Piece, Share
+from general_preference.trainer.shards import FIELDS, Piece, Share
 
 
 def own_share(engine, rank: int, step: int | None = None) -> Share:
@@ -22,25 +22,25 @@ def own_share(engine, rank: int, step: int | None = None) -> Share:
     """
     zero = engine.optimizer
     base = getattr(zero, "optimizer", zero)
-    learnt = {name: weight for name, weight in engine.module.named_parameters() if weight.requires_grad}
+    learned = {name: weight for name, weight in engine.module.named_parameters() if weight.requires_grad}
     if _by_parameter(engine):
         flats = list(zero.fp32_partitioned_groups_flat)
-        places = {name: zero.grad_position[zero.get_param_id(weight)] for name, weight in learnt.items()}
-        pieces = [_part(name, weight, rank, *places[name]) for name, weight in learnt.items()]
-    elif any(hasattr(weight, "_hp_mapping") for weight in learnt.values()):
+        places = {name: zero.grad_position[zero.get_param_id(weight)] for name, weight in learned.items()}
+        pieces = [_part(name, weight, rank, *places[name]) for name, weight in learned.items()]
+    elif any(hasattr(weight, "_hp_mapping") for weight in learned.values()):
         flats = [group["params"][0] for group in base.param_groups]
-        pieces = [_fragment(name, weight) for name, weight in learnt.items() if weight._hp_mapping is not None]
+        pieces = [_fragment(name, weight) for name, weight in learned.items() if weight._hp_mapping is not None]
     elif rank == 0 or step is not None:
         copies = _fp32_copies(zero)
-        flats = [copies.get(weight, weight) for weight in learnt.values()]
+        flats = [copies.get(weight, weight) for weight in learned.values()]
         pieces = [
             Piece(name, tuple(weight.shape), 0, weight.numel(), number, 0)
-            for number, (name, weight) in enumerate(learnt.items())
+            for number, (name, weight) in enumerate(learned.items())
         ]
     else:
         flats, pieces = [], []
     tensors = [_tensors(base, flat, step) for flat in flats]
-    return Share(tensors, [piece for piece in pieces if piece.count > 0], set(learnt))
+    return Share(tensors, [piece for piece in pieces if piece.count > 0], set(learned))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The loop: forward, loss, backward, step; evaluate, log, save. One for Bradley-Terry, GPM and hybrid heads.
 
-Knows neither DeepSpeed nor ranks (strategy.py) nor how rows are laid out (datasets/packing.py).
+Knows neither DeepSpeed nor ranks (deepspeed_engine.py) nor how rows are laid out (datasets/packing.py).
 """
 
 import dataclasses
@@ -18,37 +18,33 @@ import xxhash
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from general_preference.datasets.packing import Batch, Collator
-from general_preference.datasets.preparation import Comparisons
+from general_preference.datasets.packing import Batch, Collator, Comparisons
 from general_preference.datasets.sampler import StepSampler, evaluation_batches
 from general_preference.errors import InputError, NonFiniteError, Stopped
 from general_preference.files import replace_text
+from general_preference.models.config import weights_digest
 from general_preference.models.experts import balance_coefficient
 from general_preference.models.losses import preference_loss, regularizer
-from general_preference.models.model_files import weights_digest
 from general_preference.models.score import preference_score
 from general_preference.models.statistics import empty_sums, preference_statistics, preference_sums
 from general_preference.trainer.arguments import Arguments, LossArguments
-from general_preference.trainer.checkpoint import CheckpointStore, RunState
-from general_preference.trainer.metrics import METRICS_FILE, MetricsLogger, read_metrics
+from general_preference.trainer.checkpoint import BestModels, CheckpointStore, RunState, publish_model
+from general_preference.trainer.metrics import METRICS_FILE, BatchLoss, MetricsLogger, StepClock, Window, read_metrics
 from general_preference.trainer.pictures import EmbeddedCycle, draw_cycles, draw_training_curves, embedded_cycle
-from general_preference.trainer.publishing import BestModels, publish_model
-from general_preference.trainer.stopping import StopRequests, outlive_signals
-from general_preference.trainer.strategy import Strategy
-from general_preference.trainer.window import BatchLoss, StepClock, Window
+from general_preference.trainer.stopping import StopRequests, ignore_signals_in_worker
 
 logger = logging.getLogger(__name__)
 
 
 def batch_loss(output: dict[str, torch.Tensor], batch: Batch, arguments: LossArguments) -> BatchLoss:
-    """(1 - c) * preference + c * regulariser + a * load balance of a micro-batch, from the model's output.
+    """(1 - c) * preference + c * regularizer + a * load balance of a micro-batch, from the model's output.
 
-    Without the regulariser c = 0. Weights are the batch's own, so any split into micro-batches gives one gradient.
+    Without the regularizer c = 0. Weights are the batch's own, so any split into micro-batches gives one gradient.
     The load-balancing loss alone depends on the split: it is that of each micro-batch's tokens, and a step's is the
     mean over its micro-batches on all processes, weighted by their comparisons (as transformers' trainer has it).
     """
     embeddings, gates = output["embeddings"], output.get("gates")
-    gate = None if gates is None else gates[batch.owner]
+    gate = None if gates is None else gates[batch.comparison_index]
     score = preference_score(embeddings[batch.first], embeddings[batch.second], gate)
     preference = preference_loss(
         score,
@@ -76,7 +72,7 @@ def _regularizer(output: dict[str, torch.Tensor], batch: Batch, arguments: LossA
     def sequence(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if arguments.ptx_response_only:
             return log_probs[index], counts[index]
-        prompts = responses + batch.owner
+        prompts = responses + batch.comparison_index
         return log_probs[index] + log_probs[prompts], counts[index] + counts[prompts]
 
     return regularizer(
@@ -88,11 +84,11 @@ def _regularizer(output: dict[str, torch.Tensor], batch: Batch, arguments: LossA
     )
 
 
-class RewardTrainer:
+class Trainer:
     """Trains the model inside `strategy` on one table of comparisons and evaluates it on named others."""
 
-    def __init__(self, arguments: Arguments, strategy: Strategy, model, tokenizer, train_table, eval_tables: dict):
-        """Wrap `model` in the engine and lay out the run; `eval_tables` maps set names to tokenised tables."""
+    def __init__(self, arguments: Arguments, strategy, model, tokenizer, train_table, eval_tables: dict):
+        """Wrap `model` in the engine and lay out the run; `eval_tables` maps set names to tokenized tables."""
         self.arguments, self.strategy, self.tokenizer = arguments, strategy, tokenizer
         optimizer, loss = arguments.optimizer, arguments.loss
         kind = "both" if loss.ptx_loss == "reference_free" else "chosen"
@@ -127,7 +123,7 @@ class RewardTrainer:
         output = arguments.output
         self.store = CheckpointStore(output.checkpoint_folder, strategy, output.max_ckpt_num, output.max_ckpt_mem)
         self.best = BestModels(self.folder / "best", strategy, tokenizer, output.save_best_model or 0)
-        strategy.main_first(self.store.check, main_only=True)
+        strategy.main_process_first(self.store.check, main_only=True)
         if output.load_checkpoint:
             self.state = self.store.load(fixed, flags) or self.state
 
@@ -143,7 +139,7 @@ class RewardTrainer:
             "data_checksum": xxhash.xxh3_64_hexdigest(lengths_and_prompts.encode()),
             "group_size": arguments.data.group_size,
             "max_epochs": optimizer.max_epochs,
-            "pretrain_checksum": self.strategy.from_main(
+            "pretrain_checksum": self.strategy.broadcast(
                 weights_digest(arguments.model.pretrain) if self.strategy.is_main else None
             ),
             "preference_head": head.head,
@@ -305,7 +301,7 @@ class RewardTrainer:
         """Statistics of one evaluation set, each comparison exactly once, the same numbers on every process.
 
         Returns:
-            the keys of `statistics.preference_statistics`; the loss is the preference loss without the regulariser.
+            the keys of `statistics.preference_statistics`; the loss is the preference loss without the regularizer.
         """
         comparisons, strategy = self.eval_sets[name], self.strategy
         items = evaluation_batches(
@@ -350,9 +346,9 @@ class RewardTrainer:
             state = self.state
             return MetricsLogger(self.folder, self.arguments.output, flags, state.step, state.evaluated, state.wandb_id)
 
-        logger = self.strategy.main_first(make, main_only=True)
+        logger = self.strategy.main_process_first(make, main_only=True)
         found = None if logger is None else logger.wandb_id
-        self.state.wandb_id = self.strategy.from_main(found or self.state.wandb_id)
+        self.state.wandb_id = self.strategy.broadcast(found or self.state.wandb_id)
         return logger
 
     def _close_metrics(self) -> None:
@@ -366,7 +362,7 @@ class RewardTrainer:
             batch_sampler=batches,
             collate_fn=collator or self.collator,
             num_workers=2 if on_gpu else 0,
-            worker_init_fn=functools.partial(outlive_signals, os.getpid()),
+            worker_init_fn=functools.partial(ignore_signals_in_worker, os.getpid()),
             generator=torch.Generator(),  # not the global one, whose draws belong to dropout
             pin_memory=on_gpu,
         )

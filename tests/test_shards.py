@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from general_preference.errors import InputError
 from general_preference.trainer.checkpoint import MANIFEST, _digest, _read_manifest
-from general_preference.trainer.shares import FIELDS, Piece, Share, damage, manifest_entry, read_share, write_share
+from general_preference.trainer.shards import FIELDS, Piece, Share, describe_file, read_share, verify_file, write_share
 
 SHAPES = {"embedding": (7, 3), "head": (4, 5), "scale": (1,), "norm": (13,)}
 
@@ -107,15 +107,15 @@ def test_a_missing_part_is_noticed(tmp_path):
 def test_every_kind_of_damage_is_found(tmp_path):
     file = tmp_path / "process_00000.safetensors"
     write_share(file, fill(empty_share(cut_each(1)[0]), whole(0)), {})
-    entry, good = manifest_entry(file), file.read_bytes()
-    assert damage(file, entry) is None
+    entry, good = describe_file(file), file.read_bytes()
+    assert verify_file(file, entry) is None
     for position in (0, 9, len(good) // 2, len(good) - 1):
         file.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
-        assert "is damaged" in damage(file, entry)
+        assert "is damaged" in verify_file(file, entry)
     file.write_bytes(good[:-1])
-    assert f"has {len(good) - 1} bytes instead of {len(good)}" in damage(file, entry)
+    assert f"has {len(good) - 1} bytes instead of {len(good)}" in verify_file(file, entry)
     file.unlink()
-    assert "cannot be read" in damage(file, entry)
+    assert "cannot be read" in verify_file(file, entry)
 
 
 def test_no_flipped_bit_of_a_manifest_goes_unnoticed(tmp_path):

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
-from general_preference.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """
 import os, sys
-from general_preference.command_line import exit_code
+from general_preference.cli import exit_code
 from general_preference.errors import InputError, NonFiniteError
-from general_preference.processes import Processes
+from general_preference.distributed import DistributedContext
 
 def fail(processes, kind, rank):
     if processes.rank == rank:
@@ -24,15 +24,15 @@ def fail(processes, kind, rank):
     return processes.rank
 
 def fine(processes):
-    assert processes.main_first(lambda: processes.rank) == processes.rank
-    assert processes.main_first(lambda: "first", main_only=True) == ("first" if processes.is_main else None)
-    assert processes.gather_objects(processes.rank) == [0, 1] and processes.from_main(processes.rank) == 0
+    assert processes.main_process_first(lambda: processes.rank) == processes.rank
+    assert processes.main_process_first(lambda: "first", main_only=True) == ("first" if processes.is_main else None)
+    assert processes.gather_objects(processes.rank) == [0, 1] and processes.broadcast(processes.rank) == 0
 
-with Processes.join() as processes:
+with DistributedContext.join() as processes:
     for name, work in {
         "fine": lambda: fine(processes),
-        "first": lambda: processes.main_first(lambda: fail(processes, InputError, 0)),
-        "second": lambda: processes.main_first(lambda: fail(processes, InputError, 1)),
+        "first": lambda: processes.main_process_first(lambda: fail(processes, InputError, 0)),
+        "second": lambda: processes.main_process_first(lambda: fail(processes, InputError, 1)),
         "alone": lambda: fail(processes, NonFiniteError, 1),
     }.items():
         print(name, exit_code(work, kept=""), flush=True)
@@ -69,4 +69,4 @@ def test_ranks_without_an_address_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(InputError, match="MASTER_ADDR"):
-        Processes.join()
+        DistributedContext.join()

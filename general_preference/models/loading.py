@@ -1,6 +1,6 @@
 """Preference models made from a language model, or loaded as they were trained.
 
-What their folders hold, and how it is read without loading a model, stands in model_files.py; adapters in adapters.py.
+What their folders hold, and how it is read without loading a model, stands in config.py; adapters in adapters.py.
 """
 
 import logging
@@ -13,10 +13,9 @@ from transformers.utils import is_accelerate_available
 from general_preference.errors import InputError
 from general_preference.models.adapters import add_lora, four_bit_options, load_adapter
 from general_preference.models.attention import VERIFIED
-from general_preference.models.attention_choice import asked_of_transformers
-from general_preference.models.model_card import read_card_facts
-from general_preference.models.model_files import (
+from general_preference.models.config import (
     HEAD_NAMES,
+    PreferenceConfig,
     adapter_base,
     load_config,
     read_tensors,
@@ -25,8 +24,9 @@ from general_preference.models.model_files import (
     saved_preference,
     trained_preference,
 )
-from general_preference.models.preference_config import PreferenceConfig
+from general_preference.models.kernels import asked_of_transformers
 from general_preference.models.reward_model import RewardModel
+from general_preference.models.saving import read_card_facts
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ def get_reward_model(
         preference: the whole head description; wins over the three above.
         ds_config: a DeepSpeed configuration. With ZeRO stage 3 the backbone is loaded partitioned: no process ever
             holds it whole. In 4 bits every process loads all of it, and the engine partitions it later.
-        load_in_4bit: the backbone in 4 bits (bitsandbytes), frozen under adapters. Heads are never quantised.
-        attn_implementation: one of `attention_choice.CHOICES`; the kernel is chosen where the model runs.
+        load_in_4bit: the backbone in 4 bits (bitsandbytes), frozen under adapters. Heads are never quantized.
+        attn_implementation: one of `kernels.CHOICES`; the kernel is chosen where the model runs.
 
     Raises:
         InputError: no such model, a folder that is none, or a request that contradicts a checkpoint's own head.

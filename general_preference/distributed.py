@@ -1,7 +1,7 @@
 """The processes of one run: ranks, and the few things they must agree on. No engine, no device.
 
-How they find each other stands in rendezvous.py. Training joins on its way to DeepSpeed (trainer/strategy.py),
-everything else through `Processes.join`.
+How they find each other stands in rendezvous.py. Training joins on its way to DeepSpeed (trainer/deepspeed_engine.py),
+everything else through `DistributedContext.join`.
 """
 
 import os
@@ -20,8 +20,8 @@ from general_preference.errors import InputError, RunError
 from general_preference.heartbeat import Heartbeat
 
 
-class Processes:
-    """Ranks and collectives of an initialised process group."""
+class DistributedContext:
+    """Ranks and collectives of an initialized process group."""
 
     def __init__(self):
         """Read the ranks of the group that the launcher's environment and `torch.distributed` describe."""
@@ -31,7 +31,9 @@ class Processes:
         self.heartbeat: Heartbeat | None = None  # training's, on several nodes
 
     @classmethod
-    def join(cls, backend: str = "gloo", timeout: float = 86400.0, join_timeout: float = 1800.0) -> "Processes":
+    def join(
+        cls, backend: str = "gloo", timeout: float = 86400.0, join_timeout: float = 1800.0
+    ) -> "DistributedContext":
         """Join the other processes.
 
         Args:
@@ -44,7 +46,7 @@ class Processes:
         rendezvous.join(backend, timeout, join_timeout)
         return cls()
 
-    def main_first(self, work: Callable[[], Any], main_only: bool = False) -> Any:
+    def main_process_first(self, work: Callable[[], Any], main_only: bool = False) -> Any:
         """Run `work` on the first process of each node, then (from its caches) on the others.
 
         An InputError on any of them is raised on all, so that every process leaves with the same message.
@@ -88,7 +90,7 @@ class Processes:
             RunError: on every process if it fails on any; names the folder, the reason and the bytes needed and free.
         """
         result = None
-        needed, reason = self.from_main((needed, _lacks_space(folder, needed) if self.is_main else None))
+        needed, reason = self.broadcast((needed, _lacks_space(folder, needed) if self.is_main else None))
         if reason is None:
             result, problem = self._attempt(work if self.is_main or not main_only else None)
             reason = None if problem is None else problem[0]
@@ -109,7 +111,7 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main process's value, on all processes: for decisions that every process must take alike."""
         values = [value]
         dist.broadcast_object_list(values, src=0)
@@ -119,7 +121,7 @@ class Processes:
         """Wait until every process is here."""
         dist.barrier()
 
-    def __enter__(self) -> "Processes":
+    def __enter__(self) -> "DistributedContext":
         return self
 
     def __exit__(self, *_) -> None:

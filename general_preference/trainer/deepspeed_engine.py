@@ -1,6 +1,6 @@
 """The only file that knows DeepSpeed. The loop above it reads like the algorithm.
 
-nccl between GPUs, gloo between CPUs; ranks and launchers are the business of processes.py.
+nccl between GPUs, gloo between CPUs; ranks and launchers are the business of distributed.py.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ from pydantic import ValidationError
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from general_preference import rendezvous
+from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
 from general_preference.heartbeat import Heartbeat
 from general_preference.models.acceleration import checkpoint_activations, compile_layers, use_liger_kernels
 from general_preference.models.device import has_fast_bf16
 from general_preference.models.reward_model import RewardModel
-from general_preference.processes import Processes
 from general_preference.trainer.arguments import EngineArguments, OptimizerArguments
-from general_preference.trainer.engine_config import engine_config, offloads_optimizer, read_overrides
-from general_preference.trainer.shares import manifest_entry, read_extra, read_share, write_share
+from general_preference.trainer.deepspeed_config import engine_config, offloads_optimizer, read_overrides
+from general_preference.trainer.shards import describe_file, read_extra, read_share, write_share
 from general_preference.trainer.zero_layout import filling, forget_empty_step, own_share
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 RANDOM_STATES = ("random/cpu", "random/device")  # of torch, which alone draws while training (dropout)
 
 
-class Strategy(Processes):
-    """Processes, device and the DeepSpeed engine of one run."""
+class DeepSpeedEngine(DistributedContext):
+    """DistributedContext, device and the DeepSpeed engine of one run."""
 
     def __init__(self, engine: EngineArguments, optimizer: OptimizerArguments):
         """Join the other processes, choose the device, seed the generators.
@@ -99,7 +99,7 @@ class Strategy(Processes):
         path = arguments.deepspeed_config
         if path is None:
             return engine_config(arguments, self.optimizer_arguments, **options)
-        overrides = self.main_first(lambda: read_overrides(path))
+        overrides = self.main_process_first(lambda: read_overrides(path))
         config = engine_config(
             arguments, self.optimizer_arguments, world_size=self.world_size, overrides=overrides, **options
         )
@@ -138,9 +138,9 @@ class Strategy(Processes):
         if engine.torch_compile:
             compile_layers(model.language_model)
         self._match_partitioned(model)
-        learnt = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        temperature = [parameter for name, parameter in learnt if name.startswith("temperature.")]
-        parameters = [{"params": [parameter for name, parameter in learnt if not name.startswith("temperature.")]}]
+        learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        temperature = [parameter for name, parameter in learned if name.startswith("temperature.")]
+        parameters = [{"params": [parameter for name, parameter in learned if not name.startswith("temperature.")]}]
         if temperature:  # decaying its logarithm would pull it towards 1
             parameters.append({"params": temperature, "weight_decay": 0.0})
         options = {"lr": arguments.learning_rate, "betas": (0.9, 0.95), "weight_decay": arguments.l2}
@@ -243,7 +243,7 @@ class Strategy(Processes):
         def work() -> dict:
             folder.mkdir(parents=True, exist_ok=True)
             write_share(file, share, self._random_states())
-            return manifest_entry(file)
+            return describe_file(file)
 
         return dict(self.gather_objects((file.name, self.write(folder.parent, needed, work))))
 
@@ -281,7 +281,7 @@ class Strategy(Processes):
         if self.device.type != "cpu" and RANDOM_STATES[1] in states:
             get_accelerator().set_rng_state(states[RANDOM_STATES[1]])
 
-    def maximum(self, values: list[float]) -> list[float]:
+    def all_reduce_max(self, values: list[float]) -> list[float]:
         """The largest of each value over all processes. Collective."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)

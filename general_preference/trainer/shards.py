@@ -123,12 +123,12 @@ def file_digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def manifest_entry(file: Path) -> dict:
-    """What a manifest says about a file, for `damage` to compare with."""
+def describe_file(file: Path) -> dict:
+    """What a manifest says about a file, for `verify_file` to compare with."""
     return {"bytes": file.stat().st_size, "xxh3_128": file_digest(file)}
 
 
-def damage(file: Path, entry: dict) -> str | None:
+def verify_file(file: Path, entry: dict) -> str | None:
     """What is wrong with a file that a manifest describes with `entry`; None if nothing is."""
     try:
         size = file.stat().st_size

@@ -14,8 +14,8 @@ from typing import NoReturn
 
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
+from general_preference.distributed import is_main_process
 from general_preference.errors import InputError, RunError, Stopped
-from general_preference.processes import is_main_process
 
 # key: title of its column
 _COLUMNS = {
@@ -99,7 +99,7 @@ def signals_raise() -> Iterator[None]:
 
 
 def quiet_other_libraries() -> None:
-    """Log to the terminal from the main process; progress bars of loading and tokenising there alone."""
+    """Log to the terminal from the main process; progress bars of loading and tokenizing there alone."""
     import datasets
     import transformers
 

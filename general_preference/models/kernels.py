@@ -20,8 +20,15 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from general_preference.errors import InputError
-from general_preference.models.attention import FLEX, FLEX_VERIFIED, block_mask, packs_rows
-from general_preference.models.packed_attention import HALF, pack_sequences, packed_attention
+from general_preference.models.attention import (
+    FLEX,
+    FLEX_VERIFIED,
+    HALF,
+    block_mask,
+    pack_sequences,
+    packed_attention,
+    packs_rows,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -3,11 +3,11 @@
 import os
 from dataclasses import dataclass
 
-from general_preference.command_line import flag
+from general_preference.cli import flag
 from general_preference.errors import InputError
 from general_preference.inference.pipeline import GPMPipeline
-from general_preference.models.attention_choice import CHOICES
 from general_preference.models.device import choose_device, use_device
+from general_preference.models.kernels import CHOICES
 
 
 @dataclass
@@ -31,7 +31,7 @@ class ModelArguments:
     trust_remote_code: bool = flag(False, "run code that comes with the model")
     device: str = flag("auto", "auto (one GPU per process, else mps or the CPU), cuda:N, mps or cpu")
     batch_tokens: int | None = flag(None, "tokens in one call at most, padding included; default fits the device")
-    preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenise")
+    preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenize")
     local_rank: int = flag(-1, "set by launchers")
 
     def check(self) -> None:
