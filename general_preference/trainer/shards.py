@@ -1,15 +1,16 @@
-"""Weights and optimizer states on disk as flat pieces: every process writes what it owns, and reads what it owns now.
+"""Weights and optimizer states on disk as flat fragments: every process writes what it owns, and reads what it owns now.
 
 ZeRO cuts all parameters, end to end, into one stretch per process. A process writes its stretches into one safetensors
-file beside a table of which part of which parameter lies where; a reader takes the parts that it owns from whichever
-files hold them. So the number of processes and the ZeRO stage may change in between, every process writes and reads at
-the same time, nothing is gathered in one place, and no pickle is loaded. (DeepSpeed's universal checkpoints convert a
-finished checkpoint into a second, whole copy first, and know neither ZeRO 0 nor parameter groups with options of their
-own under ZeRO 3.)
+file with a table of which part of which parameter lies where; a reader takes the parts that it owns from whichever files
+hold them. So the number of processes and the ZeRO stage may change in between, every process writes and reads at the
+same time, nothing is gathered in one place, and no pickle is loaded. (DeepSpeed's universal checkpoints convert a
+finished checkpoint into a second, whole copy first, and know neither ZeRO 0 nor parameter groups with their own options
+under ZeRO 3.)
 """
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ FIELDS = ("weight", "exp_avg", "exp_avg_sq")  # fp32 weights and Adam's two mome
 
 
 @dataclass(frozen=True)
-class Piece:
+class Fragment:
     """Elements [start, start + count) of a flattened parameter, at [offset, offset + count) of flat tensor `flat`."""
 
     name: str
@@ -37,60 +38,76 @@ class Piece:
 
 
 @dataclass
-class Share:
-    """What one process owns: flat tensors, {field: (n,)} each, and the pieces of parameters that lie in them.
+class Shard:
+    """What one process owns: flat tensors, {field: (n,)} each, and the fragments of parameters that lie in them.
 
-    The tensors are the engine's own memory. names: all parameters that are trained, here or on other processes.
+    The tensors are the engine's own memory. sizes: {name: elements} of all trained parameters, here or elsewhere.
     """
 
     flats: list[dict[str, torch.Tensor]]
-    pieces: list[Piece]
-    names: set[str]
+    fragments: list[Fragment]
+    sizes: dict[str, int]
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of all flat tensors."""
-        return sum(tensor.nbytes for flat in self.flats for tensor in flat.values())
+    def counts(self) -> dict[str, int]:
+        """{parameter: its elements in this shard}."""
+        total: Counter = Counter()
+        for fragment in self.fragments:
+            total[fragment.name] += fragment.count
+        return dict(total)
 
 
-def write_share(file: Path, share: Share, extra: dict[str, torch.Tensor]) -> None:
-    """Write a process's share, and `extra` tensors under their own names; on disk when this returns."""
-    tensors = {f"{number}/{field}": flat[field] for number, flat in enumerate(share.flats) for field in FIELDS}
-    pieces = json.dumps([list(vars(piece).values()) for piece in share.pieces])
-    save_file(tensors | extra, str(file), metadata={"format": "pt", "pieces": pieces})
+def check_complete(counts: Iterable[dict[str, int]], sizes: dict[str, int]) -> None:
+    """Compare what all processes are about to write, `Shard.counts` of each, with the parameters' sizes.
+
+    Raises:
+        RuntimeError: a parameter would be saved in part, or twice.
+    """
+    total: Counter = Counter()
+    for one in counts:
+        total.update(one)
+    for name, size in sizes.items():
+        if total[name] != size:
+            raise RuntimeError(f"a checkpoint would hold {total[name]} of the {size} elements of {name}: not written")
+
+
+def write_shard(file: Path, shard: Shard, extra: dict[str, torch.Tensor]) -> None:
+    """Write a process's shard, and `extra` tensors under their own names; on disk when this returns."""
+    tensors = {f"{number}/{field}": flat[field] for number, flat in enumerate(shard.flats) for field in FIELDS}
+    fragments = json.dumps([list(vars(fragment).values()) for fragment in shard.fragments])
+    save_file(tensors | extra, str(file), metadata={"format": "pt", "fragments": fragments})
     with file.open("rb") as written:
         os.fsync(written.fileno())
 
 
-def read_share(files: Iterable[Path], share: Share) -> None:
-    """Fill `share` from the files of all processes that wrote.
+def read_shard(files: Iterable[Path], shard: Shard) -> None:
+    """Fill `shard` from the files of all processes that wrote.
 
     Raises:
         InputError: they do not hold a parameter, hold it in another shape, or hold parameters that the model lacks.
     """
-    stored = _stored_pieces(files)
-    missing, beyond = share.names - stored.keys(), stored.keys() - share.names
+    stored = _stored_fragments(files)
+    missing, extra = shard.sizes.keys() - stored.keys(), stored.keys() - shard.sizes.keys()
     if missing:
         raise InputError(f"it is of another model: it has no {sorted(missing)[0]}, which this one trains")
-    if beyond:
-        raise InputError(f"it is of another model: it trained {sorted(beyond)[0]}, which this one does not")
-    for piece in share.pieces:
-        shape = stored[piece.name][0][1].shape
-        if shape != piece.shape:
-            raise InputError(f"it is of another model: its {piece.name} is {shape}, this one's is {piece.shape}")
-        if _fill(share.flats[piece.flat], piece, stored[piece.name]) != piece.count:
-            raise InputError(f"it lacks a part of {piece.name}")
+    if extra:
+        raise InputError(f"it is of another model: it trained {sorted(extra)[0]}, which this one does not")
+    for fragment in shard.fragments:
+        shape = stored[fragment.name][0][1].shape
+        if shape != fragment.shape:
+            raise InputError(f"it is of another model: its {fragment.name} is {shape}, this one's is {fragment.shape}")
+        if _fill(shard.flats[fragment.flat], fragment, stored[fragment.name]) != fragment.count:
+            raise InputError(f"it lacks a part of {fragment.name}")
 
 
-def _fill(flat: dict[str, torch.Tensor], piece: Piece, stored: list) -> int:
-    """Copy the stored parts of a parameter that overlap `piece` into place; returns how many elements they cover."""
+def _fill(flat: dict[str, torch.Tensor], fragment: Fragment, stored: list) -> int:
+    """Copy the stored parts of a parameter that overlap `fragment` into place; returns how many elements they cover."""
     covered = 0
     for tensors, part in stored:
-        first = max(piece.start, part.start)
-        count = min(piece.start + piece.count, part.start + part.count) - first
+        first = max(fragment.start, part.start)
+        count = min(fragment.start + fragment.count, part.start + part.count) - first
         if count <= 0:
             continue
-        source, target = part.offset + first - part.start, piece.offset + first - piece.start
+        source, target = part.offset + first - part.start, fragment.offset + first - fragment.start
         for field in FIELDS:
             values = tensors.get_slice(f"{part.flat}/{field}")[source : source + count]
             flat[field][target : target + count].copy_(values)
@@ -98,18 +115,18 @@ def _fill(flat: dict[str, torch.Tensor], piece: Piece, stored: list) -> int:
     return covered
 
 
-def _stored_pieces(files: Iterable[Path]) -> dict[str, list]:
-    """{parameter: [(open file, piece)]} of all files."""
+def _stored_fragments(files: Iterable[Path]) -> dict[str, list]:
+    """{parameter: [(open file, fragment)]} of all files."""
     stored: dict[str, list] = {}
     for file in files:
         tensors = safe_open(file, framework="pt")
-        for name, shape, *numbers in json.loads(tensors.metadata()["pieces"]):
-            stored.setdefault(name, []).append((tensors, Piece(name, tuple(shape), *numbers)))
+        for name, shape, *numbers in json.loads(tensors.metadata()["fragments"]):
+            stored.setdefault(name, []).append((tensors, Fragment(name, tuple(shape), *numbers)))
     return stored
 
 
 def read_extra(file: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The tensors `names` that stand beside the share in one file, as far as they are there."""
+    """The tensors `names` beside the shard in one file, as far as they are there."""
     with safe_open(file, framework="pt") as tensors:
         return {name: tensors.get_tensor(name) for name in names if name in tensors.keys()}  # noqa: SIM118
 

@@ -5,10 +5,12 @@ import signal
 import threading
 import time
 
-from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
+import torch
+
+from general_preference.distributed import DistributedContext
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT)
-TOGETHER = 1.0  # seconds within which signals count as one: a scheduler may tell launcher and processes
+TOGETHER = 1.0  # seconds within which signals count as one: a scheduler may tell the launcher and its processes
 
 
 class StopRequests:
@@ -17,9 +19,9 @@ class StopRequests:
     Schedulers send SIGTERM before they kill; Ctrl-C is SIGINT. `minutes`: also ask for a checkpoint that often.
     """
 
-    def __init__(self, strategy: DeepSpeedEngine, minutes: float | None):
-        self.strategy, self.seconds = strategy, None if minutes is None else 60 * minutes
-        self.received = 0
+    def __init__(self, context: DistributedContext, minutes: float | None):
+        self.context, self.seconds = context, None if minutes is None else 60 * minutes
+        self.received, self.received_at = 0, 0.0
         self.saved_at = time.monotonic()
         self._before: dict = {}
 
@@ -29,33 +31,26 @@ class StopRequests:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._before:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame) -> None:
-        self.received = number
-        for each in CAUGHT:  # by the kernel: this function runs late while a library computes or waits
-            signal.signal(each, signal.SIG_IGN)
-        signal.signal(signal.SIGALRM, self._listen_again)
-        signal.setitimer(signal.ITIMER_REAL, TOGETHER)
-        # Not logged: a handler may interrupt the logging of the same line.
-        if self.strategy.is_main:
+        if self.received:
+            if time.monotonic() - self.received_at > TOGETHER:
+                os._exit(128 + number)
+            return
+        self.received, self.received_at = number, time.monotonic()
+        if self.context.is_main:  # not logged: a handler may interrupt the logging of the same line
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: finishing the step, then saving; once more ends at once\n".encode())
+            os.write(2, f"\n{name}: finishing the step, then saving; a second signal exits at once\n".encode())
 
-    def _listen_again(self, *_) -> None:
-        for each in CAUGHT:
-            signal.signal(each, signal.SIG_DFL)
-
-    def agree(self, mine: bool = False) -> tuple[int, bool, bool]:
-        """What all processes act on alike: (signal that any of them received or 0, whether a checkpoint is due by the
-        clock, whether `mine` is true on any). Collective, one small reduction.
+    def agree(self) -> tuple[int, bool]:
+        """What all processes act on alike: (signal that any of them received, or 0; whether a checkpoint is due by the
+        clock). Collective; on the hosts, so that no accelerator is waited for.
         """
-        due = self.strategy.is_main and self.seconds is not None and time.monotonic() - self.saved_at >= self.seconds
-        number, due, theirs = self.strategy.all_reduce_max([self.received, due, mine])
-        return int(number), bool(due), bool(theirs)
+        due = self.context.is_main and self.seconds is not None and time.monotonic() - self.saved_at >= self.seconds
+        number, due = self.context.all_reduce_max(torch.tensor([self.received, int(due)])).tolist()
+        return number, bool(due)
 
     def saved(self) -> None:
         """A checkpoint was written now."""
@@ -65,8 +60,8 @@ class StopRequests:
 def ignore_signals_in_worker(parent: int, _worker: int = 0) -> None:
     """For the processes that a DataLoader starts: end when their parent ends them, not by signals meant for the run.
 
-    A terminal's Ctrl-C and Slurm's signals reach every process; a worker that ended by them would fail the step that is
-    still to be finished.
+    Ctrl-C, Slurm's and torchrun's signals reach every process of a group; a worker that ended by them would fail the
+    step that is still to be finished.
 
     Args:
         parent: process id of the trainer.

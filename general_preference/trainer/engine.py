@@ -1,0 +1,83 @@
+"""What the training loop asks of the engine that holds a model's weights, gradients and optimizer states.
+
+`DeepSpeedEngine` is the one there is. The optimizer's parameter groups and the learning rate's schedule are the same for
+any engine, so they are made here.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from general_preference.distributed import DistributedContext
+from general_preference.trainer.arguments import OptimizerArguments
+
+
+class Engine(Protocol):
+    """Methods are collective: every process calls them in the same order.
+
+    context: the processes. device: where this one computes. model: as the engine holds it.
+    global_batch_size: comparisons per optimizer step, micro_batches: forward passes per step, over all processes.
+    """
+
+    context: DistributedContext
+    device: torch.device
+    model: nn.Module
+    global_batch_size: int
+    micro_batches: int
+
+    def prepare(self, model: nn.Module, steps: int) -> None:
+        """Take over `model`, to be trained for `steps` optimizer steps."""
+
+    def train_mode(self, training: bool) -> None:
+        """Switch dropout on (training) or off (evaluation)."""
+
+    def forward(self, **inputs) -> dict[str, torch.Tensor]:
+        """The model's forward."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backpropagate one micro-batch; gradients are averaged over accumulation and processes."""
+
+    def step(self) -> None:
+        """Count one micro-batch; on the last of a step, clip, update and move the schedule."""
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Scalar, the global norm of the last step's gradient before clipping; not waited for."""
+
+    def started(self) -> None:
+        """The first step is done; what made processes wait for each other for long is over."""
+
+    def learning_rate(self) -> float:
+        """Learning rate of the next step."""
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """What a saved model needs, whole, on the CPU of the main process; an empty dict on the others."""
+
+    def save(self, folder: Path) -> dict[str, dict]:
+        """Write weights, optimizer and random states under `folder`; {file name: its entry in the manifest}."""
+
+    def load(self, folder: Path, step: int) -> None:
+        """Continue from `step` as `save` wrote it, on any number of processes."""
+
+    def peak_memory(self) -> int:
+        """Bytes that this process held at most."""
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """Trainable parameters for an optimizer; a learnable temperature is not decayed.
+
+    Decaying its logarithm would pull it towards 1.
+    """
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    groups = [{"params": [weight for name, weight in trained if not name.startswith("temperature.")]}]
+    temperature = [weight for name, weight in trained if name.startswith("temperature.")]
+    return groups + ([{"params": temperature, "weight_decay": 0.0}] if temperature else [])
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, arguments: OptimizerArguments, steps: int):
+    """A warm-up, then a cosine or a line to zero over `steps` optimizer steps, or a constant rate."""
+    warmup = int(-(-steps * arguments.warmup_ratio // 1))
+    name = "constant_with_warmup" if arguments.lr_schedule == "constant" else arguments.lr_schedule
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)

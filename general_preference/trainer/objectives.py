@@ -1,0 +1,186 @@
+"""What is minimized and measured: the loss of a micro-batch, its statistics, and which flags a run cannot change.
+
+The loop (trainer.py) knows none of this. Another objective is another class with the methods of `Objective`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from general_preference.datasets.packing import Batch, Collator
+from general_preference.models.attention import RowLayout
+from general_preference.models.experts import balance_coefficient
+from general_preference.models.losses import preference_loss, regularizer
+from general_preference.models.reward_model import RewardModel
+from general_preference.models.score import preference_score
+from general_preference.models.statistics import preference_statistics, preference_sums
+from general_preference.plots import EmbeddedCycle, draw_cycles, embedded_cycle
+from general_preference.trainer.arguments import LossArguments
+
+Output = dict[str, torch.Tensor]  # of the model's forward
+
+
+@dataclass
+class BatchLoss:
+    """Losses of one micro-batch.
+
+    total: scalar, what is backpropagated. each: (M,) terms before weighting, to name what is not finite.
+    sums: (S,) float64 statistics that add up over micro-batches and processes.
+    """
+
+    total: torch.Tensor
+    each: torch.Tensor
+    sums: torch.Tensor
+
+
+class Objective(Protocol):
+    """What the loop asks of an objective.
+
+    layout, collate: how rows lie and are made in training. collate_evaluation: the same for evaluation.
+    """
+
+    layout: RowLayout
+    collate: Collator
+    collate_evaluation: Collator
+
+    def loss(self, output: Output, batch: Batch) -> BatchLoss:
+        """Losses of a micro-batch from the model's output."""
+
+    def metrics(self, sums: torch.Tensor, micro_batches: int) -> dict[str, float]:
+        """{name: value} of a log line, from the added-up `BatchLoss.sums` of so many micro-batches."""
+
+    def begin_evaluation(self, name: str) -> None:
+        """Evaluation set `name` is about to be run: forget what was kept of it."""
+
+    def evaluation_sums(self, name: str, output: Output, batch: Batch) -> torch.Tensor:
+        """(E,) float64 statistics of a micro-batch of evaluation set `name`, which add up."""
+
+    def statistics(self, sums: torch.Tensor) -> dict[str, float]:
+        """What people read of added-up `evaluation_sums`; has the keys `loss` and `n`."""
+
+    def identity(self) -> tuple[dict, dict]:
+        """(what a continued run must share with this one, the flags that it may change, which is then logged)."""
+
+    def draw(self, folder: Path) -> None:
+        """Save pictures of the last evaluation."""
+
+
+class PreferenceObjective:
+    """(1 - c) * preference + c * regularizer + a * load balance of experts, for Bradley-Terry, GPM and hybrid heads.
+
+    Without the regularizer c = 0. Weights are the batch's own, so any split into micro-batches gives one gradient. The
+    load-balancing loss alone depends on the split: it is that of each micro-batch's tokens, and a step's is the mean
+    over its micro-batches on all processes, weighted by their comparisons (as in transformers' trainer).
+    """
+
+    def __init__(self, arguments: LossArguments, model: RewardModel, tokenizer, device: torch.device):
+        """Lay out rows for the kernel that `model` will train with on `device`."""
+        self.arguments, self.preference, self.tokenizer = arguments, model.preference, tokenizer
+        self.aux_loss_coef = balance_coefficient(model.language_model, arguments.aux_loss_coef)
+        self.layout = model.train().layout_on(device)  # the engine will move the model there
+        self.cycles: dict[str, EmbeddedCycle] = {}  # of the last evaluation, by set
+        self._temperature: torch.Tensor | None = None
+        regularized = ""
+        if arguments.add_pretrain_loss:
+            regularized = "both" if arguments.ptx_loss == "reference_free" else "chosen"
+        self.collate = Collator(tokenizer.pad_token_id, self.layout, regularized, self.aux_loss_coef > 0)
+        self.collate_evaluation = Collator(tokenizer.pad_token_id, self.layout)
+
+    def loss(self, output: Output, batch: Batch) -> BatchLoss:
+        """Losses of a micro-batch; `sums` are those of `statistics.preference_sums`, then regularizer and balance."""
+        score, preference = self._preference(output, batch)
+        each, extra = preference, torch.zeros_like(preference)
+        if batch.targets is not None:
+            extra = self._regularizer(output, batch)
+            each = (1 - self.arguments.ptx_loss_coef) * preference + self.arguments.ptx_loss_coef * extra
+        total, aux = (batch.weight * each).sum(), torch.zeros_like(output["temperature"][0])
+        if "aux_loss" in output:
+            aux = batch.weight.sum() * output["aux_loss"]  # 1 * aux_loss, except in the last step of an epoch
+            total = total + self.aux_loss_coef * aux
+        self._temperature = output["temperature"].detach()
+        with torch.no_grad():
+            own = torch.stack([(batch.weight * extra).sum().double(), aux.double()])
+            sums = torch.cat([self._sums(output, batch, score, preference), own])
+        return BatchLoss(total, (preference + extra).detach(), sums)
+
+    def metrics(self, sums: torch.Tensor, micro_batches: int) -> dict[str, float]:
+        """Accuracy, ties, probability and margin of a log line, and the parts of the loss if it has several."""
+        summary = preference_statistics(sums[:-2])
+        found = {name: summary[name] for name in ("accuracy", "ties", "probability", "margin")}
+        if self.arguments.add_pretrain_loss:
+            found |= {"preference_loss": summary["loss"], "regularizer": sums[-2].item() / micro_batches}
+        if self.aux_loss_coef:
+            found["aux_loss"] = sums[-1].item() / micro_batches
+        if self.preference.learnable_temperature:
+            found["temperature"] = self._temperature.item()
+        return found
+
+    def begin_evaluation(self, name: str) -> None:
+        """Forget the set's cycle."""
+        self.cycles.pop(name, None)
+
+    def evaluation_sums(self, name: str, output: Output, batch: Batch) -> torch.Tensor:
+        """Sums of the preference loss without the regularizer; keeps the set's first stated cycle for `draw`."""
+        if name not in self.cycles:
+            cycle = embedded_cycle(name, batch, output, self.tokenizer)
+            self.cycles |= {name: cycle} if cycle is not None else {}
+        return self._sums(output, batch, *self._preference(output, batch))
+
+    def statistics(self, sums: torch.Tensor) -> dict[str, float]:
+        """See `statistics.preference_statistics`."""
+        return preference_statistics(sums)
+
+    def identity(self) -> tuple[dict, dict]:
+        """The head must stay; the loss may change."""
+        head = self.preference
+        fixed = {
+            "preference_head": head.head,
+            "value_head_dim": head.dim,
+            "add_prompt_head": head.prompt_gate,
+            "gate": head.gate,
+            "normalize": head.normalize,
+            "general_preference_tau": head.temperature,
+            "learnable_temperature": head.learnable_temperature,
+        }
+        return fixed, vars(self.arguments) | {"aux_loss_coef": self.aux_loss_coef}
+
+    def draw(self, folder: Path) -> None:
+        """Save `embeddings.png`: held-out cycles as the model sees them."""
+        draw_cycles(list(self.cycles.values())[:4], folder / "embeddings.png")
+
+    def _preference(self, output: Output, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """((M,) scores, (M,) preference losses)."""
+        embeddings, gates = output["embeddings"], output.get("gates")
+        gate = None if gates is None else gates[batch.comparison_index]
+        score = preference_score(embeddings[batch.first], embeddings[batch.second], gate)
+        loss = preference_loss(
+            score,
+            kind=self.arguments.loss,
+            temperature=output["temperature"],
+            margin=batch.margin if self.arguments.margin_loss else 0.0,
+            target=self.arguments.regression_target_margin,
+            label=batch.label,
+        )
+        return score, loss
+
+    def _sums(self, output: Output, batch: Batch, score: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        return preference_sums(score, batch.label, loss, output["temperature"], batch.weight > 0)
+
+    def _regularizer(self, output: Output, batch: Batch) -> torch.Tensor:
+        arguments, log_probs, counts = self.arguments, output["log_probs"], output["counts"]
+
+        def sequence(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if arguments.ptx_response_only:
+                return log_probs[index], counts[index]
+            prompts = len(batch.response_ends) + batch.comparison_index
+            return log_probs[index] + log_probs[prompts], counts[index] + counts[prompts]
+
+        return regularizer(
+            sequence(batch.first),
+            sequence(batch.second) if arguments.ptx_loss == "reference_free" else None,
+            kind=arguments.ptx_loss,
+            beta=arguments.reward_scaler_beta,
+            margin=arguments.reward_margin,
+        )
