@@ -40,7 +40,7 @@ from general_preference.datasets.tokenization import ComparisonTokenizer, load_t
 from general_preference.errors import InputError, RunError, Stopped
 from general_preference.files import lock_folder, replace_text
 from general_preference.models.config import PreferenceConfig, saved_preference
-from general_preference.models.loading import get_reward_model
+from general_preference.models.reward_model import get_reward_model
 from general_preference.trainer.arguments import DEFAULT_MAX_LEN, Arguments, parse_arguments
 from general_preference.trainer.deepspeed_config import without_keys
 
