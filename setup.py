@@ -1,5 +1,6 @@
-"""Packaging: `pip install -e .` on a machine that has its own torch; exact versions that the tests run with are in requirements.txt, the
-oldest ones in requirements-oldest.txt.
+"""Packaging: `pip install -e .[train]` on a machine that has its own torch.
+
+The tests run with the exact versions of requirements.txt; requirements-oldest.txt pins the floors below.
 
 Only the package is installed. The folders scripts, eval, rewardbench_eval and data are run from the checkout; as
 top-level packages their names would collide with other projects'.
@@ -33,7 +34,13 @@ setup(
     ],
     extras_require={
         # Older DeepSpeed has wrong ZeRO-3 gradients on several processes; a newer minor version is not tested.
-        "train": ["deepspeed>=0.19.6,<0.20", "accelerate>=1.12.0", "wandb>=0.24.1", "matplotlib>=3.10.0"],
+        "train": [
+            "deepspeed>=0.19.6,<0.20",
+            "pydantic>=2.12.0",
+            "accelerate>=1.12.0",
+            "wandb>=0.24.1",
+            "matplotlib>=3.10.0",
+        ],
         "flash": ["flash-attn"],
         "liger": ["liger-kernel"],
         "lora": ["peft>=0.20.0"],
