@@ -1,4 +1,6 @@
-"""Packaging: `pip install -e .` on a machine that has its own torch; exact versions stand in requirements.txt.
+"""Packaging: `pip install -e .[train]` on a machine that has its own torch.
+
+The tests run with the exact versions of requirements.txt; requirements-oldest.txt pins the floors below.
 
 Only the package is installed. The folders scripts, eval, rewardbench_eval and data are run from the checkout; as
 top-level packages their names would collide with other projects'.
@@ -18,20 +20,31 @@ setup(
     packages=find_packages(include=["general_preference", "general_preference.*"]),
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.9",
-        "transformers>=5",
-        "safetensors",
-        "datasets>=4",
-        "scipy",
-        "xxhash",
-        "tqdm",
+        "torch>=2.13.0",  # the first torchrun with --shutdown-timeout
+        "transformers>=5.2.0",
+        "huggingface_hub>=1.4.0",
+        "safetensors>=0.7.0",
+        "pyyaml>=6.0.2",
+        "datasets>=4.5.0",
+        "pandas>=2.2.3",
+        "scipy>=1.14.1",
+        "networkx>=3.4.2",
+        "xxhash>=3.5.0",
+        "tqdm>=4.67.1",
     ],
     extras_require={
-        "train": ["deepspeed>=0.18", "wandb", "matplotlib"],
+        # Older DeepSpeed has wrong ZeRO-3 gradients on several processes; a newer minor version is not tested.
+        "train": [
+            "deepspeed>=0.19.6,<0.20",
+            "pydantic>=2.12.0",
+            "accelerate>=1.12.0",
+            "wandb>=0.24.1",
+            "matplotlib>=3.10.0",
+        ],
         "flash": ["flash-attn"],
         "liger": ["liger-kernel"],
-        "lora": ["peft>=0.18"],
-        "qlora": ["peft>=0.18", "bitsandbytes>=0.46.1"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "peft>=0.18", "trl"],
+        "lora": ["peft>=0.20.0"],
+        "qlora": ["peft>=0.20.0", "bitsandbytes>=0.46.1"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "peft>=0.20.0", "trl"],
     },
 )

@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> None:
     from general_preference.datasets.sources import load_source, parse_sources
     from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
     from general_preference.models.device import choose_device
-    from general_preference.models.loading import get_reward_model
+    from general_preference.models.reward_model import get_reward_model
     from scripts.make_tiny_model import make_tiny_model
 
     if min(arguments.comparisons, arguments.part) < 1:

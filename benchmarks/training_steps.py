@@ -116,8 +116,8 @@ def run_this(arguments: argparse.Namespace) -> dict:
 def run_padded(arguments: argparse.Namespace) -> dict:
     """Chosen and rejected as two left-padded sequences of one batch, eager attention, torch's AdamW."""
     from general_preference.models.device import choose_device
-    from general_preference.models.loading import get_reward_model
     from general_preference.models.losses import preference_loss
+    from general_preference.models.reward_model import get_reward_model
     from general_preference.models.score import normalize_embedding, preference_score
 
     table, order = load_table(arguments)

@@ -21,7 +21,7 @@ import torch
 
 from general_preference import GPMPipeline
 from general_preference.cli import exit_code, flag, format_table, parse_flags, quiet_other_libraries
-from general_preference.datasets.preparation import Summary, load_tokenized, parse_probabilities, summarize
+from general_preference.datasets.preparation import Summary, load_tokenized, parse_probabilities, summarize_table
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import stable_hash
 from general_preference.distributed import DistributedContext
@@ -130,7 +130,10 @@ def load_table(arguments: BatchArguments, rm: GPMPipeline, workers: int) -> tupl
         skip_bad=arguments.on_bad_record == "skip",
         workers=workers,
     )
-    read = [summarize(source.name, table, left_out[source.name]) for source, table in zip(sources, tables, strict=True)]
+    read = [
+        summarize_table(source.name, table, left_out[source.name])
+        for source, table in zip(sources, tables, strict=True)
+    ]
     if len(tables) > 1:
         for number, (source, table) in enumerate(zip(sources, tables, strict=True)):
             subsets = [subset or source.name for subset in table["subset"][:]]

@@ -26,8 +26,7 @@ import torch
 
 from general_preference import GPMPipeline
 from general_preference.cli import exit_code, flag, parse_flags, quiet_other_libraries
-from general_preference.datasets.preparation import Summary, tokenize
-from general_preference.datasets.preparation import summarize as summarize_tokens
+from general_preference.datasets.preparation import Summary, summarize_table, tokenize
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import DEFAULT_TEMPLATE, load_tokenizer, plain_template, stable_hash
 from general_preference.distributed import DistributedContext
@@ -160,7 +159,7 @@ def run(arguments: RewardBenchArguments, model: ModelArguments) -> None:
         table = processes.main_process_first(
             lambda: tokenize(rows, rm.encoder, model.preprocessing_workers, benchmark.title)
         )
-        read = summarize_tokens(benchmark.title, table)
+        read = summarize_table(benchmark.title, table)
         logger.info("%s", read)
         if read.identical_after_cut and read.identical + read.identical_after_cut == len(table):
             raise InputError(

@@ -20,7 +20,7 @@ from general_preference.datasets.tokenization import load_tokenizer
 from general_preference.errors import InputError
 from general_preference.models.adapters import merge_adapter
 from general_preference.models.config import ADAPTER_CONFIG, adapter_base, load_config, resolve
-from general_preference.models.loading import load_reward_model
+from general_preference.models.reward_model import load_reward_model
 
 
 def main(argv: list[str] | None = None) -> int:

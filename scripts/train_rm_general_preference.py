@@ -33,14 +33,14 @@ from general_preference.datasets.preparation import (
     load_tokenized,
     parse_probabilities,
     split_and_blend,
-    summarize,
+    summarize_table,
 )
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError, RunError, Stopped
 from general_preference.files import lock_folder, replace_text
 from general_preference.models.config import PreferenceConfig, saved_preference
-from general_preference.models.loading import get_reward_model
+from general_preference.models.reward_model import get_reward_model
 from general_preference.trainer.arguments import DEFAULT_MAX_LEN, Arguments, parse_arguments
 from general_preference.trainer.deepspeed_config import without_keys
 
@@ -181,8 +181,8 @@ def prepare_data(arguments: Arguments, encoder: ComparisonTokenizer):
     elif data.train_split_ratio < 1:
         raise InputError(f"--train_split_ratio {data.train_split_ratio} leaves nothing to evaluate on: lower it")
     trained_on = set(train_table["prompt_key"][:])
-    summaries = [summarize("train", train_table, sum(left_out.values()))]
-    summaries += [summarize(name, table, eval_left_out.get(name, 0), trained_on) for name, table in named.items()]
+    summaries = [summarize_table("train", train_table, sum(left_out.values()))]
+    summaries += [summarize_table(name, table, eval_left_out.get(name, 0), trained_on) for name, table in named.items()]
     return train_table, named, summaries
 
 

@@ -14,7 +14,7 @@ import datasets
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-from general_preference.models.loading import get_reward_model
+from general_preference.models.reward_model import get_reward_model
 from general_preference.trainer import deepspeed_engine as strategy_module
 from general_preference.trainer.arguments import parse_arguments
 from general_preference.trainer.deepspeed_engine import DeepSpeedEngine

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from general_preference.models.config import PreferenceConfig
-from general_preference.models.loading import get_reward_model
+from general_preference.models.reward_model import get_reward_model
 from scripts.make_tiny_model import train_tokenizer
 
 TEXTS = ["Which throw wins? Name one. The rock, the paper, the scissors; a system prompt äöü 你好."] * 4

@@ -14,7 +14,7 @@ import datasets
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-from general_preference.models.loading import get_reward_model
+from general_preference.models.reward_model import get_reward_model
 from general_preference.trainer.arguments import parse_arguments
 from general_preference.trainer.checkpoint import publish_model
 from general_preference.trainer.deepspeed_engine import DeepSpeedEngine

@@ -104,7 +104,7 @@ def test_the_package_imports_without_training_packages():
     code = (
         "import sys\n"
         "for name in ('deepspeed', 'wandb', 'peft', 'flash_attn', 'matplotlib'): sys.modules[name] = None\n"
-        "import general_preference, general_preference.datasets.packing, general_preference.models.loading\n"
+        "import general_preference, general_preference.datasets.packing, general_preference.models.reward_model\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 

@@ -177,7 +177,7 @@ def test_two_runs_into_one_file_are_refused(model, data, tmp_path, capsys):
         (["--is_general_preference", "false"], "head = 'gpm'"),
         (["--tau", "0.7"], "temperature = 0.1, but 0.7"),
         (["--max_samples", "0"], "must be at least 1"),
-        (["--dataset_probs", "0.5,0.5"], "2 numbers, but --dataset has 1"),
+        (["--dataset_probs", "0.5,0.5"], "2 numbers, but dataset has 1"),
         (["--is_custom_dataset"], "expects the key 'instruction'"),
         (["--output_path", "."], "is a folder"),
         (["--output_path", "/proc/nothing/r.jsonl"], "cannot be written"),

@@ -9,7 +9,7 @@ from general_preference.errors import InputError
 from general_preference.models.attention import RowLayout
 from general_preference.models.config import PreferenceConfig
 from general_preference.models.kernels import TOLERANCE, kernel_error
-from general_preference.models.loading import get_reward_model
+from general_preference.models.reward_model import get_reward_model
 from tests.conftest import random_comparisons
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -366,7 +366,6 @@ def test_the_temperature_of_published_weights_may_be_chosen(published):
         (lambda rm: rm.compare(None, "a", "b"), "prompt 0"),
         (lambda rm: rm.compare(PROMPT, [{"role": "user", "content": "a"}], "b"), "response 0 .* an assistant turn"),
         (lambda rm: rm.compare(PROMPT, "a", conversation("Another?", "b")), "response 1 .* an assistant turn"),
-        (lambda rm: rm.compare(PROMPT, "a", "half a pair: \ud83d"), "response 1 .* surrogate"),
         (lambda rm: rm.embed("text", [["a"]] * 4), "prompts are 'text'"),
         (lambda rm: rm.compare([], "a", "b"), "prompt 0"),
         (lambda rm: rm.rank(PROMPT, ["a"], method="elo"), "unknown ranking method 'elo'"),

@@ -1,6 +1,7 @@
 """From files to tables: every format, bad lines named, blends, splits by prompt, caches."""
 
 import json
+import os
 
 import datasets
 import pytest
@@ -12,7 +13,7 @@ from general_preference.datasets.preparation import (
     parse_probabilities,
     split_and_blend,
     split_by_prompt,
-    summarize,
+    summarize_table,
     tokenize,
 )
 from general_preference.datasets.sources import Source, load_source, parse_sources
@@ -53,6 +54,28 @@ def test_every_format_reads_alike(tmp_path):
         assert contents(found) == contents(expected), name
 
 
+def test_a_saved_dataset_is_read_without_the_caches_beside_it(tmp_path):
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_list(RECORDS[:3]).save_to_disk(str(saved))
+    datasets.load_from_disk(str(saved)).map(lambda row: {"prompt": row["prompt"] + "?"})
+    assert len(list(saved.glob("*.arrow"))) == 2, "datasets writes the mapped table into the same folder"
+    table, _ = load_source(Source("saved", str(saved)))
+    assert [prompt for prompt, _ in contents(table)] == [record["prompt"] for record in RECORDS[:3]]
+    (saved / "data-00000-of-00001.arrow").write_bytes(b"no table")
+    os.utime(saved / "state.json", (0, 0))
+    with pytest.raises(InputError, match=f"cannot read {saved} as a saved dataset"):
+        load_source(Source("saved", str(saved)))
+
+
+def test_of_saved_splits_train_is_read(tmp_path):
+    train, test = datasets.Dataset.from_list(RECORDS[:3]), datasets.Dataset.from_list(RECORDS[3:5])
+    datasets.DatasetDict(train=train, test=test).save_to_disk(str(tmp_path / "splits"))
+    assert [len(load_source(Source("a", f"{tmp_path}/splits{part}"))[0]) for part in ("", "/test")] == [3, 2]
+    datasets.DatasetDict(test=test).save_to_disk(str(tmp_path / "no_train"))
+    with pytest.raises(InputError, match="no_train has no split 'train'"):
+        load_source(Source("a", str(tmp_path / "no_train")))
+
+
 def test_an_edited_file_is_read_again_and_an_unchanged_one_is_not(tmp_path):
     path = write(tmp_path / "a.jsonl", RECORDS[:4])
     first, _ = load_source(Source("a", path))
@@ -81,10 +104,15 @@ def test_bad_files_are_named_with_their_line(tmp_path, text, message):
     assert str(path) in str(caught.value)
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
-    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="UTF-8"):
-        load_source(Source("x", str(tmp_path / "x.jsonl")))
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv"])
+def test_bytes_that_are_not_text_are_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b'[{"prompt": "caf\xe9", "chosen": "a", "rejected": "b"}]\ncaf\xe9\n')
+    with pytest.raises(InputError, match="UTF-8") as caught:
+        load_source(Source("x", str(tmp_path / name)))
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"nothing of the kind")
     with pytest.raises(InputError, match="as parquet"):
         load_source(Source("x", str(tmp_path / "x.parquet")))
@@ -111,7 +139,7 @@ def test_bad_records_can_be_skipped_and_counted(tmp_path, tokenizer):
         load_source(Source("b", only_bad), skip_bad=True)
 
 
-def test_tokenising_is_cached_by_tokenizer_and_length(tmp_path, tokenizer):
+def test_tokenizing_is_cached_by_tokenizer_and_length(tmp_path, tokenizer):
     table, _ = load_source(Source("a", write(tmp_path / "a.jsonl", RECORDS)))
     first = tokenize(table, ComparisonTokenizer(tokenizer, 64))
     assert tokenize(table, ComparisonTokenizer(tokenizer, 64)).cache_files == first.cache_files
@@ -140,7 +168,7 @@ def test_probabilities():
     assert parse_probabilities(None, 3) is None
     assert parse_probabilities("3,1", 2) == [0.75, 0.25]
     for text, count, message in [
-        ("1", 2, "1 numbers, but --dataset has 2"),
+        ("1", 2, "1 numbers, but dataset has 2"),
         ("a,b", 2, "not a list"),
         ("1,0", 2, "positive"),
     ]:
@@ -173,7 +201,7 @@ def test_a_blend_repeats_nothing_that_is_held_out():
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
-def test_no_prompt_stands_on_both_sides(group_size):
+def test_no_prompt_is_on_both_sides(group_size):
     generator = torch.Generator().manual_seed(0)
     keys = [f"p{i}" for i in torch.randint(0, 80, (300,), generator=generator).tolist()] if group_size == 1 else [
         f"p{i // 6}" for i in range(300)
@@ -223,7 +251,7 @@ def test_summary_counts_what_is_unusual(tmp_path, tokenizer):
     ]
     encoder = ComparisonTokenizer(tokenizer, 40)
     (table,), _ = load_tokenized([Source("a", write(tmp_path / "a.jsonl", records))], encoder)
-    summary = summarize("a", table, 2, {table["prompt_key"][2]})
+    summary = summarize_table("a", table, 2, {table["prompt_key"][2]})
     assert (summary.comparisons, summary.preferences, summary.left_out) == (5, 6, 2)
     assert (summary.empty, summary.identical, summary.prompt_cut) == (1, 1, 1)
     assert (summary.response_cut, summary.identical_after_cut, summary.seen_prompts) == (1, 1, 1)
@@ -247,7 +275,24 @@ def test_one_bad_byte_costs_one_record(tmp_path):
     lines.append(b"[" * 100_000)
     file = tmp_path / "bytes.jsonl"
     file.write_bytes(b"\n".join(lines))
-    with pytest.raises(InputError, match="line 201: not UTF-8"):
+    with pytest.raises(InputError, match="line 201: not JSON in UTF-8"):
         load_source(Source("bytes", str(file)))
     table, left_out = load_source(Source("bytes", str(file)), skip_bad=True)
     assert (len(table), left_out) == (300, 2)
+
+
+def test_one_bad_byte_costs_one_row_of_a_csv_file(tmp_path):
+    file = tmp_path / "bytes.csv"
+    file.write_bytes(b"prompt,chosen,rejected\nq1,a,b\ncaf\xe9,a,b\nq2,a,b\n")
+    with pytest.raises(InputError, match=r"bytes.csv, line 3: .* not UTF-8"):
+        load_source(Source("bytes", str(file)))
+    table, left_out = load_source(Source("bytes", str(file)), skip_bad=True)
+    assert [row["prompt"][0]["content"] for row in table] == ["q1", "q2"] and left_out == 1
+
+
+def test_half_a_surrogate_pair_costs_one_record(tmp_path):
+    path = write(tmp_path / "a.jsonl", [*RECORDS[:2], RECORDS[2] | {"chosen": "half an emoji: \ud83d"}])
+    with pytest.raises(InputError, match="line 3: not valid Unicode"):
+        load_source(Source("a", path))
+    table, left_out = load_source(Source("a", path), skip_bad=True)
+    assert (len(table), left_out) == (2, 1)

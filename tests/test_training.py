@@ -209,7 +209,7 @@ BAD_INPUT = {
     "not JSON": (["--dataset", "{tmp}/bad.jsonl"], "bad.jsonl, line 2: not JSON"),
     "missing key": (["--dataset", "{tmp}/key.jsonl"], "key.jsonl, line 1: no key 'rejected'"),
     "not text": (["--dataset", "{tmp}/number.jsonl"], "'chosen' is int 5"),
-    "probabilities": (["--dataset_probs", "0.5"], "--dataset_probs has 1 numbers, but --dataset has 2"),
+    "probabilities": (["--dataset_probs", "0.5"], "dataset_probs has 1 numbers, but dataset has 2"),
     "odd dimension": (["--value_head_dim", "3"], "even value_head_dim"),
     "gate on BT": (["--is_general_preference", "false", "--value_head_dim", "1"], "Bradley-Terry"),
     "bf16": (["--bf16"], "no bfloat16"),

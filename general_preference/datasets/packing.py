@@ -1,10 +1,10 @@
-"""Comparisons -> a batch in which all responses of a prompt stand behind one copy of that prompt.
+"""Comparisons -> a batch in which all responses of a prompt share one copy of that prompt.
 
-A row is [prompt][response 1][response 2]... with positions that continue from the prompt's end for every response, so
-a prompt's tokens are computed once. `models/attention.py` turns `segments` into the mask that makes this exact. Where
-an architecture cannot take such a mask, every response gets a row with its own copy of the prompt; everything else
-about the batch (what is read where, who is compared with whom) stays the same. Most do more: their kernels take all
-comparisons of a batch in one row, end to end, without padding. `models.attention.RowLayout` says which it is.
+A row is [prompt][response 1][response 2]... Positions of every response continue from the prompt's end, so a prompt's
+tokens are computed once; `models/attention.py` turns `segments` into the mask that makes this exact. Kernels for packed
+rows take all comparisons of a batch end to end in one row without padding. For an architecture that supports neither,
+every response gets a row with its own copy of the prompt. `models.attention.RowLayout` says which of the three it is;
+everything else about the batch (what is read where, who is compared with whom) is the same.
 """
 
 from dataclasses import dataclass, fields
@@ -23,8 +23,8 @@ class Batch:
     input_ids, position_ids, segments: (R, L); segments are -1 padding, 0 prompt, k >= 1 the row's k-th response
     shared:        rows hold several responses behind one prompt, or several comparisons
     sequences:     how a packed row attends; None for padded rows and for kernels that take a mask
-    response_ends: (N,) where each response's end token stands in the flattened rows
-    prompt_ends:   (G,) where each prompt's last token stands
+    response_ends: (N,) position of each response's end token in the flattened rows
+    prompt_ends:   (G,) position of each prompt's last token
     first, second: (M,) indices into the N responses; first is the preferred one
     comparison_index: (M,) index into the G comparisons
     label, margin: (M,) probability in [0.5, 1] that first is preferred; margin in units of the score
@@ -82,7 +82,7 @@ class Collator:
     pad_id:      any token id; padding is never attended to nor read.
     layout:      what the model's kernel wants (`RewardModel.row_layout`). Unpacked rows that hold one response each are
                  plain sequences even if prompts could be shared: no mask of length times length is made for them.
-    regularized: whose tokens get log-probs: "" nobody's, "chosen", or "both" (reference_free compares them).
+    regularized: whose tokens get log-probs: "" none, "chosen", or "both" (reference_free compares them).
     balanced:    experts are balanced, so the batch says which tokens count.
     """
 
@@ -92,7 +92,7 @@ class Collator:
     balanced: bool = False
 
     def __call__(self, comparisons: list[dict]) -> Batch:
-        """Comparisons with the columns of `tables.TOKENIZED` and optionally `weight` (default 1)."""
+        """Comparisons with the columns of `preparation.TOKENIZED` and optionally `weight` (default 1)."""
         packed = self.layout.packed
         shared = packed or (self.layout.shared and any(len(c["response_ids"]) > 1 for c in comparisons))
         # A block is a prompt and the responses behind it: one per comparison, or one per response.
@@ -142,12 +142,12 @@ class Collator:
 
     def _targets(self, comparisons, response_ends, prompt_ends):
         """Which hidden state predicts which token, and whose log-prob that is: responses first, then prompts."""
-        sources, tokens, owners = [], [], []
+        predict_positions, target_ids, sequence_index = [], [], []
 
-        def add(start: int, count: int, predicted, owner: int) -> None:
-            sources.append(torch.arange(start, start + count))
-            tokens.append(torch.as_tensor(predicted, dtype=torch.long))
-            owners.append(torch.full((count,), owner))
+        def add(start: int, count: int, predicted, sequence: int) -> None:
+            predict_positions.append(torch.arange(start, start + count))
+            target_ids.append(torch.as_tensor(predicted, dtype=torch.long))
+            sequence_index.append(torch.full((count,), sequence))
 
         response, total = 0, len(response_ends)
         for index, comparison in enumerate(comparisons):
@@ -160,7 +160,7 @@ class Collator:
                     add(prompt_end, 1, ids[:1], response)
                     add(response_ends[response] - len(ids) + 1, len(ids) - 1, ids[1:], response)
                 response += 1
-        return torch.cat(sources), torch.cat(tokens), torch.cat(owners)
+        return torch.cat(predict_positions), torch.cat(target_ids), torch.cat(sequence_index)
 
 
 def _tokens(block: Block) -> int:
@@ -168,7 +168,7 @@ def _tokens(block: Block) -> int:
 
 
 def _counted(rows: list[list[Block]], real: list[bool], segments: torch.Tensor) -> torch.Tensor:
-    """Tokens that are no padding and stand in a block that is `real`; blocks count on from row to row."""
+    """(R, L) tokens that are not padding and belong to a block that is `real`; blocks are numbered across rows."""
     counted, block = segments != PADDING, 0
     for number, row in enumerate(rows):
         end = 0
@@ -180,7 +180,7 @@ def _counted(rows: list[list[Block]], real: list[bool], segments: torch.Tensor) 
 
 
 def _ends(rows: list[list[Block]], length: int) -> tuple[list[int], list[int]]:
-    """Where in the flattened rows the last token of each block's prompt stands, and of each response."""
+    """Positions in the flattened rows of the last token of each block's prompt, and of each response."""
     prompts, responses = [], []
     for number, row in enumerate(rows):
         end = number * length
@@ -195,12 +195,12 @@ def _ends(rows: list[list[Block]], length: int) -> tuple[list[int], list[int]]:
 
 def _preferences(comparisons: list[dict]) -> dict[str, torch.Tensor]:
     """Who is compared with whom, as flat tensors over the M preferences of the batch."""
-    first, second, owner, label, margin, weight, offset = [], [], [], [], [], [], 0
+    first, second, comparison_index, label, margin, weight, offset = [], [], [], [], [], [], 0
     for index, comparison in enumerate(comparisons):
         count = len(comparison["first"])
         first += [offset + i for i in comparison["first"]]
         second += [offset + i for i in comparison["second"]]
-        owner += [index] * count
+        comparison_index += [index] * count
         label += comparison["label"]
         margin += [comparison["margin"]] * count
         weight += [comparison.get("weight", 1.0) / max(count, 1)] * count
@@ -208,7 +208,7 @@ def _preferences(comparisons: list[dict]) -> dict[str, torch.Tensor]:
     return {
         "first": torch.tensor(first, dtype=torch.long),
         "second": torch.tensor(second, dtype=torch.long),
-        "comparison_index": torch.tensor(owner, dtype=torch.long),
+        "comparison_index": torch.tensor(comparison_index, dtype=torch.long),
         "label": torch.tensor(label, dtype=torch.float32),
         "margin": torch.tensor(margin, dtype=torch.float32),
         "weight": torch.tensor(weight, dtype=torch.float32),

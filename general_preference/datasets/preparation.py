@@ -1,6 +1,6 @@
-"""From the paths a user names to the tables a trainer reads: load, tokenize, blend, split by prompt, count.
+"""Sources -> the tables that training and evaluation read: load, tokenize, split by prompt, blend, summarize.
 
-No prompt stands on both sides of a split, whatever the blend; `Summary` says what was read, cut or left out.
+No prompt is on both sides of a split, whatever the blend; `Summary` counts what was read, cut or left out.
 """
 
 import json
@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 import datasets
 import torch
 
-from general_preference.datasets.records import Message
 from general_preference.datasets.sources import Source, load_source, record_location
 from general_preference.datasets.tokenization import ComparisonTokenizer, stable_hash
 from general_preference.errors import InputError
@@ -107,7 +106,12 @@ def _encode_rows(rows: dict, indices: list[int], encoder: ComparisonTokenizer) -
     try:
         encoded = encoder.encode(rows["prompt"], rows["responses"])
     except InputError:
-        encoded = [_encode_one(encoder, *row) for row in zip(places, rows["prompt"], rows["responses"], strict=True)]
+        for place, prompt, responses in zip(places, rows["prompt"], rows["responses"], strict=True):
+            try:
+                encoder.encode([prompt], [responses])
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from error
+        raise
     for place, row in zip(places, encoded, strict=True):
         if not row["prompt_ids"]:
             raise InputError(f"{place}: the prompt has no tokens; expected some text before the responses")
@@ -126,15 +130,6 @@ def _encode_rows(rows: dict, indices: list[int], encoder: ComparisonTokenizer) -
             _repeats(row["response_ids"]) and not _repeats(some) for row, some in zip(encoded, contents, strict=True)
         ],
     }
-
-
-def _encode_one(
-    encoder: ComparisonTokenizer, place: str, prompt: list[Message], responses: list[list[Message]]
-) -> dict:
-    try:
-        return encoder.encode([prompt], [responses])[0]
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from error
 
 
 def _repeats(items: list) -> bool:
@@ -160,9 +155,7 @@ def load_tokenized(
 def blend(tables: list[datasets.Dataset], probabilities: list[float], seed: int) -> datasets.Dataset:
     """One table from several, drawn by probability until every set was seen whole."""
     if any(len(table) == 0 for table in tables):
-        raise InputError(
-            "--dataset_probs: a set has no comparison left to train on: raise --max_samples or drop the set"
-        )
+        raise InputError("dataset_probs: a set has no comparison left to train on: raise max_samples or drop the set")
     return datasets.interleave_datasets(tables, probabilities, seed=seed, stopping_strategy="all_exhausted")
 
 
@@ -203,14 +196,12 @@ def parse_probabilities(text: str | None, count: int) -> list[float] | None:
         return None
     try:
         values = [float(part) for part in str(text).split(",")]
-    except ValueError:
-        raise InputError(f"--dataset_probs {text} is not a list of numbers such as 0.4,0.6") from None
+    except ValueError as error:
+        raise InputError(f"dataset_probs {text} is not a list of numbers such as 0.4,0.6") from error
     if len(values) != count:
-        raise InputError(
-            f"--dataset_probs has {len(values)} numbers, but --dataset has {count} sets: give one for each"
-        )
+        raise InputError(f"dataset_probs has {len(values)} numbers, but dataset has {count} sets: give one for each")
     if any(not value > 0 for value in values) or sum(values) == float("inf"):
-        raise InputError(f"--dataset_probs {text}: every probability must be positive")
+        raise InputError(f"dataset_probs {text}: every probability must be positive")
     return [value / sum(values) for value in values]
 
 
@@ -222,7 +213,7 @@ def split_by_prompt(
     max_samples: int | None = None,
     groups: list[int] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Shuffle by prompt and split, so that no prompt stands on both sides.
+    """Shuffle by prompt and split, so that no prompt is on both sides.
 
     Args:
         train_ratio: share in (0, 1] of the comparisons to train on. max_samples: use at most so many in all.
@@ -245,7 +236,7 @@ def split_by_prompt(
         side.extend(unit)
     if not train:
         raise InputError(
-            f"no comparison is left to train on (--max_samples {max_samples}, --train_split_ratio {train_ratio})"
+            f"no comparison is left to train on (max_samples {max_samples}, train_split_ratio {train_ratio})"
         )
     return train, held_out
 
@@ -267,7 +258,7 @@ def _units(prompt_keys: list[str], groups: list[int] | None) -> list[list[int]]:
     return list(units.values())
 
 
-def summarize(
+def summarize_table(
     name: str, table: datasets.Dataset, left_out: int = 0, trained_prompts: set[str] | None = None
 ) -> Summary:
     """Count what a prepared table holds; `trained_prompts` are the prompt keys of the training table."""

@@ -7,8 +7,7 @@
     {"prompt": ..., "chosen": [text, ...], "rejected": [text, ...]}    each chosen over each rejected (RewardBench 2)
     {"prompt": ..., "responses": [...], "preferences": [[winner, loser], [i, j, probability], ...]}    a group
 
-A message is {"role": str, "content": str}. Optional in every shape: "id" and "subset". Anything else is refused with
-what was found and what was expected.
+A message is {"role": str, "content": str}. Optional in every shape: "id" and "subset".
 """
 
 import math
@@ -40,10 +39,7 @@ class Comparison:
 
 
 def parse_record(record: object, custom: bool = False) -> Comparison:
-    """One decoded JSON object (or table row) -> Comparison.
-
-    Args:
-        custom: require the custom format (`--is_custom_dataset`).
+    """One decoded JSON object (or table row) -> Comparison; `custom` requires the custom format (`is_custom_dataset`).
 
     Raises:
         InputError: what was found and what was expected; the caller adds file and line.
@@ -52,7 +48,7 @@ def parse_record(record: object, custom: bool = False) -> Comparison:
         raise InputError(f"found {_describe(record)}, expected a JSON object")
     record = {key: value for key, value in record.items() if value is not None}
     if custom and "instruction" not in record:
-        raise InputError(f"--is_custom_dataset expects the key 'instruction', found {_keys(record)}")
+        raise InputError(f"is_custom_dataset expects the key 'instruction', found {_keys(record)}")
     if "responses" in record:
         prompt, responses, preferences = _parse_group(record)
     elif _is_texts(record.get("chosen")) or _is_texts(record.get("rejected")):
@@ -62,7 +58,7 @@ def parse_record(record: object, custom: bool = False) -> Comparison:
         preferences = [(0, 1, _probability(record.get("chosen_probability", 1.0), "chosen_probability"))]
     preferences = [(i, j, p) if p >= 0.5 else (j, i, 1 - p) for i, j, p in preferences]
     margin = record.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+    if not _is_number(margin) or not math.isfinite(margin):
         raise InputError(f"'margin' is {_describe(margin)}, expected a finite number")
     names = (str(record.get(key, "")) for key in ("id", "subset"))
     return Comparison(prompt, responses, preferences, float(margin), *names)
@@ -92,9 +88,7 @@ def _parse_pair(record: dict) -> tuple[list[Message], list[list[Message]]]:
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     if shared == 0:
-        raise InputError(
-            "'chosen' and 'rejected' share no leading message: expected a common prompt before the responses"
-        )
+        raise InputError("'chosen' and 'rejected' share no leading message: expected a common prompt in front")
     return chosen[:shared], [chosen[shared:], rejected[shared:]]
 
 
@@ -116,7 +110,7 @@ def _is_texts(value: object) -> bool:
 
 
 def _parse_texts(record: dict):
-    """Several chosen and several rejected responses, the chosen first: each of those is preferred to each of these."""
+    """Several chosen and several rejected texts: each chosen one is preferred to each rejected one."""
     for key in ("prompt", "chosen", "rejected"):
         if key not in record:
             raise InputError(f"lists of chosen and rejected texts need the key '{key}', found {_keys(record)}")
@@ -127,8 +121,8 @@ def _parse_texts(record: dict):
     prompt = parse_prompt(record["prompt"], "prompt")
     texts = [(key, i, text) for key in ("chosen", "rejected") for i, text in enumerate(record[key])]
     responses = [parse_response(text, f"{key}[{i}]", prompt) for key, i, text in texts]
-    chosen, everything = len(record["chosen"]), len(texts)
-    return prompt, responses, [(i, j, 1.0) for i in range(chosen) for j in range(chosen, everything)]
+    chosen = len(record["chosen"])
+    return prompt, responses, [(i, j, 1.0) for i in range(chosen) for j in range(chosen, len(texts))]
 
 
 def _preference(value: object, count: int) -> tuple[int, int, float]:
@@ -137,12 +131,7 @@ def _preference(value: object, count: int) -> tuple[int, int, float]:
         raise InputError(f"a preference is {_describe(value)}, {expected}")
     first, second = value[0], value[1]
     for index in (first, second):
-        if (
-            isinstance(index, bool)
-            or not isinstance(index, int | float)
-            or index != int(index)
-            or not 0 <= index < count
-        ):
+        if not _is_number(index) or index != int(index) or not 0 <= index < count:
             raise InputError(f"a preference names response {index!r}, {expected}")
     if first == second:
         raise InputError(f"a preference compares response {first} with itself, {expected}")
@@ -151,9 +140,13 @@ def _preference(value: object, count: int) -> tuple[int, int, float]:
 
 
 def _probability(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    if not _is_number(value) or not 0 <= value <= 1:
         raise InputError(f"{name} is {_describe(value)}, expected a number from 0 to 1")
     return float(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def parse_prompt(value: object, name: str = "prompt") -> list[Message]:
@@ -206,13 +199,7 @@ def parse_messages(value: object, name: str) -> list[Message]:
         raise InputError(f"'{name}' is {_describe(value)}, expected a list of messages {{'role', 'content'}}")
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise InputError(
-                f"'{name}' holds {_describe(message)}, expected a message {{'role': text, 'content': text}}"
-            )
-        try:
-            (message["role"] + message["content"]).encode()
-        except UnicodeEncodeError:
-            raise InputError(f"'{name}' holds half a surrogate pair, which is no text: {_describe(message)}") from None
+            raise InputError(f"'{name}' has {_describe(message)}, expected a message {{'role': text, 'content': text}}")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
@@ -223,7 +210,5 @@ def _keys(record: dict) -> str:
 def _describe(value: object) -> str:
     """A short name for any value in an error message."""
     text = repr(value)
-    kind = {list: "a list", dict: "an object", str: "text", type(None): "nothing"}.get(
-        type(value), type(value).__name__
-    )
-    return f"{kind} {text if len(text) <= 60 else text[:57] + '...'}"
+    kinds = {list: "a list", dict: "an object", str: "text", type(None): "nothing"}
+    return f"{kinds.get(type(value), type(value).__name__)} {text if len(text) <= 60 else text[:57] + '...'}"

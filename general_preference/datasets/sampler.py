@@ -1,9 +1,9 @@
-"""Which comparison is seen when, and by which process: shuffled, balanced by length, resumable at any step.
+"""Which process sees which comparison at which step: shuffled, balanced by length, resumable at any step.
 
 A global batch is fixed by (seed, epoch, step) alone, so neither the number of processes nor the micro-batch size
-changes what a step learns from. Inside a step comparisons are dealt out by length: to micro-batches of similar length
-where rows are padded, to micro-batches of equally many tokens where rows are packed; and in both cases so that the
-micro-batches that run side by side on different processes, which wait for each other, carry about the same.
+changes what a step learns from. Inside a step comparisons are assigned by length: to micro-batches of similar length
+if rows are padded, of equally many tokens if rows are packed. Micro-batches that run at the same time on different
+processes, which wait for each other, have about equal cost.
 """
 
 import heapq
@@ -20,9 +20,9 @@ Item = tuple[int, float]  # index of a comparison, its weight in the step's loss
 class StepSampler:
     """Yields the micro-batches of one process, in order, for the rest of a run.
 
-    A comparison's weight is (world_size * accumulation) / (comparisons in the step): a trainer that averages its
-    micro-batches over accumulation and processes then minimizes the mean over the global batch, also in the smaller
-    last step of an epoch, whose empty places hold weight-0 repeats.
+    A comparison's weight is (world_size * accumulation) / (comparisons in the step): averaged over accumulation and
+    processes this is the mean over the global batch, also in the smaller last step of an epoch, which is filled up
+    with repeats of weight 0.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class StepSampler:
         self.global_batch_size = micro_batch_size * accumulation * world_size
         if self.global_batch_size % group_size:
             raise InputError(
-                f"--group_size {group_size} keeps neighbors in one step, but a step has {self.global_batch_size} "
+                f"group_size {group_size} keeps neighbors in one step, but a step has {self.global_batch_size} "
                 "comparisons: make micro-batch * accumulation * processes a multiple"
             )
         self.steps_per_epoch = math.ceil(len(lengths) / self.global_batch_size)
@@ -63,7 +63,7 @@ class StepSampler:
             order = self.order(epoch)
             first = max(0, start_step - epoch * self.steps_per_epoch)
             for step in range(first, self.steps_per_epoch):
-                yield from self._mine(order[step * self.global_batch_size : (step + 1) * self.global_batch_size])
+                yield from self._micro_batches(order, step)[self.rank :: self.world_size]
 
     def order(self, epoch: int) -> list[int]:
         """The permutation of an epoch: groups in random order, the incomplete ones last so that none is cut."""
@@ -83,7 +83,7 @@ class StepSampler:
         """
         order, excess = self.order(0), []
         for step in range(min(steps, self.steps_per_epoch)):
-            batches = self._dealt(order[step * self.global_batch_size : (step + 1) * self.global_batch_size])
+            batches = self._micro_batches(order, step)
             for start in range(0, len(batches), self.world_size):
                 costs = [self._cost(batch) for batch in batches[start : start + self.world_size]]
                 excess.append(max(costs) * len(costs) / sum(costs) - 1)
@@ -93,19 +93,15 @@ class StepSampler:
         lengths = [self.lengths[index] for index, _ in batch]
         return sum(lengths) if self.packed else max(lengths) * len(lengths)
 
-    def _mine(self, step: list[int]) -> list[list[Item]]:
-        return self._dealt(step)[self.rank :: self.world_size]
-
-    def _dealt(self, step: list[int]) -> list[list[Item]]:
-        """The step's micro-batches of all processes; every `world_size` in a row run at the same time."""
-        weight = self.world_size * self.accumulation / len(step)
-        by_length = sorted(step, key=lambda index: (-self.lengths[index], index))
+    def _micro_batches(self, order: list[int], step: int) -> list[list[Item]]:
+        """A step's micro-batches of all processes; every `world_size` in a row run at the same time."""
+        batch = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+        weight = self.world_size * self.accumulation / len(batch)
+        by_length = sorted(batch, key=lambda index: (-self.lengths[index], index))
         items = [(index, weight) for index in by_length]
         # The shortest comparison fills the empty places of a last step: it counts nothing and costs least.
-        items += [(by_length[-1], 0.0)] * (self.global_batch_size - len(step))
-        if self.packed:
-            return self._evenly(items)
-        return _side_by_side(items, self.micro, self.world_size)
+        items += [(by_length[-1], 0.0)] * (self.global_batch_size - len(batch))
+        return self._evenly(items) if self.packed else _side_by_side(items, self.micro, self.world_size)
 
     def _evenly(self, items: list[Item]) -> list[list[Item]]:
         """Longest first, each to the micro-batch with the fewest tokens that has room; fullest micro-batches first."""
@@ -118,7 +114,7 @@ class StepSampler:
                 heapq.heappush(open_batches, (tokens + self.lengths[item[0]], number))
         batches.sort(key=self._cost, reverse=True)
         sides = [batches[start : start + self.world_size] for start in range(0, len(batches), self.world_size)]
-        # Turned round every second time, so that no process gets the fuller one always.
+        # Every second one reversed, so that no process always gets the fuller one.
         return [batch for number, side in enumerate(sides) for batch in (side[::-1] if number % 2 else side)]
 
 
@@ -136,7 +132,7 @@ def evaluation_batches(
 
 
 def _side_by_side(items: list[Item], micro: int, world_size: int) -> list[list[Item]]:
-    """Micro-batches of similar length, from items in order of length; what runs side by side is dealt in turns."""
+    """Micro-batches of similar length, from items in order of length; those that run at the same time take turns."""
     stride = world_size * micro
     return [
         items[start + rank : start + stride : world_size]

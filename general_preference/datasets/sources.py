@@ -1,7 +1,7 @@
-"""Where comparisons come from: files, folders and hub names, read once into a cached Arrow table, line by line.
+"""Reads comparisons from files, folders and the hub, record by record, into a cached Arrow table.
 
-A row of that table is a `Comparison` (or, in its `problem` column, why a record is none). The cache key holds the
-path, size and modification time of a file, so an edited file is read again.
+A row of that table is a `Comparison` or, in its column `problem`, the reason why a record is none. The cache key holds
+path, size and modification time of each file, so an edited file is read again.
 """
 
 import csv
@@ -19,8 +19,9 @@ from general_preference.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-READER_VERSION = 4  # part of the cache key: raise it when the meaning of a row changes
+READER_VERSION = 5  # part of the cache key: raise it when the meaning of a row changes
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SAVED = "state.json"  # marks a folder written by `Dataset.save_to_disk`
 _MESSAGE = {"role": datasets.Value("string"), "content": datasets.Value("string")}
 ROW = datasets.Features(
     {
@@ -48,35 +49,32 @@ class Source:
 def parse_sources(text: str) -> list[Source]:
     """`path,path` or `name=path,name=path` -> sources.
 
-    Unnamed ones are called after their file or folder, with the folder above it where that leaves two alike.
+    The default name is that of the file or folder, preceded by its parent folder where two would be equal.
 
     Raises:
         InputError: an empty entry, or two sets with one name.
     """
-    sources = []
-    for entry in text.split(","):
-        entry = entry.strip()
+    sources, unnamed = [], []
+    for entry in map(str.strip, text.split(",")):
         name, separator, path = entry.partition("=")
-        if not separator or "/" in name or Path(entry).exists():  # a path may hold "=" itself
+        if not separator or "/" in name or Path(entry).exists():  # a path may contain "="
             path, name = entry, Path(entry).stem if Path(entry).suffix in SUFFIXES else Path(entry).name
+            unnamed.append(len(sources))
         if not path or not name:
-            raise InputError(f"'{text}' holds an empty entry: expected path,path or name=path,name=path")
+            raise InputError(f"'{text}' has an empty entry: expected path,path or name=path,name=path")
         sources.append(Source(name, path))
+    if len({source.name for source in sources}) < len(sources):
+        for index in unnamed:
+            name, path = sources[index].name, sources[index].path
+            sources[index] = Source(f"{Path(path).parent.name}/{name}", path)
     names = [source.name for source in sources]
-    if len(set(names)) < len(names):
-        sources = [
-            Source(f"{Path(source.path).parent.name}/{source.name}", source.path) if "=" not in entry else source
-            for source, entry in zip(sources, text.split(","), strict=True)
-        ]
-        names = [source.name for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two sets are called '{name}': give each its own name, as in first={sources[0].path}")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"two sets are called '{twice[0]}': name each one, as in first={sources[0].path}")
     return sources
 
 
 def record_location(name: str, index: int, path: str = "") -> str:
-    """How a message names a row: its place in the file where it has no id of its own, else its number and id."""
+    """What a message calls a row: its place in the file if it has no id, else its number and id."""
     shown = name if name.isprintable() else repr(name)
     return name if is_record_location(name) else f"{path}{', ' if path else ''}row {index + 1} (id {shown})"
 
@@ -90,12 +88,12 @@ def load_source(
     source: Source,
     custom: bool = False,
     skip_bad: bool = False,
-    remedy: str = "mend it, or pass --on_bad_record skip",
+    remedy: str = "fix it, or set on_bad_record to skip",
 ) -> tuple[datasets.Dataset, int]:
     """All comparisons of a source as an Arrow table on disk (columns of `ROW` without `problem`).
 
     Args:
-        custom: require the custom format of `--is_custom_dataset`.
+        custom: require the custom format (`is_custom_dataset`).
         skip_bad: leave out records that do not fit instead of refusing the source.
         remedy: what the message about a bad record advises.
 
@@ -105,43 +103,42 @@ def load_source(
     Raises:
         InputError: no such file, nothing in it, or a record that does not fit, with file and line.
     """
-    files = _files(source.path)
-    # A hub dataset has no files here: its name and the fingerprint of what is loaded stand for them.
     # Two files may share a relative name, a size and a time: the whole path is part of the key.
-    signature = [(str(file), str(file.resolve()), *_stat(file)) for file in files] or [
-        (source.path, _from_hub(source.path)._fingerprint)
-    ]
+    signature = [(str(file), str(file.resolve()), *_stat(file)) for file in _files(source.path)]
+    signature = signature or [(source.path, _load_table(Path(source.path), source.path)._fingerprint)]
     arguments = {"path": source.path, "signature": signature, "custom": custom, "version": READER_VERSION}
     if next(_rows(**arguments), None) is None:
         raise InputError(f"{source.path} holds no records: check that it is the right file")
     table = datasets.Dataset.from_generator(_rows, features=ROW, gen_kwargs=arguments, split=datasets.Split.TRAIN)
-    bad = [index for index, problem in enumerate(table["problem"][:]) if problem]
+    problems = table["problem"][:]
+    bad = [index for index, problem in enumerate(problems) if problem]
     if bad and not skip_bad:
         more = f" ({len(bad)} such records in all)" if len(bad) > 1 else ""
-        raise InputError(f"{table[bad[0]]['problem']}{more}; {remedy}")
+        raise InputError(f"{problems[bad[0]]}{more}; {remedy}")
+    for index in bad[:5]:
+        logger.warning("left out: %s", problems[index])
     if bad:
-        for index in bad[:5]:
-            logger.warning("left out: %s", table[index]["problem"])
-        left_out = set(bad)
-        table = table.select([index for index in range(len(table)) if index not in left_out])
+        table = table.select([index for index, problem in enumerate(problems) if not problem])
     if len(table) == 0:
         raise InputError(f"{source.path} holds no usable record: all {len(bad)} were left out")
     return table.remove_columns("problem"), len(bad)
 
 
 def _files(path: str) -> list[Path]:
-    """The files behind a path; none for a hub name."""
+    """The files behind a path, or the `SAVED` file of a folder of datasets; none for a hub name."""
     place = Path(path).expanduser()
     if place.is_file():
         if place.suffix not in SUFFIXES:
-            raise InputError(
-                f"{path} ends in '{place.suffix}': expected one of {', '.join(SUFFIXES)}, a folder or a hub name"
-            )
+            raise InputError(f"{path} ends in '{place.suffix}': expected {', '.join(SUFFIXES)}, a folder or a hub name")
         return [place]
     if place.is_dir():
+        if (place / "dataset_dict.json").is_file():
+            place /= "train"  # as for a hub dataset
+            if not place.is_dir():
+                raise InputError(f"{path} has no split 'train': give the folder of a split, as in {path}/test")
+        if (place / SAVED).is_file():
+            return [place / SAVED]
         found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and not file.name.startswith("."))
-        if (place / "dataset_info.json").is_file():
-            found = sorted(place.glob("*.arrow"))
         if not found:
             raise InputError(f"folder {path} holds no {', '.join(SUFFIXES)} file")
         return found
@@ -160,120 +157,91 @@ def _stat(file: Path) -> tuple[int, int]:
 
 
 def _rows(path: str, signature: list, custom: bool, version: int) -> Iterator[dict]:
-    """Yield one `ROW` per record. `signature` and `version` only make the cache key change with the input."""
-    for place, record, problem in _records(path, signature):
-        yield _row(place, record, problem, custom)
-
-
-def _row(place: str, record: object, problem: str, custom: bool) -> dict:
-    if not problem:
-        try:
-            found = parse_record(record, custom)
-            json.dumps(record, ensure_ascii=False, default=str).encode()  # half a surrogate pair is no text
-        except (ValueError, OverflowError) as error:
-            problem = f"{place}: {error}"
-    if problem:
-        nothing = {name: [] for name in ("prompt", "responses", "first", "second", "label")}
-        return nothing | {"id": place, "subset": "", "margin": 0.0, "problem": problem}
-    first, second, label = (list(column) for column in zip(*found.preferences, strict=True))
-    return {
-        "id": found.id or place,
-        "subset": found.subset,
-        "prompt": found.prompt,
-        "responses": found.responses,
-        "first": first,
-        "second": second,
-        "label": label,
-        "margin": found.margin,
-        "problem": "",
-    }
-
-
-def _records(path: str, signature: list) -> Iterator[tuple[str, object, str]]:
-    """Yield (place, decoded record, problem) from every file of a source, or from the hub."""
+    """Yield one `ROW` per record. `version` only makes the cache key change."""
     for name, *_ in signature:
-        file = Path(name)
-        try:
-            yield from _file_records(file, path)
-        except InputError as error:  # a damaged file
-            yield name, None, str(error)
+        for place, record in _records(Path(name), path):
+            yield _row(place, record, custom)
 
 
-def _file_records(file: Path, path: str) -> Iterator[tuple[str, object, str]]:
-    """The records of one file of a source, or of the hub dataset `path` (whose "file" is its name)."""
-    if not file.exists():
-        yield from _table_records(_from_hub(path), path)
-    elif file.suffix == ".arrow":
-        yield from _table_records(datasets.Dataset.from_file(str(file)), path)
-    elif file.suffix == ".parquet":
-        yield from _table_records(_read_table("parquet", str(file)), str(file))
-    elif file.suffix == ".csv":
-        yield from _csv_records(file)
-    else:
-        yield from _json_records(file)
-
-
-def _json_records(file: Path) -> Iterator[tuple[str, object, str]]:
-    """One record per line, or one JSON array of records."""
+def _row(place: str, record: object, custom: bool) -> dict:
     try:
-        # A byte that is no UTF-8 becomes half a surrogate pair, so that it costs its own record and no other.
-        with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-            if file.suffix == ".json" and lines.read(4096).lstrip()[:1] == "[":
-                lines.seek(0)
-                yield from ((f"{file}, record {i}", record, "") for i, record in enumerate(json.load(lines), 1))
-                return
-            lines.seek(0)
-            for number, line in enumerate(lines, 1):
-                place = f"{file}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    line.encode()
-                    yield place, json.loads(line), ""
-                except UnicodeEncodeError as error:
-                    yield place, None, f"{place}: not UTF-8 text (character {error.start + 1})"
-                except (ValueError, RecursionError) as error:
-                    yield place, None, f"{place}: not JSON ({error}), found {line.strip()[:60]!r}"
-    except UnicodeDecodeError as error:
-        yield str(file), None, f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
-    except json.JSONDecodeError as error:
-        yield str(file), None, f"{file}, line {error.lineno}: not JSON ({error.msg})"
+        if isinstance(record, InputError):
+            raise record
+        json.dumps(record, ensure_ascii=False, default=str).encode()
+        found = parse_record(record, custom)
+    except UnicodeEncodeError:
+        problem = f"{place}: not valid Unicode (a byte that is not UTF-8, or half of a surrogate pair)"
+    except (ValueError, OverflowError) as error:
+        problem = str(error) if error is record else f"{place}: {error}"
+    else:
+        first, second, label = (list(column) for column in zip(*found.preferences, strict=True))
+        columns = {name: getattr(found, name) for name in ("subset", "prompt", "responses", "margin")}
+        return columns | {"id": found.id or place, "first": first, "second": second, "label": label, "problem": ""}
+    nothing = {name: [] for name in ("prompt", "responses", "first", "second", "label")}
+    return nothing | {"id": place, "subset": "", "margin": 0.0, "problem": problem}
 
 
-def _csv_records(file: Path) -> Iterator[tuple[str, object, str]]:
+def _records(file: Path, path: str) -> Iterator[tuple[str, object]]:
+    """Yield (place, decoded record or the InputError that says why there is none). A hub name counts as a file."""
+    try:
+        if file.suffix == ".csv":
+            yield from _csv_records(file)
+        elif file.suffix in (".json", ".jsonl") and file.name != SAVED:
+            yield from _json_records(file)
+        else:
+            name = file if file.suffix == ".parquet" else path
+            yield from ((f"{name}, row {index}", row) for index, row in enumerate(_load_table(file, path), 1))
+    except InputError as error:
+        yield str(file), error
+    except (ValueError, csv.Error) as error:  # what decoders raise for a file as a whole
+        yield str(file), InputError(f"{file}: not {file.suffix[1:].upper()} in UTF-8 ({error})")
+
+
+def _json_records(file: Path) -> Iterator[tuple[str, object]]:
+    """One record per line, or one JSON array of records."""
+    with file.open("rb") as lines:
+        if file.suffix == ".json" and lines.peek().lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"["):
+            records = json.loads(lines.read().decode("utf-8-sig"))
+            yield from ((f"{file}, record {number}", record) for number, record in enumerate(records, 1))
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{file}, line {number}"
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                found = line[:80].decode(errors="replace").strip()[:60]
+                record = InputError(f"{place}: not JSON in UTF-8 ({error}), found {found!r}")
+            yield place, record
+
+
+def _csv_records(file: Path) -> Iterator[tuple[str, object]]:
     """Rows of a CSV file with a header; margin and chosen_probability are numbers, empty cells are absent."""
     csv.field_size_limit(2**31 - 1)
-    try:
-        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            reader = csv.DictReader(lines)
-            for row in reader:
-                place = f"{file}, line {reader.line_num}"
-                record = {key: value for key, value in row.items() if key and value}
-                try:
-                    record |= {key: float(record[key]) for key in ("margin", "chosen_probability") if key in record}
-                    yield place, record, ""
-                except ValueError as error:
-                    yield place, None, f"{place}: margin and chosen_probability are numbers ({error})"
-    except (UnicodeDecodeError, csv.Error) as error:
-        yield str(file), None, f"{file}: not a CSV file in UTF-8 ({error})"
+    # With surrogateescape a byte that is not UTF-8 costs its own record (`_row` refuses it), not the rest of the file.
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        reader = csv.DictReader(lines)
+        for row in reader:
+            place = f"{file}, line {reader.line_num}"
+            record = {key: value for key, value in row.items() if key and value}
+            try:
+                record |= {key: float(record[key]) for key in ("margin", "chosen_probability") if key in record}
+            except ValueError as error:
+                record = InputError(f"{place}: margin and chosen_probability are numbers ({error})")
+            yield place, record
 
 
-def _table_records(table: datasets.Dataset, name: str) -> Iterator[tuple[str, object, str]]:
-    return ((f"{name}, row {index}", row, "") for index, row in enumerate(table, 1))
-
-
-def _read_table(kind: str, file: str) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(kind, data_files=file, split="train")
-    except Exception as error:  # datasets and pyarrow raise many kinds for a damaged file
-        raise InputError(f"cannot read {file} as {kind}: {str(error).splitlines()[0]}") from error
-
-
-def _from_hub(path: str) -> datasets.Dataset:
+def _load_table(file: Path, path: str) -> datasets.Dataset:
+    """A Parquet file, a folder of `save_to_disk`, or the hub dataset `path`."""
     name, _, split = path.partition("@")
+    what = f"no local path {path}, and the hub dataset cannot be loaded"
     try:
+        if file.suffix == ".parquet":
+            what = f"cannot read {file} as parquet"
+            return datasets.load_dataset("parquet", data_files=str(file), split="train")
+        if file.name == SAVED:
+            what = f"cannot read {file.parent} as a saved dataset"
+            return datasets.load_from_disk(str(file.parent))
         return datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # network, permission and format errors have no common base
-        raise InputError(
-            f"no local path {path}, and the hub dataset cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise InputError(f"{what}: {str(error).splitlines()[0]}") from error

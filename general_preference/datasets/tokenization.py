@@ -1,4 +1,4 @@
-"""Messages become token ids, once: prompt ids, response ids, and the one truncation rule.
+"""Messages -> token ids of the prompt and of each response, with the one truncation rule.
 
 Two input formats, saved with the model:
 
@@ -28,8 +28,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub name, ready for comparisons.
 
-    A tokenizer without a chat template, or any with an explicit `input_template`, gets a template made of it ("{}" is
-    the user's text), which is then saved with the model. A missing pad token costs nothing: padding is never read.
+    A tokenizer without a chat template, or any with an explicit `input_template` ("{}" is the user's text), gets a
+    chat template made from it, which is saved with the model. A missing pad token is harmless: padding is never read.
 
     Raises:
         InputError: no tokenizer there, no end token, or an input template without "{}".
@@ -61,7 +61,7 @@ def plain_template(text: str) -> str:
     """A chat template (Jinja) from a format string such as "Human:\\n{}\\nAssistant:\\n"; "{}" is the user's text."""
     before, separator, after = text.partition("{}")
     if not separator:
-        raise InputError(f"--input_template {text!r} has no '{{}}' to hold the user's text")
+        raise InputError(f"input_template {text!r} has no '{{}}' to hold the user's text")
     return (
         "{%- for message in messages -%}"
         "{%- if message['role'] == 'user' -%}"
@@ -85,8 +85,7 @@ class ComparisonTokenizer:
     def __post_init__(self):
         tokenizer = self.tokenizer
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        first = tokenizer("a")["input_ids"][:1]
-        self.adds_bos = self.bos is not None and first == [self.bos]
+        self.adds_bos = self.bos is not None and tokenizer("a")["input_ids"][:1] == [self.bos]
 
     def fingerprint(self) -> str:
         """Changes whenever the same messages could get other ids."""
@@ -130,12 +129,11 @@ class ComparisonTokenizer:
 
     def _render(self, prompt: list[Message], responses: list[list[Message]]) -> tuple[str, list[str]]:
         """Template text of the prompt, and what the template adds to it for each response."""
-        generation = responses[0][0]["role"] == "assistant"
-        prompt, text = self._apply(prompt, add_generation_prompt=generation)
+        prompt, text = self._apply(prompt, add_generation_prompt=responses[0][0]["role"] == "assistant")
         return text, [self._response_text(prompt, text, response) for response in responses]
 
     def _response_text(self, prompt: list[Message], prompt_text: str, response: list[Message]) -> str:
-        """The response as the template writes it, its own end-of-turn mark included; white space after it is not."""
+        """The response as the template writes it, with its end-of-turn mark, without white space after that."""
         try:
             whole = self.tokenizer.apply_chat_template(prompt + response, tokenize=False)
         except Exception as error:
@@ -148,7 +146,7 @@ class ComparisonTokenizer:
         return text if content and text.endswith(content) else text.rstrip()
 
     def _apply(self, messages: list[Message], add_generation_prompt: bool) -> tuple[list[Message], str]:
-        """Render messages; a template that knows no system role gets it in front of the first user message."""
+        """Render messages; if the template refuses the system role, its text goes in front of the first message."""
         try:
             return messages, self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -192,5 +190,5 @@ class ComparisonTokenizer:
 
 
 def stable_hash(*parts: object) -> str:
-    """A short fingerprint of JSON-serialisable parts, the same in every process."""
+    """A short fingerprint of JSON-serializable parts, the same in every process."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

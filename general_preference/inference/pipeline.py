@@ -19,8 +19,7 @@ from general_preference.inference import ranking
 from general_preference.inference.embedding import EmbeddedPrompt, embed
 from general_preference.models.config import MIN_LENGTH, trained_preference
 from general_preference.models.device import choose_device, has_fast_bf16, inference_dtype
-from general_preference.models.loading import load_reward_model
-from general_preference.models.reward_model import RewardModel
+from general_preference.models.reward_model import RewardModel, load_reward_model
 from general_preference.models.score import preference_probability, preference_score
 
 logger = logging.getLogger(__name__)

@@ -1,9 +1,11 @@
 """The model that is learned: a causal language model, an embedding head on responses, and a gate on prompts.
 
 One forward pass takes a batch of rows (datasets/packing.py lays them out) and returns the embeddings of all responses
-and the gates of all prompts, whatever the head. Loading and saving live in `pretrained.py` and `saving.py`.
+and the gates of all prompts, whatever the head. Backbones are
+loaded in loading.py, folders written in saving.py.
 """
 
+import logging
 import math
 
 import torch
@@ -11,9 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from general_preference.errors import InputError
+from general_preference.models.adapters import add_lora
 from general_preference.models.attention import (
     FLEX,
     KERNELS,
+    VERIFIED,
     PackedSequences,
     RowLayout,
     attention_mask,
@@ -21,13 +26,23 @@ from general_preference.models.attention import (
     row_layout,
     shares_prompts,
 )
-from general_preference.models.config import PreferenceConfig
+from general_preference.models.config import (
+    HEAD_NAMES,
+    PreferenceConfig,
+    read_tensors,
+    resolve,
+    saved_preference,
+    trained_preference,
+)
 from general_preference.models.experts import load_balancing_loss
 from general_preference.models.kernels import choose_attention
+from general_preference.models.loading import load_backbone, partitioned_loading
 from general_preference.models.log_probs import can_fuse, linear_log_probs
 from general_preference.models.losses import token_log_probs
-from general_preference.models.saving import CardFacts
+from general_preference.models.saving import CardFacts, push_reward_model, read_card_facts, save_reward_model
 from general_preference.models.score import normalize_embedding
+
+logger = logging.getLogger(__name__)
 
 # Parts in which token log-probs are computed where the LM head is not one whole matrix. A fixed number, not a fixed
 # size, because under ZeRO-3 every use of the LM head is a collective that all processes must join.
@@ -81,21 +96,15 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str, **kwargs) -> "RewardModel":
-        """Load a trained preference model from a folder or hub name; see `pretrained.load_reward_model`."""
-        from general_preference.models.loading import load_reward_model
-
+        """Load a trained preference model from a folder or hub name; see `load_reward_model`."""
         return load_reward_model(path, **kwargs)
 
     def save_pretrained(self, path: str, state_dict: dict | None = None, **kwargs) -> None:
         """Write a folder that loads with its path alone; see `saving.save_reward_model`."""
-        from general_preference.models.saving import save_reward_model
-
         save_reward_model(self, path, state_dict, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """Upload the model and its card to the hub, as transformers' models do; see `saving.push_reward_model`."""
-        from general_preference.models.saving import push_reward_model
-
         return push_reward_model(self, repo_id, **kwargs)
 
     @property
@@ -286,3 +295,146 @@ class RewardModel(nn.Module):
         limit = 1e-4 if self.dtype in (torch.float32, torch.float64) else 1e-2
         self.shares_prompts = self.shares_prompts and difference <= limit
         return difference
+
+
+def get_reward_model(
+    model_name_or_path: str,
+    *,
+    bf16: bool = True,
+    load_in_4bit: bool = False,
+    lora_rank: int = 0,
+    lora_alpha: int = 16,
+    target_modules: str | list[str] | None = None,
+    lora_dropout: float = 0.0,
+    use_flash_attention_2: bool = False,
+    ds_config: dict | None = None,
+    init_value_head: bool = False,
+    init_prompt_head: bool = False,
+    add_prompt_head: bool = False,
+    is_general_preference: bool = False,
+    value_head_dim: int | None = None,
+    preference: PreferenceConfig | None = None,
+    attn_implementation: str = "auto",
+    trust_remote_code: bool = False,
+    seed: int = 42,
+) -> RewardModel:
+    """A preference model to train, on top of a language model or of an earlier preference model.
+
+    Takes the keyword arguments of the paper's function. From a plain language model the heads are new (N(0, 1/hidden),
+    by `seed`). From a preference model they are kept, unless `init_value_head` / `init_prompt_head` ask for new ones.
+
+    Args:
+        bf16: load the backbone in bfloat16, else in fp32. Heads compute in fp32 either way.
+        is_general_preference, value_head_dim, add_prompt_head: the head when `preference` is not given: D = 2 by
+            default, 1 for Bradley-Terry.
+        preference: the whole head description; wins over the three above.
+        ds_config: a DeepSpeed configuration. With ZeRO stage 3 the backbone is loaded partitioned: no process ever
+            holds it whole. In 4 bits every process loads all of it, and the engine partitions it later.
+        load_in_4bit: the backbone in 4 bits (bitsandbytes), frozen under adapters. Heads are never quantized.
+        attn_implementation: one of `kernels.CHOICES`; the kernel is chosen where the model runs.
+
+    Raises:
+        InputError: no such model, a folder that is none, or a request that contradicts a checkpoint's own head.
+    """
+    if preference is None:
+        preference = _preference_from_flags(is_general_preference, value_head_dim, add_prompt_head)
+    saved = saved_preference(model_name_or_path, trust_remote_code)
+    if saved is not None:
+        saved.check(
+            str(model_name_or_path), head=preference.head, dim=preference.dim, prompt_gate=preference.prompt_gate
+        )
+    if use_flash_attention_2:
+        attn_implementation = "flash_attention_2"
+    partitioned = partitioned_loading(ds_config)
+    backbone = load_backbone(
+        model_name_or_path,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        load_in_4bit=load_in_4bit,
+    )
+    if lora_rank > 0:
+        if hasattr(backbone, "peft_config"):
+            raise InputError(f"{model_name_or_path} already is a LoRA adapter: drop lora_rank to go on training it")
+        backbone = add_lora(backbone, lora_rank, lora_alpha, target_modules or "all-linear", lora_dropout, seed)
+    model = RewardModel(backbone, preference, attn_implementation)
+    model.card.base_model = str(model_name_or_path)
+    model.initialize_heads(seed)
+    if saved is not None:
+        keep = [name for name, new in zip(HEAD_NAMES, (init_value_head, init_prompt_head), strict=True) if not new]
+        _copy_heads(model, str(model_name_or_path), keep)
+    _check_sharing(model, partitioned)
+    return model
+
+
+def load_reward_model(
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "auto",
+    trust_remote_code: bool = False,
+    preference: PreferenceConfig | None = None,
+    device: torch.device | str = "cpu",
+) -> RewardModel:
+    """Load a trained preference model (full, sharded or LoRA adapter) from a folder or hub name.
+
+    Args:
+        preference: the head, if the caller has read it already (`saved_preference`).
+        device: where the model goes; with accelerate installed its weights go there straight from the files.
+
+    Returns:
+        the model in eval mode, its head as the checkpoint describes it.
+
+    Raises:
+        InputError: no such model, a plain language model without heads, or weights that cannot be read.
+    """
+    if preference is None:
+        preference = trained_preference(path, trust_remote_code)
+    device = torch.device(device)
+    backbone = load_backbone(path, dtype, attn_implementation, trust_remote_code, device=device)
+    model = RewardModel(backbone, preference, attn_implementation)
+    _copy_heads(model, path, HEAD_NAMES)
+    model.to(device)  # before the self-check: that is where its kernels have to be right
+    model.card = read_card_facts(resolve(path, "README.md"))
+    _check_sharing(model)
+    model.eval().layout_on(device)  # now, and not with the first batch: a kernel that cannot run should say so early
+    return model
+
+
+def _preference_from_flags(is_general_preference: bool, dim: int | None, gate: bool) -> PreferenceConfig:
+    if not is_general_preference:
+        return PreferenceConfig("bt", 1 if dim is None else dim, gate)
+    return PreferenceConfig("gpm", 2 if dim is None else dim, gate, normalize=True, temperature=0.1)
+
+
+def _check_sharing(model: RewardModel, partitioned=None) -> None:
+    """For an architecture nobody compared yet, compare once; where that is impossible, do not share prompts."""
+    if not model.shares_prompts:
+        logger.info(
+            "%s: responses are run as separate sequences (no exact shared-prompt mask)", model.config.model_type
+        )
+    elif model.config.model_type not in VERIFIED:
+        if partitioned is not None:
+            model.shares_prompts = False
+            logger.info("%s: not compared yet, so responses are run as separate sequences", model.config.model_type)
+            return
+        difference = model.verify_shared_prompts()
+        verdict = "shared prompts are exact" if model.shares_prompts else "responses are run as separate sequences"
+        logger.info("%s: difference of shared prompts %.1e, so %s", model.config.model_type, difference, verdict)
+
+
+def _copy_heads(model: RewardModel, path: str, names) -> None:
+    """Fill the model's heads `names` from the checkpoint at `path`; a head without weights is never left random."""
+    tensors = read_tensors(path, names)
+    for name in names:
+        head = getattr(model, name.split(".")[0])
+        if head is None:
+            if name in tensors:
+                raise InputError(f"{path} has {name}, but its configuration says prompt_gate = False")
+            continue
+        if name not in tensors:
+            raise InputError(f"{path} has no {name}, which its configuration promises")
+        if head.weight.shape != tensors[name].shape:
+            shapes = tuple(tensors[name].shape), tuple(head.weight.shape)
+            raise InputError(f"{path}: {name} has shape {shapes[0]}, but the head needs {shapes[1]}")
+        head.weight.data.copy_(tensors[name])

@@ -14,8 +14,7 @@ from general_preference.datasets.tokenization import prepare_tokenizer
 from general_preference.errors import InputError
 from general_preference.inference.pipeline import GPMPipeline
 from general_preference.models.device import choose_device, inference_dtype
-from general_preference.models.loading import load_reward_model
-from general_preference.models.reward_model import RewardModel
+from general_preference.models.reward_model import RewardModel, load_reward_model
 
 
 class RewardBenchPipeline:
