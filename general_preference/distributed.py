@@ -31,9 +31,7 @@ class DistributedContext:
         self.heartbeat: Heartbeat | None = None  # training's, on several nodes
 
     @classmethod
-    def join(
-        cls, backend: str = "gloo", timeout: float = 86400.0, join_timeout: float = 1800.0
-    ) -> "DistributedContext":
+    def join(cls, backend: str = "gloo", timeout: float = 86400.0, join_timeout: float = 600.0) -> "DistributedContext":
         """Join the other processes.
 
         Args:
@@ -55,13 +53,13 @@ class DistributedContext:
             main_only: only the very first process runs `work`; the others get None.
         """
         goes_first = self.is_main if main_only else self.local_rank == 0
-        result = self._together(work if goes_first else None)
+        result = self.together(work if goes_first else None)
         if main_only:
             return result
-        follows = self._together(None if goes_first else work)
+        follows = self.together(None if goes_first else work)
         return result if goes_first else follows
 
-    def _together(self, work: Callable[[], Any] | None) -> Any:
+    def together(self, work: Callable[[], Any] | None) -> Any:
         """Run `work` where there is some; an InputError or an error of the disk on any process is raised on all."""
         result, problem = self._attempt(work)
         if problem is not None:
@@ -80,25 +78,18 @@ class DistributedContext:
         problems = [found for found in self.gather_objects(problem) if found is not None]
         return (None, problems[0]) if problems else (result, None)
 
-    def write(self, folder: Path, needed: int, work: Callable[[], Any], main_only: bool = False) -> Any:
-        """Run `work`, which writes into `folder`, on every process or on the first alone. Collective.
-
-        Args:
-            needed: bytes that `work` writes, over all processes; what the main process says counts.
-
-        Raises:
-            RunError: on every process if it fails on any; names the folder, the reason and the bytes needed and free.
-        """
-        result = None
-        needed, reason = self.broadcast((needed, _lacks_space(folder, needed) if self.is_main else None))
-        if reason is None:
-            result, problem = self._attempt(work if self.is_main or not main_only else None)
-            reason = None if problem is None else problem[0]
-        if reason is not None:
-            space = f"; {tqdm.format_sizeof(needed, 'B')} are needed, {_free(folder)} are free" if needed else ""
-            message = f"cannot write {folder}: {reason}{space}. What was saved before is intact"
-            raise RunError(message, everywhere=True)
+    def write(self, folder: Path, work, main_only: bool = False):
+        result, problem = self._attempt(work if self.is_main or not main_only else None)
+        if problem is not None:
+            raise RunError(f"cannot write {folder}: {problem[0]}. What was saved before is intact", everywhere=True)
         return result
+
+    def all_reduce_max(self, values: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def set_timeout(self, seconds: float) -> None:
+        pass
 
     def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:
         """Add up a tensor over all processes, in place; the same result on each."""

@@ -57,13 +57,13 @@ def draw(runs: list[tuple[str, dict[str, float]]], path: Path) -> None:
 def draw_one_cycle(folders: list[Path], names: list[str], file: Path, path: Path) -> None:
     """The first comparison of `file` whose preferences go round, embedded by each run's model."""
     import torch
+    from general_preference.trainer.pictures import draw_cycles, embedded_cycle
 
     from general_preference import RewardModel
     from general_preference.datasets.packing import Collator, Comparisons
     from general_preference.datasets.preparation import load_tokenized
     from general_preference.datasets.sources import Source
     from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
-    from general_preference.trainer.pictures import draw_cycles, embedded_cycle
 
     cycles = []
     for folder, name in zip(folders, names, strict=True):

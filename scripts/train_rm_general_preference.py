@@ -8,11 +8,12 @@ deepspeed and torchrun start it too. The launchers beside this file set it up; `
 0 done, 1 the run failed, 2 what was given cannot be used (one line says why), 130 and 143 ended by SIGINT or SIGTERM.
 """
 
+import functools
 import logging
 import os
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -60,21 +61,19 @@ def train(arguments: Arguments) -> None:
     # Imported late: --help and refused flags should not wait for DeepSpeed.
     from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
 
-    strategy = DeepSpeedEngine(arguments.engine, arguments.optimizer)
+    engine = DeepSpeedEngine(arguments.engine, arguments.optimizer)
+    context = engine.context
     try:
         with ExitStack() as held:
             for folder, flag in folders(arguments).items():
-                claim = strategy.main_process_first(
-                    lambda folder=folder, flag=flag: lock_folder(folder, flag), main_only=True
-                )
-                if claim is not None:
-                    held.enter_context(claim)
-            run(arguments, strategy)
+                lock = functools.partial(lock_folder, folder, flag)
+                held.enter_context(context.main_process_first(lock, main_only=True) or nullcontext())
+            run(arguments, engine)
     except (InputError, RunError, Stopped) as error:
-        if error.everywhere:  # what one process alone fails of ends the others, who wait for it, by its silence
-            strategy.close()
+        if error.everywhere:  # what one process alone fails of ends the others, which wait for it, by its silence
+            context.close()
         raise
-    strategy.close()
+    context.close()
 
 
 def folders(arguments: Arguments) -> dict[Path, str]:
@@ -85,38 +84,42 @@ def folders(arguments: Arguments) -> dict[Path, str]:
     return {folder: "--save_path"} | ({} if inside else {output.checkpoint_folder: "--ckpt_path"})
 
 
-def run(arguments: Arguments, strategy) -> None:
+def run(arguments: Arguments, engine) -> None:
     """Data, model, training, and what is printed at the end."""
+    from general_preference.trainer.objectives import PreferenceObjective
     from general_preference.trainer.trainer import Trainer
 
+    context = engine.context
     folder = Path(arguments.output.save_path)
     if (folder / "config.json").is_file() and not arguments.output.load_checkpoint:
         logger.warning("%s holds a finished run; its files are replaced as this one writes its own", folder)
-    preference = strategy.main_process_first(lambda: resolve_preference(arguments))
-    tokenizer = strategy.main_process_first(lambda: make_tokenizer(arguments))
+    preference = context.main_process_first(lambda: resolve_preference(arguments))
+    tokenizer = context.main_process_first(lambda: make_tokenizer(arguments))
     encoder = ComparisonTokenizer(tokenizer, preference.max_length, preference.input_format)
-    train_table, eval_tables, summaries = strategy.main_process_first(lambda: prepare_data(arguments, encoder))
+    train_table, eval_tables, summaries = context.main_process_first(lambda: prepare_data(arguments, encoder))
     for summary in summaries:
         logger.info("%s", summary)
-    model = make_model(arguments, preference, strategy)
-    trainer = Trainer(arguments, strategy, model, tokenizer, train_table, eval_tables)
+    model = make_model(arguments, preference, engine.config())
+    objective = PreferenceObjective(arguments.loss, model, tokenizer, engine.device)
+    arguments.check_routing(objective.aux_loss_coef)
+    trainer = Trainer(arguments, engine, model, tokenizer, objective, train_table, eval_tables)
     kernel = model.config._attn_implementation
     logger.info(
         "%s D=%d%s on %s: %d steps of %d comparisons, %d process(es) on %s, ZeRO %d, attention %s",
         preference.head, preference.dim, " with gate" if preference.prompt_gate else "", arguments.model.pretrain,
-        trainer.steps, strategy.global_batch_size, strategy.world_size, strategy.device, arguments.engine.zero_stage,
+        trainer.steps, engine.global_batch_size, context.world_size, engine.device, arguments.engine.zero_stage,
         kernel,
     )  # fmt: skip
-    if strategy.world_size > 1:
+    if context.world_size > 1:
         logger.info("tokens of the fullest process: %.1f %% above the mean", 100 * trainer.sampler.imbalance())
-    if strategy.is_main:
+    if context.is_main:
         arguments.save(
-            folder, world_size=strategy.world_size, steps=trainer.steps, attention=kernel, versions=versions(),
-            deepspeed_config=without_keys(strategy.config()),
+            folder, world_size=context.world_size, steps=trainer.steps, attention=kernel,
+            aux_loss_coef=objective.aux_loss_coef, versions=versions(), deepspeed_config=without_keys(engine.config()),
         )  # fmt: skip
         replace_text(folder / "data_summary.json", "[" + ", ".join(summary.to_json() for summary in summaries) + "]")
     results = trainer.fit()
-    if strategy.is_main:
+    if context.is_main:
         if results:
             print(f"\nHeld-out comparisons\n{format_table(results)}")
         print(f"\nModel, metrics and pictures: {folder}")
@@ -186,7 +189,7 @@ def prepare_data(arguments: Arguments, encoder: ComparisonTokenizer):
     return train_table, named, summaries
 
 
-def make_model(arguments: Arguments, preference: PreferenceConfig, strategy):
+def make_model(arguments: Arguments, preference: PreferenceConfig, deepspeed_config: dict):
     """The model with its heads, adapters and frozen parts, before the engine wraps it."""
     options = arguments.model
     model = get_reward_model(
@@ -198,7 +201,7 @@ def make_model(arguments: Arguments, preference: PreferenceConfig, strategy):
         target_modules=options.target_modules,
         lora_dropout=options.lora_dropout,
         use_flash_attention_2=options.flash_attn,
-        ds_config=strategy.config(),
+        ds_config=deepspeed_config,
         preference=preference,
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,

@@ -15,17 +15,17 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 from general_preference.models.reward_model import get_reward_model
-from general_preference.trainer import deepspeed_engine as strategy_module
+from general_preference.trainer import deepspeed_engine
 from general_preference.trainer.arguments import parse_arguments
 from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
-from general_preference.trainer.metrics import Window
+from general_preference.trainer.objectives import PreferenceObjective
 from general_preference.trainer.shards import FIELDS
 from general_preference.trainer.trainer import Trainer
-from general_preference.trainer.zero_layout import own_share
+from general_preference.trainer.zero_layout import own_shard
 from scripts.train_rm_general_preference import make_tokenizer
 
 GLOBAL_BATCH = 4
-strategy_module.has_fast_bf16 = lambda device: True  # slow here, but tiny
+deepspeed_engine.has_fast_bf16 = lambda device: True  # slow here, but tiny
 
 
 def make_trainer(job: dict, run: dict, load: bool) -> Trainer:
@@ -34,33 +34,34 @@ def make_trainer(job: dict, run: dict, load: bool) -> Trainer:
     flags += ["--learning_rate", "1e-2", "--is_general_preference", "--value_head_dim", "4", "--add_prompt_head"]
     flags += ["--learnable_temperature", "--l2", "0.1", "--zero_stage", str(run["stage"]), *run.get("flags", [])]
     arguments = parse_arguments([*flags, *(["--load_checkpoint"] if load else [])])
-    strategy = DeepSpeedEngine(arguments.engine, arguments.optimizer)
-    arguments.optimizer.micro_train_batch_size = GLOBAL_BATCH // strategy.world_size
-    config = strategy.config()
+    engine = DeepSpeedEngine(arguments.engine, arguments.optimizer)
+    arguments.optimizer.micro_train_batch_size = GLOBAL_BATCH // engine.context.world_size
+    config = engine.config()
     config["zero_optimization"]["stage3_param_persistence_threshold"] = run.get("persistence", 0)
-    strategy.config = lambda: config
+    engine.config = lambda: config
     model = get_reward_model(
         job["pretrain"], bf16=arguments.engine.bf16, preference=arguments.model.preference(None), seed=7,
         ds_config=config, lora_rank=arguments.model.lora_rank, lora_alpha=32,
     )  # fmt: skip
     model.freeze_unused(language_model_head=False)
-    table = datasets.Dataset.from_list(job["comparisons"])
-    return Trainer(arguments, strategy, model, make_tokenizer(arguments), table, {})
+    table, tokenizer = datasets.Dataset.from_list(job["comparisons"]), make_tokenizer(arguments)
+    objective = PreferenceObjective(arguments.loss, model, tokenizer, engine.device)
+    return Trainer(arguments, engine, model, tokenizer, objective, table, {})
 
 
 def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Whole weights and moments by name, put together from what every process owns; weights as DeepSpeed has them."""
-    strategy, found = trainer.strategy, {}
-    share = own_share(strategy.engine, strategy.rank)
+    engine, found = trainer.engine, {}
+    shard = own_shard(engine.engine, engine.context.rank)
     mine = [
-        (piece, {field: share.flats[piece.flat][field][piece.offset :][: piece.count].clone() for field in FIELDS})
-        for piece in share.pieces
+        (part, {field: shard.flats[part.flat][field][part.offset :][: part.count].clone() for field in FIELDS})
+        for part in shard.fragments
     ]
-    for piece, values in (entry for part in strategy.gather_objects(mine) for entry in part):
+    for part, values in (entry for some in engine.context.gather_objects(mine) for entry in some):
         for field in FIELDS:
-            empty = torch.full((torch.Size(piece.shape).numel(),), float("nan"))
-            found.setdefault(f"{piece.name}/{field}", empty)[piece.start :][: piece.count] = values[field]
-    for name, weight in strategy.model.named_parameters():
+            empty = torch.full((torch.Size(part.shape).numel(),), float("nan"))
+            found.setdefault(f"{part.name}/{field}", empty)[part.start :][: part.count] = values[field]
+    for name, weight in engine.model.named_parameters():
         whole = safe_get_full_fp32_param(weight) if weight.requires_grad else None
         assert whole is None or torch.equal(whole.flatten(), found[f"{name}/weight"]), name
     return found
@@ -68,9 +69,10 @@ def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def train(trainer: Trainer, steps: int) -> list[float]:
     """Losses of the next `steps` steps."""
-    window, losses = Window(trainer.strategy, False), []
-    for _, _ in zip(range(steps), trainer.train_steps(window), strict=False):
-        losses.append(window.reduce(trainer.arguments)["train/loss"])
+    batches, losses = trainer.batches(), []
+    for _ in range(steps):
+        trainer.train_step(batches)
+        losses.append(trainer.window.reduce()["train/loss"])
     return losses
 
 
@@ -86,7 +88,7 @@ def main() -> None:
         results[run["name"]] = {"tensors": kept, "losses": losses, "after": train(trainer, 2)}
     for run in job["load"]:
         trainer = make_trainer(job, run, load=True)
-        rate, kept = trainer.strategy.learning_rate(), tensors(trainer)
+        rate, kept = trainer.engine.learning_rate(), tensors(trainer)
         after = train(trainer, 2)
         results[run["name"]] = {"step": trainer.state.step, "rate": rate, "tensors": kept, "after": after}
     if torch.distributed.get_rank() == 0:

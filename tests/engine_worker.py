@@ -16,10 +16,10 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from general_preference.models.reward_model import get_reward_model
 from general_preference.trainer.arguments import parse_arguments
-from general_preference.trainer.checkpoint import publish_model
+from general_preference.trainer.checkpoint import save_model
 from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
-from general_preference.trainer.metrics import Window
-from general_preference.trainer.trainer import Trainer, batch_loss
+from general_preference.trainer.objectives import PreferenceObjective
+from general_preference.trainer.trainer import Trainer
 from scripts.train_rm_general_preference import make_tokenizer
 
 
@@ -28,7 +28,7 @@ def one_step(job: dict, run: dict) -> dict:
     pretrain = run.get("pretrain", job["pretrain"])
     flags = ["--pretrain", pretrain, "--dataset", "none", "--save_path", job["output"], "--warmup_ratio", "0"]
     arguments = parse_arguments([*flags, "--learning_rate", "1e-3", *run["flags"]])
-    strategy = DeepSpeedEngine(arguments.engine, arguments.optimizer)
+    engine = DeepSpeedEngine(arguments.engine, arguments.optimizer)
     preference = arguments.model.preference(None)
     model = get_reward_model(
         pretrain,
@@ -37,39 +37,40 @@ def one_step(job: dict, run: dict) -> dict:
         seed=arguments.optimizer.seed,
         lora_rank=arguments.model.lora_rank,
         load_in_4bit=arguments.model.load_in_4bit,
-        ds_config=strategy.config() if run.get("partitioned") else None,
+        ds_config=engine.config() if run.get("partitioned") else None,
     )
     # Of the backbone's numbers, the share that this process holds at the end of loading.
     weights = list(model.backbone.parameters())
     held = sum(p.ds_tensor.numel() + p.numel() if hasattr(p, "ds_id") else p.numel() for p in weights)
     held /= sum(getattr(p, "ds_numel", p.numel()) for p in weights)
     model.freeze_unused(language_model_head=arguments.loss.add_pretrain_loss)
-    table = datasets.Dataset.from_list(job["comparisons"])
-    trainer = Trainer(arguments, strategy, model, make_tokenizer(arguments), table, {"all": table})
-    trainable = {name: p for name, p in strategy.model.named_parameters() if p.requires_grad}
+    table, tokenizer = datasets.Dataset.from_list(job["comparisons"]), make_tokenizer(arguments)
+    objective = PreferenceObjective(arguments.loss, model, tokenizer, engine.device)
+    trainer = Trainer(arguments, engine, model, tokenizer, objective, table, {"all": table})
+    trainable = {name: p for name, p in engine.model.named_parameters() if p.requires_grad}
     before = {name: safe_get_full_fp32_param(p).clone() for name, p in trainable.items()} if run["stage"] else {}
-    window = Window(strategy, True)
+    window, batches = trainer.window, trainer.batches()
     accumulation = arguments.optimizer.accumulated_gradient
-    loader = iter(trainer._loader(trainer.train_set, trainer.sampler.micro_batches(1)))
     gradients = {}
     for micro in range(accumulation):
-        batch = next(loader)
-        losses = batch_loss(strategy.forward(**batch.model_inputs()), batch, arguments.loss)
-        strategy.backward(losses.total)
+        batch = next(batches)
+        loss = objective.loss(engine.forward(**batch.model_inputs()), batch)
+        engine.backward(loss.total)
         if micro == accumulation - 1:
             gradients = {name: safe_get_full_grad(p).clone() for name, p in trainable.items()}
-        strategy.step()
-        window.add(1, batch, losses)
+        engine.step()
+        window.add(1, batch, loss)
+    window.end_step(1, engine.gradient_norm())
     changed = [name for name in before if not torch.equal(before[name], safe_get_full_fp32_param(trainable[name]))]
-    metrics = window.reduce(arguments)
+    metrics = window.reduce()
     evaluation = trainer.evaluate("all")
     if run.get("save"):
         folder = Path(job["output"]) / run["save"]
         folder.mkdir(exist_ok=True)
-        publish_model(strategy, trainer.tokenizer, folder)
+        save_model(engine, trainer.tokenizer, folder)
     return {
-        "held": max(strategy.gather_objects(held)),
-        "saved": sorted(strategy.full_state_dict()),
+        "held": max(engine.context.gather_objects(held)),
+        "saved": sorted(engine.full_state_dict()),
         "gradients": gradients,
         "trainable": list(trainable),
         "changed": changed,

@@ -1,1 +1,1 @@
-"""How it learns: arguments, the DeepSpeed strategy, the training loop, checkpoints, metrics and pictures."""
+"""How it learns: arguments, objectives, the engine, the loop, checkpoints and metrics."""

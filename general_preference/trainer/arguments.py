@@ -166,13 +166,18 @@ class LossArguments:
 class OptimizerArguments:
     """How weights move, and in what portions comparisons reach them."""
 
-    learning_rate: float = flag(1e-5, "peak learning rate of AdamW (betas 0.9, 0.95)")
+    learning_rate: float = flag(1e-5, "peak learning rate of AdamW")
+    adam_betas: list[float] = field(
+        default_factory=lambda: [0.9, 0.95], metadata={"help": "AdamW's two betas, as in --adam_betas 0.9 0.95"}
+    )
     l2: float = flag(0.0, "weight decay")
     max_norm: float = flag(1.0, "clip the global gradient norm here; 0 does not clip")
     max_epochs: int = flag(1, "passes over the training set")
-    warmup_ratio: float = flag(
-        0.03, "share of the steps in which the learning rate rises; then it falls to zero on a cosine"
-    )
+    lr_schedule: str = flag(
+        "cosine", "learning rate after the warm-up: falls to zero on a cosine or a line, or stays",
+        choices=["cosine", "linear", "constant"],
+    )  # fmt: skip
+    warmup_ratio: float = flag(0.03, "share of the steps in which the learning rate rises")
     micro_train_batch_size: int = flag(8, "comparisons per process and forward pass")
     accumulated_gradient: int = flag(1, "micro-batches per step; global batch = micro-batch * accumulation * processes")
     seed: int = flag(42, "seed of heads, shuffles and dropout")
@@ -184,6 +189,8 @@ class OptimizerArguments:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed {self.seed} must be from 0 to 4294967295")
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise InputError(f"--adam_betas {self.adam_betas} must be two numbers from 0 to below 1")
         for name in ("learning_rate", "l2", "max_norm", "warmup_ratio"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"--{name} {getattr(self, name)} must be a number not below 0")
@@ -318,16 +325,16 @@ class Arguments:
             raise InputError(f"--zpg {engine.zpg} needs --zero_stage 3, not {engine.zero_stage}")
         if engine.zpg < 1 or not 1 <= engine.dist_timeout <= 10**8:
             raise InputError("--zpg must be at least 1, and --dist_timeout from 1 to 100000000 seconds")
-        self.check_routing()
+        self.check_routing(self.loss.aux_loss_coef)
         if output.save_best_model and not self.data.eval_dataset and self.data.train_split_ratio == 1:
             raise InputError("--save_best_model needs an evaluation: add --eval_dataset or --train_split_ratio below 1")
 
-    def check_routing(self) -> None:
-        """Refuse a load-balancing loss without gradient; called again when the model has said its own weight for it."""
-        if self.loss.aux_loss_coef and self.engine.gradient_checkpointing_use_reentrant:
+    def check_routing(self, coefficient: float | None) -> None:
+        """Refuse a load-balancing loss without gradient; called again when the model's own weight for it is known."""
+        if coefficient and self.engine.gradient_checkpointing_use_reentrant:
             raise InputError(
                 "--gradient_checkpointing_use_reentrant gives the load-balancing loss no gradient, and --aux_loss_coef "
-                f"is {self.loss.aux_loss_coef}: drop it, or set --aux_loss_coef 0"
+                f"is {coefficient}: drop it, or set --aux_loss_coef 0"
             )
 
     def to_dict(self) -> dict:

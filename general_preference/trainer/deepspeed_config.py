@@ -14,7 +14,7 @@ from general_preference.trainer.arguments import EngineArguments, OptimizerArgum
 # Sections that would take the place of something that is made elsewhere: what makes it, and from which flags.
 _MADE_HERE = {
     "optimizer": "AdamW is made from --learning_rate and --l2",
-    "scheduler": "the cosine schedule is made from --learning_rate and --warmup_ratio",
+    "scheduler": "the schedule is made from --learning_rate, --lr_schedule and --warmup_ratio",
 }
 _PRECISIONS = ("fp16.enabled", "amp.enabled", "torch_autocast.enabled")
 

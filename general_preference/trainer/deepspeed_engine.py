@@ -1,4 +1,4 @@
-"""The only file that imports DeepSpeed: the engine under the training loop, ZeRO 0 to 3, on GPUs over nccl or CPUs over gloo."""
+"""The only file that imports DeepSpeed: ZeRO 0 to 3 under the training loop, on GPUs over nccl or CPUs over gloo."""
 
 import contextlib
 import copy
@@ -38,7 +38,7 @@ START_TIMEOUT = 6 * 3600  # seconds until the first step is done: one process do
 
 
 class DeepSpeedEngine:
-    """See `engine.Engine`. Holds the processes, this one's device and, once `prepare` was called, DeepSpeed's engine."""
+    """See `engine.Engine`. Holds the processes, this one's device and, after `prepare`, DeepSpeed's engine."""
 
     def __init__(self, engine: EngineArguments, optimizer: OptimizerArguments):
         """Join the other processes, choose the device, seed the generators.
@@ -212,7 +212,8 @@ class DeepSpeedEngine:
         """One file per process.
 
         Raises:
-            RunError: on every process; the folder cannot be written. RuntimeError: a parameter would not be saved whole.
+            RunError: on every process; the folder cannot be written.
+            RuntimeError: a parameter would not be saved whole.
         """
         shard = own_shard(self.engine, self.context.rank)
         check_complete(self.context.gather_objects(shard.counts()), shard.sizes)

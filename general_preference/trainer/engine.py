@@ -1,7 +1,6 @@
 """What the training loop asks of the engine that holds a model's weights, gradients and optimizer states.
 
-`DeepSpeedEngine` is the one there is. The optimizer's parameter groups and the learning rate's schedule are the same for
-any engine, so they are made here.
+The one there is: `DeepSpeedEngine`. Parameter groups and the learning-rate schedule are the same for any engine.
 """
 
 from pathlib import Path
