@@ -80,7 +80,7 @@ class Collator:
     """Turns tokenized comparisons into a `Batch`.
 
     pad_id:      any token id; padding is never attended to nor read.
-    layout:      what the model's kernel wants (`RewardModel.row_layout`). Unpacked rows that hold one response each are
+    layout:      what the model's kernel wants (`layout_on` of the model). Unpacked rows that hold one response each are
                  plain sequences even if prompts could be shared: no mask of length times length is made for them.
     regularized: whose tokens get log-probs: "" nobody's, "chosen", or "both" (reference_free compares them).
     balanced:    experts are balanced, so the batch says which tokens count.
@@ -142,12 +142,12 @@ class Collator:
 
     def _targets(self, comparisons, response_ends, prompt_ends):
         """Which hidden state predicts which token, and whose log-prob that is: responses first, then prompts."""
-        sources, tokens, owners = [], [], []
+        predict_positions, target_ids, sequence_index = [], [], []
 
-        def add(start: int, count: int, predicted, owner: int) -> None:
-            sources.append(torch.arange(start, start + count))
-            tokens.append(torch.as_tensor(predicted, dtype=torch.long))
-            owners.append(torch.full((count,), owner))
+        def add(start: int, count: int, predicted, sequence: int) -> None:
+            predict_positions.append(torch.arange(start, start + count))
+            target_ids.append(torch.as_tensor(predicted, dtype=torch.long))
+            sequence_index.append(torch.full((count,), sequence))
 
         response, total = 0, len(response_ends)
         for index, comparison in enumerate(comparisons):
@@ -160,7 +160,7 @@ class Collator:
                     add(prompt_end, 1, ids[:1], response)
                     add(response_ends[response] - len(ids) + 1, len(ids) - 1, ids[1:], response)
                 response += 1
-        return torch.cat(sources), torch.cat(tokens), torch.cat(owners)
+        return torch.cat(predict_positions), torch.cat(target_ids), torch.cat(sequence_index)
 
 
 def _tokens(block: Block) -> int:
