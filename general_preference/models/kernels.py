@@ -1,6 +1,4 @@
-"""Which attention kernel a model runs: what was asked for, what its layers allow, what the device can do.
-
-`auto` takes the first of these that is exact, every one with prompts computed once for all responses:
+"""Which attention kernel a model runs. `auto` takes the first of these that is exact, all with shared prompts:
 
     GPU, half precision   torch's variable-length attention, else flash-attn, else FlexAttention (compiled; training)
     GPU, fp32             FlexAttention (training), else sdpa with a mask over the row
@@ -10,7 +8,6 @@ A GPU kernel is compared, forward and backward, with plain attention of each res
 will run (`kernel_error`). Models with other layers than plain full attention keep what transformers gives them.
 """
 
-import inspect
 import logging
 
 import torch
@@ -100,32 +97,19 @@ def kernel_problem(config, kernel: str, device: torch.device, dtype: torch.dtype
     dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None)
     if training and dropout and kernel != "packed_flash":
         return f"it has no dropout, and the model's attention drops {dropout}"
-    if kernel == "packed_varlen" and not _has_varlen():
-        return f"torch {torch.__version__} does not have it"
-    if kernel == "packed_flash" and not is_flash_attn_2_available():
-        return "flash-attn is not installed"
     try:
         error = kernel_error(config, kernel, device, dtype, training)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # after which the device is of no use to any other kernel either
-    except Exception as failure:  # whatever a compiler or a foreign kernel raises, the answer is: not this one
+    except Exception as failure:  # the kernel is not installed or too old, or whatever a compiler raises
         return f"it failed here ({type(failure).__name__}: {first_line(failure)})"
     return None if error <= TOLERANCE[dtype] else f"it is off by {error:.1e} here"
 
 
-def _has_varlen() -> bool:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
-
-
 def kernel_error(config, kernel: str, device: torch.device, dtype: torch.dtype, gradients: bool = True) -> float:
-    """Largest error of `kernel` on a packed row of comparisons with random content, gradients included if asked for.
+    """Largest error of `kernel`, with its gradients if asked for, on a packed row of random content.
 
-    The reference is plain attention in fp32 of every prompt with each of its responses alone. The error is relative to
-    the largest value of the tensor it is found in.
+    The reference is plain fp32 attention of each response alone; errors are relative to a tensor's largest value.
     """
     lengths = [(70, [33, 50, 1]), (20, [9]), (3, [140, 17])]
     heads = config.num_attention_heads
@@ -145,32 +129,27 @@ def kernel_error(config, kernel: str, device: torch.device, dtype: torch.dtype, 
     def by_kernel(query, key, value):
         if kernel != FLEX:
             return packed_attention(module, query, key, value, None, sequences=sequences)[0]
-        segments, positions, prompt = [], [], 0
-        for number, count in [*parts, (PADDING, length - total)]:
-            prompt = prompt if number else count
-            segments += [number] * count
-            positions += range(prompt if number > 0 else 0, (prompt if number > 0 else 0) + count)
-        mask = block_mask(*(torch.tensor([row], device=device) for row in (segments, positions)))
+        starts = [prompt if number else 0 for prompt, some in lengths for number in range(len(some) + 1)]
+        segments = torch.cat([torch.full((count,), number) for number, count in [*parts, (PADDING, length - total)]])
+        positions = torch.cat([torch.arange(count) + start for start, (_, count) in zip(starts, parts, strict=True)])
+        positions = F.pad(positions, (0, length - total))
+        mask = block_mask(segments[None].to(device), positions[None].to(device))
         return flex_attention_forward(module, query, key, value, mask)[0][:, :total]
 
-    def one_by_one(query, key, value):
-        index, found = sequences.key_index.split(sequences.keys), []
-        for seen, count in zip(index, sequences.queries, strict=True):
-            own = (
-                tensor[:, :, seen].float().repeat_interleave(heads // tensor.shape[1], dim=1)
-                for tensor in (query, key, value)
-            )
+    def one_by_one(*tensors):
+        found = []
+        for seen, count in zip(sequences.key_index.split(sequences.keys), sequences.queries, strict=True):
+            own = (tensor[:, :, seen].repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in tensors)
             found.append(F.scaled_dot_product_attention(*own, is_causal=True)[:, :, -count:])
         return torch.cat(found, dim=2).transpose(1, 2)
 
-    def outputs(attend) -> list[torch.Tensor]:
+    def outputs(attend, dtype: torch.dtype) -> list[torch.Tensor]:
         with torch.set_grad_enabled(gradients):
-            inputs = [tensor.detach().requires_grad_(gradients) for tensor in (query, key, value)]
+            inputs = [tensor.detach().to(dtype).requires_grad_(gradients) for tensor in (query, key, value)]
             found = attend(*inputs)
             slopes = torch.autograd.grad((found * weight.transpose(1, 2)[:, :total]).sum(), inputs) if gradients else ()
-        return [found.detach().float(), *(slope.float() for slope in slopes)]
+        return [found.detach(), *slopes]
 
-    pairs = zip(outputs(by_kernel), outputs(one_by_one), strict=True)
-    return (
-        torch.stack([(found - expected).abs().max() / expected.abs().max() for found, expected in pairs]).max().item()
-    )
+    pairs = zip(outputs(by_kernel, dtype), outputs(one_by_one, torch.float32), strict=True)
+    errors = [(found.float() - expected).abs().max() / expected.abs().max() for found, expected in pairs]
+    return torch.stack(errors).max().item()  # NaN if any is
