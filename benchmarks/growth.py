@@ -93,7 +93,7 @@ def make_step(arguments: argparse.Namespace, folder: Path, longest: int):
     strategy = DeepSpeedEngine(flags.engine, flags.optimizer)
     model = make_model(flags, resolve_preference(flags), strategy)
     strategy.prepare(model, 10**6)
-    collate = Collator(0, model.row_layout)
+    collate = Collator(0, model.layout_on())
 
     def step(comparisons: list[dict]) -> None:
         strategy.train_mode(True)

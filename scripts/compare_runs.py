@@ -71,7 +71,7 @@ def draw_one_cycle(folders: list[Path], names: list[str], file: Path, path: Path
         encoder = ComparisonTokenizer(tokenizer, model.preference.max_length, model.preference.input_format)
         comparisons = Comparisons(load_tokenized([Source(name, str(file))], encoder)[0][0])
         for index in range(len(comparisons)):
-            batch = Collator(tokenizer.pad_token_id, model.row_layout)([comparisons[index, 1.0]])
+            batch = Collator(tokenizer.pad_token_id, model.layout_on())([comparisons[index, 1.0]])
             with torch.no_grad():
                 cycle = embedded_cycle(name, batch, model(**batch.model_inputs()), tokenizer)
             if cycle is not None:

@@ -297,7 +297,7 @@ def test_a_pair_has_the_score_of_the_trainers_evaluation(saved, tmp_path):
     file.write_text("\n".join(map(json.dumps, records)))
     (table,), _ = load_tokenized([Source("pairs", str(file))], rm.encoder)
     comparisons = Comparisons(table)
-    batch = Collator(0, rm.model.row_layout)([comparisons[index, 1.0] for index in range(len(table))])
+    batch = Collator(0, rm.model.layout_on())([comparisons[index, 1.0] for index in range(len(table))])
     with torch.no_grad():
         trained = batch_loss(rm.model(**batch.model_inputs()), batch, LossArguments()).score
     mine = [rm.score_matrix(PROMPT, [r["chosen"], r["rejected"]])[0, 1] for r in records]

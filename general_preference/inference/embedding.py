@@ -79,7 +79,7 @@ def embed(
     """
     device = model.value_head.weight.device
     limit = batch_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
-    layout = model.row_layout
+    layout = model.layout_on()
     collate = Collator(0, layout)
     comparisons, copies = zip(*map(_distinct, comparisons), strict=True) if len(comparisons) else ((), ())
     parts = [part for index, row in enumerate(comparisons) for part in _split(index, row, limit, layout)]

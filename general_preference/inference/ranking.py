@@ -7,10 +7,10 @@ there is no ranking to discover, only ways to choose one; each function says whi
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import networkx
 import torch
 
 from general_preference.errors import InputError
-from general_preference.models.cycles import simple_cycles
 
 _TOLERANCE = 1e-6  # what fp32 scores leave uncertain about a probability
 
@@ -153,17 +153,19 @@ def cycles(probabilities: Matrix, longest: int = 3) -> list[list[int]]:
             a cycle of three wherever there is one at all (Moon 1968, "Topics on Tournaments").
 
     Returns:
-        lists of response indices, each preferred to the next and the last to the first.
+        lists of response indices, each preferred to the next and the last to the first, starting at the smallest.
     """
     matrix = _checked(probabilities)
     if longest < 3:
         raise InputError(f"a cycle has at least 3 members, not {longest}")
-    edges = [(i, j) for i, j in (matrix > 0.5).nonzero().tolist()]
+    graph = networkx.DiGraph((matrix > 0.5).nonzero().tolist())
 
     def weakest(cycle: list[int]) -> float:
         return min(matrix[i, j].item() for i, j in zip(cycle, [*cycle[1:], cycle[0]], strict=True))
 
-    return sorted(simple_cycles(edges, longest), key=weakest, reverse=True)
+    found = networkx.simple_cycles(graph, length_bound=longest)
+    found = [cycle[(start := cycle.index(min(cycle))) :] + cycle[:start] for cycle in found]
+    return sorted(found, key=weakest, reverse=True)
 
 
 def _checked(probabilities: Matrix) -> torch.Tensor:

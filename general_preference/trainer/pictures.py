@@ -8,10 +8,10 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import networkx
 import torch
 
 from general_preference.datasets.packing import Batch
-from general_preference.models.cycles import find_cycle
 from general_preference.models.score import preference_score
 from general_preference.plotting import load_pyplot
 
@@ -46,6 +46,16 @@ def embedded_cycle(name: str, batch: Batch, output: dict[str, torch.Tensor], tok
         gate = output["gates"][index].float().cpu() if "gates" in output else None
         return EmbeddedCycle(name, texts, output["embeddings"][members].float().cpu(), gate)
     return None
+
+
+def find_cycle(edges: list[tuple[int, int]]) -> list[int] | None:
+    """The longest simple cycle of a small directed graph of (winner, loser) edges; None if there is none.
+
+    Response indices from the smallest on, each preferred to the next and the last to the first. Exponential in the
+    number of responses.
+    """
+    cycle = max(networkx.simple_cycles(networkx.DiGraph(edges)), key=len, default=None)
+    return cycle and cycle[(start := cycle.index(min(cycle))) :] + cycle[:start]
 
 
 def _response_text(batch: Batch, end: int, tokenizer) -> str:
