@@ -61,9 +61,7 @@ class RewardBenchArguments:
     model_name: str | None = flag(None, "name of the result files; default the hub name or the folder's name")
     overwrite: bool = flag(False, "replace results of another model, other data or other settings of that name")
     tokenizer: str | None = flag(None, "folder or hub name of a tokenizer that is not the model's own")
-    chat_template: str | None = flag(
-        None, "file of a Jinja chat template; names of fastchat's (raw, tulu) are not used"
-    )
+    chat_template: str | None = flag(None, "file of a Jinja chat template; fastchat's names (raw, tulu) are not used")
     max_length: int | None = flag(None, "tokens of prompt and one response; default what the model was trained with")
     batch_size: int = flag(64, "rows in one call at most")
     torch_dtype: str | None = flag(None, "the backbone's dtype; default as for --bf16", choices=DTYPES)
@@ -80,9 +78,8 @@ class RewardBenchArguments:
             if getattr(self, name) == "":
                 raise InputError(f"--{name} is empty: give it a value, or drop it")
         check_positive(self, "batch_size")
-        for name in ("is_custom_model", "not_quantized", "do_not_save"):
-            if getattr(self, name) is False:
-                raise InputError(f"--{name} false is not possible here (--help says why): drop it")
+        if False in (self.is_custom_model, self.not_quantized, self.do_not_save):
+            raise InputError("--is_custom_model, --not_quantized, --do_not_save: false is not possible, see --help")
         if self.pref_sets and self.rewardbench_version == 2:
             raise InputError("--pref_sets belongs to --rewardbench_version 1: drop one")
         if self.winner != "borda" and self.rewardbench_version == 1:
@@ -132,20 +129,16 @@ def run(arguments: RewardBenchArguments, inference: InferenceArguments) -> None:
         options |= {"dtype": getattr(torch, arguments.torch_dtype)} if arguments.torch_dtype else {}
         options |= {"tokenizer": context.main_process_first(lambda: load_other_tokenizer(arguments, inference))}
         rm = context.main_process_first(lambda: inference.load(arguments.model, context.local_rank, **options))
-        table = context.main_process_first(
-            lambda: tokenize(rows, rm.encoder, inference.preprocessing_workers, benchmark.title)
-        )
+        workers = inference.preprocessing_workers
+        table = context.main_process_first(lambda: tokenize(rows, rm.encoder, workers, benchmark.title))
         read = summarize(benchmark.title, table)
         logger.info("%s", read)
         if read.identical_after_cut and read.identical + read.identical_after_cut == len(table):
             raise InputError("every row has responses with the same tokens: raise --max_length or fix the template")
         names = ("model", "dataset", "rewardbench_version", "pref_sets", "debug", "tokenizer", "chat_template")
         asked = {name: getattr(arguments, name) for name in names}
-        known = {
-            "tokens": rm.encoder.fingerprint(),
-            "data": data.content_fingerprint(rows),
-        }  # template and cuts included
-        settings = run_settings(rm, arguments.model, asked, **known)
+        tokens, texts = rm.encoder.fingerprint(), data.content_fingerprint(rows)  # tokens: template, cuts
+        settings = run_settings(rm, arguments.model, asked, tokens=tokens, data=texts)
         with store.open(context, len(table), settings, arguments.overwrite):
             make_row = partial(report.best_of_n_row if benchmark.best_of_n else result_row, tau=rm.tau)
             score_table(rm, table, store, context, make_row, arguments.batch_size)
@@ -167,8 +160,7 @@ def load_other_tokenizer(arguments: RewardBenchArguments, inference: InferenceAr
             tokenizer.chat_template = Path(wanted).read_text(encoding="utf-8")
             tokenizer.apply_chat_template([{"role": "user", "content": "text"}], tokenize=False)
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise InputError(f"--chat_template {wanted} cannot be read ({reason}): name a Jinja file") from error
+            raise InputError(f"--chat_template {wanted} cannot be read ({error}): name a Jinja file") from error
         except Exception as error:  # Jinja's own errors, and those that templates raise
             raise InputError(f"--chat_template {wanted} is no chat template: {error}") from error
     return tokenizer

@@ -23,21 +23,21 @@ HEAD_NAMES = {"bt": "Bradley-Terry", "gpm": "GPM", "hybrid": "hybrid"}
 
 def read_run(folder: Path) -> tuple[str, dict[str, float]]:
     """(name of the head, {set: accuracy}) of a finished run."""
-    preference = json.loads((folder / "config.json").read_text(encoding="utf-8"))["preference"]
-    results = json.loads((folder / "eval_metrics.json").read_text(encoding="utf-8"))
-    size = "" if preference["head"] == "bt" else f" D={preference['dim']}"
+    config, results = (json.loads((folder / name).read_bytes()) for name in ("config.json", "eval_metrics.json"))
+    preference = config["preference"]
+    name = HEAD_NAMES[preference["head"]] + ("" if preference["head"] == "bt" else f" D={preference['dim']}")
     gate = " gate" if preference["prompt_gate"] else ""
-    return f"{HEAD_NAMES[preference['head']]}{size}{gate}", {name: row["accuracy"] for name, row in results.items()}
+    return name + gate, {key: row["accuracy"] for key, row in results.items()}
 
 
 def first_cycle(folder: Path, name: str, file: Path) -> EmbeddedCycle | None:
-    """The first comparison of `file` whose preferences form a cycle, embedded by a run's model."""
+    """The first cycle among the comparisons of `file`, embedded by a run's model."""
     model, tokenizer = RewardModel.from_pretrained(str(folder)), load_tokenizer(str(folder))
     encoder = ComparisonTokenizer(tokenizer, model.preference.max_length, model.preference.input_format)
     comparisons = Comparisons(load_tokenized([Source(name, str(file))], encoder)[0][0])
     collate = Collator(tokenizer.pad_token_id, model.row_layout)
+    batches = (collate([comparisons[index, 1.0]]) for index in range(len(comparisons)))
     with torch.no_grad():
-        batches = (collate([comparisons[index, 1.0]]) for index in range(len(comparisons)))
         found = (embedded_cycle(name, batch, model(**batch.model_inputs()), tokenizer) for batch in batches)
         return next(filter(None, found), None)
 
@@ -63,11 +63,10 @@ def main() -> int:
         print(f"| {name:<{width}} | {' | '.join(map(str.rjust, cells, map(len, sets)))} |")
     drawn = [arguments.output] if draw_runs(runs, arguments.output) else []
     if arguments.cycle is not None:
-        cycles = [
-            first_cycle(folder, name, arguments.cycle) for folder, (name, _) in zip(arguments.runs, runs, strict=True)
-        ]
+        folders = zip(arguments.runs, runs, strict=True)
+        cycles = filter(None, (first_cycle(folder, name, arguments.cycle) for folder, (name, _) in folders))
         picture = arguments.output.with_name("cycle.png")
-        drawn += [picture] if draw_cycles([cycle for cycle in cycles if cycle is not None], picture) else []
+        drawn += [picture] if draw_cycles(list(cycles), picture) else []
     print("", *(f"Picture: {path}" for path in drawn), sep="\n")
     return 0
 

@@ -16,9 +16,7 @@ class InferenceArguments:
 
     is_general_preference: bool | None = flag(None, "what the model is expected to be; a contradiction is an error")
     value_head_dim: int | None = flag(None, "the size D the model is expected to have; a contradiction is an error")
-    add_prompt_head: bool | None = flag(
-        None, "whether the model is expected to have a gate; a contradiction is an error"
-    )
+    add_prompt_head: bool | None = flag(None, "whether the model is expected to have a gate; else an error")
     general_preference_tau: float | None = flag(
         None, "temperature of published weights, which record none (default 0.1)", aliases=["--tau"]
     )

@@ -23,15 +23,10 @@ from general_preference.files import lock_folder, replace_lines, replace_text
 from general_preference.inference.embedding import EmbeddedPrompt, embed
 from general_preference.inference.pipeline import GPMPipeline
 from general_preference.inference.ranking import hodge
+from general_preference.models import statistics
 from general_preference.models.config import checkpoint_identity
 from general_preference.models.losses import preference_loss
 from general_preference.models.score import preference_probability
-from general_preference.models.statistics import (
-    calibration_bins,
-    preference_statistics,
-    preference_sums,
-    wilson_interval,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +34,12 @@ CHUNK_ROWS = 512  # comparisons in memory at a time
 ALL = "all"
 ASKED = "asked"  # the settings that are kept for people: they may change without changing a row
 
-MakeRow = Callable[[dict, EmbeddedPrompt], dict]  # (tokenized comparison, its embeddings) -> result row
-
 
 class ResultStore:
-    """The JSON lines of a run, one per comparison and in their order, and the other files of that run.
+    """The JSON lines of a run, one per comparison and in their order, and the files beside them, named by `beside`.
 
-    Every process appends its rows to a part in the folder OUTPUT.parts; the main process merges the parts when all
-    are done. A kill costs each process at most the line that it was writing. The settings that the rows were made with
-    lie in that folder, then in the summary.
-
-    Args:
-        output: file of the rows. beside: endings of the other files that the run writes, see `beside`.
+    Every process appends its rows to a part in the folder OUTPUT.parts, where the settings lie, too; in the end the
+    main process merges the parts and the settings go into the summary. A kill costs at most a line per process.
     """
 
     def __init__(self, output: Path, *beside: str):
@@ -76,10 +65,10 @@ class ResultStore:
         """Hold the output while the rows of `count` comparisons are made. Collective.
 
         Args:
-            settings: from `run_settings`. overwrite: drop results that were made with other settings.
+            settings: from `run_settings`. overwrite: drop what other settings made, instead of refusing to.
 
         Raises:
-            InputError: another run is writing, the results there were made with other settings, or no run made them.
+            InputError: the results there were made with other settings or by no run, or another run is writing.
         """
         self.count, self.settings = count, json.loads(json.dumps(settings))
         claim = context.main_process_first(lambda: self._claim(overwrite), main_only=True)
@@ -117,7 +106,7 @@ class ResultStore:
         self._part.write(f"{index}\t{_to_line(row)}\n")
 
     def merge(self) -> None:
-        """Parts -> the output, in order. On the main process, when no process has more to append."""
+        """Parts -> the output, in order. On the main process, when all are done."""
         if not self.output.exists():
             lines = self._read_parts()
             if len(lines) != self.count:
@@ -125,12 +114,9 @@ class ResultStore:
             replace_lines(self.output, (lines[index] for index in range(self.count)))
 
     def _read_parts(self) -> dict[int, str]:
-        lines = {}
-        for part in sorted(self.parts.glob("part-*.jsonl")):
-            for line in part.read_text(encoding="utf-8").split("\n")[:-1]:
-                index, _, row = line.partition("\t")
-                lines[int(index)] = row
-        return lines
+        parts = (part.read_text(encoding="utf-8").split("\n")[:-1] for part in sorted(self.parts.glob("part-*.jsonl")))
+        pairs = (line.split("\t", 1) for lines in parts for line in lines)
+        return {int(index): row for index, row in pairs}
 
     def rows(self) -> Iterator[dict]:
         """The rows of the merged output, in order."""
@@ -174,20 +160,12 @@ def _difference(found: dict, settings: dict) -> str:
 
 
 def run_settings(rm: GPMPipeline, path: str, asked: dict, **others) -> dict:
-    """What every row depends on: rows made with other settings are never mixed with these.
+    """What every row depends on: `others`, and what the model at `path` is. `asked` is for people.
 
     Device, attention kernel and batches are not among them: they change a score by rounding alone.
-
-    Args:
-        path: of the model. asked: what the user named, for people. others: what else rows depend on.
     """
-    return {
-        ASKED: asked,
-        "model_files": stable_hash(checkpoint_identity(path)),
-        "max_length": rm.max_length,
-        "dtype": str(rm.model.dtype).removeprefix("torch."),
-        "tau": rm.tau,
-    } | others
+    dtype, files = str(rm.model.dtype).removeprefix("torch."), stable_hash(checkpoint_identity(path))
+    return {ASKED: asked, "model_files": files, "max_length": rm.max_length, "dtype": dtype, "tau": rm.tau} | others
 
 
 def score_table(
@@ -195,22 +173,19 @@ def score_table(
     table: datasets.Dataset,
     store: ResultStore,
     context: DistributedContext,
-    make_row: MakeRow,
+    make_row: Callable[[dict, EmbeddedPrompt], dict],
     batch_size: int | None = None,
 ) -> None:
-    """Score the comparisons of a tokenized table that have no row in the open `store`, shared among the processes.
+    """Score what has no row in the open `store` yet, shared among the processes, at most `batch_size` in one call.
 
-    Returns on every process when all are done and the main one has written the output. `batch_size` bounds the
-    comparisons of one call.
+    Returns when all are done and, on the main process, the output is written.
     """
     finished = context.broadcast(store.finished() if context.is_main else None)
     lengths = table["length"][:]
     remaining = sorted(set(range(len(table))) - finished, key=lambda index: (-lengths[index], index))
-    logger.info(
-        "%d comparisons%s; %s D=%d on %s, %d process(es)",
-        len(table), f", {len(finished)} done before" if finished else "",
-        rm.preference.head, rm.value_head_dim, rm.device, context.world_size,
-    )  # fmt: skip
+    before = f", {len(finished)} done before" if finished else ""
+    model = f"{rm.preference.head} D={rm.value_head_dim} on {rm.device}"
+    logger.info("%d comparisons%s; %s, %d process(es)", len(table), before, model, context.world_size)
     mine = remaining[context.rank :: context.world_size]
     hidden = not (context.is_main and mine)
     with tqdm(total=len(mine), desc="scoring", unit="cmp", disable=hidden, mininterval=1) as bar:
@@ -254,13 +229,11 @@ def result_row(comparison: dict, embedded: EmbeddedPrompt, tau: float, save_embe
 
 
 def summarize_rows(rows: Iterable[dict], tau: float) -> tuple[dict[str, dict], list[tuple[float, float, int]]]:
-    """Statistics of rows that `result_row` made, and the bins of their reliability (`statistics.calibration_bins`).
+    """({subset: statistics}, "all" last, and `statistics.calibration_bins` of all) of rows that `result_row` made.
 
-    Returns:
-        {subset: statistics}, "all" last: those of `statistics.preference_statistics`, and
+    Beside `statistics.preference_statistics`:
         accuracy_low, accuracy_high: 95 % interval of the accuracy, as if preferences were independent
-        groups, cyclic_share:        comparisons with three responses or more, and the mean share of their squared
-                                     scores that no ranking can explain
+        groups, cyclic_share:        comparisons with K >= 3 responses, and their mean cyclic share
     """
     subsets: dict[str, tuple[list, list, list]] = {}
     for row in rows:
@@ -274,9 +247,9 @@ def summarize_rows(rows: Iterable[dict], tau: float) -> tuple[dict[str, dict], l
     results, sums = {}, torch.empty(0)
     for name, (scores, labels, cyclic) in [*named.items(), (ALL, everything)]:
         score, label = (torch.tensor(values, dtype=torch.float64) for values in (scores, labels))
-        sums = preference_sums(score, label, preference_loss(score, temperature=tau, label=label), tau)
-        row = preference_statistics(sums)
-        row["accuracy_low"], row["accuracy_high"] = wilson_interval(row["accuracy"], row["n"])
+        sums = statistics.preference_sums(score, label, preference_loss(score, temperature=tau, label=label), tau)
+        row = statistics.preference_statistics(sums)
+        row["accuracy_low"], row["accuracy_high"] = statistics.wilson_interval(row["accuracy"], row["n"])
         row |= {"groups": len(cyclic), "cyclic_share": math.fsum(cyclic) / len(cyclic)} if cyclic else {}
         results[name] = row
-    return results, calibration_bins(sums)
+    return results, statistics.calibration_bins(sums)

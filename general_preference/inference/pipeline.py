@@ -195,15 +195,11 @@ class GPMPipeline:
         """One number per response, as reinforcement learning and best-of-n sampling want it; K forwards per prompt.
 
         Args:
-            prompts, responses: as for `embed`.
             method: "borda" (mean score against all responses to the prompt; of a Bradley-Terry model the reward minus
-                the mean reward), "copeland", "nash" or "min", see `ranking.response_scores`.
+                the mean reward), "copeland", "nash" or "min", see `ranking.response_scores`. Others as for `embed`.
 
         Returns:
             B tensors (K,) in fp32 on the CPU; responses that tie have equal numbers.
-
-        Raises:
-            InputError (a ValueError): unknown method, or something that cannot be scored; the message names it.
         """
         numbers = (ranking.response_scores(one.scores(), method, self.tau) for one in self.embed(prompts, responses))
         return [torch.tensor(list(map(float, some))) for some in numbers]

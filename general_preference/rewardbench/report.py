@@ -11,19 +11,9 @@ from general_preference.inference.ranking import borda, hodge, response_scores
 from general_preference.models.config import PreferenceConfig
 from general_preference.models.score import preference_probability
 from general_preference.models.statistics import wilson_interval
+from general_preference.rewardbench import scoring
 from general_preference.rewardbench.data import PREF_SETS, Benchmark, parse_ties_id, right_responses
-from general_preference.rewardbench.scoring import (
-    SECTIONS,
-    TIES,
-    TiesPrompt,
-    best_of_n_credit,
-    leaderboard_average,
-    mean_of_all,
-    prior_score,
-    section_scores,
-    ties_interval,
-    ties_score,
-)
+from general_preference.rewardbench.scoring import SECTIONS, TIES, TiesPrompt
 
 WHAT_DECIDES = {
     "borda": "mean score against all responses of the row",
@@ -65,7 +55,7 @@ def grade(benchmark: Benchmark, row: dict, winner: str, tau: float) -> tuple[dic
     values = response_scores(row["scores"], winner, tau)
     ties = row["subset"] == TIES
     prompt = TiesPrompt.grade(*parse_ties_id(row["id"]), values, row["right"]) if ties else None
-    correct = best_of_n_credit(values) if prompt is None else float(prompt.accurate)
+    correct = scoring.best_of_n_credit(values) if prompt is None else float(prompt.accurate)
     return row | {"merit": list(map(float, values)), "correct": correct}, prompt
 
 
@@ -92,7 +82,7 @@ def summarize_subsets(benchmark: Benchmark, graded: Iterable[tuple[dict, TiesPro
         kind = "cyclic_share" if benchmark.best_of_n else "probability"
         result[kind] = math.fsum(row[kind] for row in rows) / len(rows)
         if benchmark.best_of_n and subset == TIES:
-            found, interval = ties_score(prompts), ties_interval(prompts)
+            found, interval = scoring.ties_score(prompts), scoring.ties_interval(prompts)
             kinds = [{prompt.number for prompt in prompts if prompt.kind == kind} for kind in ("ref", "tied")]
             result |= {"accuracy": found.score, **asdict(found), "unpaired": len(kinds[0] ^ kinds[1])}
         else:
@@ -112,16 +102,16 @@ def aggregate(benchmark: Benchmark, results: dict[str, dict], prior: float | Non
     """
     accuracies = {subset: result["accuracy"] for subset, result in results.items()}
     if benchmark is PREF_SETS:
-        return {"Prior Sets": prior_score(accuracies)}
+        return {"Prior Sets": scoring.prior_score(accuracies)}
     complete = benchmark.rows.keys() <= results.keys()
     if benchmark.best_of_n:
-        return {"Average": mean_of_all(accuracies.values()) if complete else None}
-    sections = section_scores(accuracies)
-    scores = sections | {"Average": mean_of_all(sections.values()) if complete else None}
+        return {"Average": scoring.mean_of_all(accuracies.values()) if complete else None}
+    sections = scoring.section_scores(accuracies)
+    scores = sections | {"Average": scoring.mean_of_all(sections.values()) if complete else None}
     if prior is not None:
         scores |= {
             "Prior Sets": prior,
-            "Leaderboard average": leaderboard_average(sections, prior) if complete else None,
+            "Leaderboard average": scoring.leaderboard_average(sections, prior) if complete else None,
         }
     return scores
 
@@ -145,14 +135,11 @@ def official_results(
 
 def format_report(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, float | None]) -> str:
     """The tables on screen: subsets, sections and averages; then what a reader of the numbers has to know."""
-    rows = {
-        subset: {
-            "correct": f"{result['correct']:.6g}/{result['n']}",
-            "accuracy": result["accuracy"],
-            "95 % interval": f"{result['accuracy_low']:.3f}-{result['accuracy_high']:.3f}",
-        }
-        for subset, result in results.items()
-    }
+    rows = {}
+    for subset, result in results.items():
+        interval = f"{result['accuracy_low']:.3f}-{result['accuracy_high']:.3f}"
+        correct = f"{result['correct']:.6g}/{result['n']}"
+        rows[subset] = {"correct": correct, "accuracy": result["accuracy"], "95 % interval": interval}
     averages = {name: {"score": score} for name, score in scores.items()}
     tables = format_table(rows, "subset", None), format_table(averages, "section", None)
     return "\n\n".join([*tables, "\n".join(_remarks(benchmark, results, scores))])
@@ -178,11 +165,8 @@ def _remarks(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, f
         )
     if missing:
         remarks.append(f"not in the data: {', '.join(missing)}")
-    partial = [
-        name
-        for name, counts in SECTIONS.items()
-        if scores.get(name) is not None and not counts.keys() <= results.keys()
-    ]
+    run = {name: counts for name, counts in SECTIONS.items() if scores.get(name) is not None}
+    partial = [name for name, counts in run.items() if not counts.keys() <= results.keys()]
     if partial:
         remarks.append(f"over a part of their subsets: {', '.join(partial)}")
     ties = sum(result.get("ties", 0) for result in results.values())
