@@ -27,10 +27,10 @@ from general_preference.models.experts import balance_coefficient
 from general_preference.models.losses import preference_loss, regularizer
 from general_preference.models.score import preference_score
 from general_preference.models.statistics import empty_sums, preference_statistics, preference_sums
+from general_preference.plots import EmbeddedCycle, draw_cycles, draw_training_curves, embedded_cycle
 from general_preference.trainer.arguments import Arguments, LossArguments
 from general_preference.trainer.checkpoint import BestModels, CheckpointStore, RunState, publish_model
 from general_preference.trainer.metrics import METRICS_FILE, BatchLoss, MetricsLogger, StepClock, Window, read_metrics
-from general_preference.trainer.pictures import EmbeddedCycle, draw_cycles, draw_training_curves, embedded_cycle
 from general_preference.trainer.stopping import StopRequests, ignore_signals_in_worker
 
 logger = logging.getLogger(__name__)

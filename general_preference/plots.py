@@ -1,0 +1,255 @@
+"""All pictures: training curves, held-out cycles, reliability, benchmark subsets, runs side by side.
+
+Each `draw_` function writes one PNG and returns whether it did: nothing is drawn, with one log line, where matplotlib
+is not installed. No other file imports it. Called by the trainer and the scripts.
+"""
+
+import logging
+import math
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from general_preference.models.score import preference_score
+from general_preference.models.statistics import wilson_interval
+
+logger = logging.getLogger(__name__)
+
+MEMBER_CHARACTERS = 90  # of a response beside its point
+MAX_SUBSETS = 40
+_POINT, _BAR, _RIGHT, _WRONG = "#1f3b5c", "#9db4cc", "#2a7f62", "#c0392b"
+_GROUPS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3")
+_TRAIN, _EVALUATION = {"lw": 1, "alpha": 0.7, "color": "0.55"}, {"lw": 1.8, "marker": "o", "ms": 4}
+_STYLE = {"figure.constrained_layout.use": True, "savefig.dpi": 130, "axes.titlesize": 10, "axes.grid": True}
+_STYLE |= {"axes.axisbelow": True, "grid.alpha": 0.25, "legend.frameon": False, "legend.fontsize": 8}
+
+
+def load_pyplot():
+    """`matplotlib.pyplot` drawing into files, or None if matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        logger.warning("matplotlib is not installed: pictures are left out (pip install matplotlib)")
+        return None
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(_STYLE)
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(pyplot, figure, path: Path) -> bool:
+    figure.savefig(path)
+    pyplot.close(figure)
+    return True
+
+
+def draw_training_curves(rows: list[dict], path: Path) -> bool:
+    """Loss, accuracy and learning rate over steps, from the rows of metrics.jsonl."""
+    pyplot = load_pyplot()
+    if pyplot is None or not rows:
+        return False
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2))
+    for axis, name in zip(axes, ("loss", "accuracy", "learning_rate"), strict=True):
+        keys = dict.fromkeys(key for row in rows for key in row if key.startswith(("train/", "eval/")))
+        for family, _, metric in (key.rpartition("/") for key in keys):
+            if metric == name:
+                points = [(row["step"], row[f"{family}/{name}"]) for row in rows if f"{family}/{name}" in row]
+                style = _TRAIN if family == "train" else _EVALUATION
+                axis.plot(*zip(*points, strict=True), label=family.removeprefix("eval/"), **style)
+        axis.set(title=name.replace("_", " "), xlabel="step")
+        if axis.lines and name != "learning_rate":
+            axis.legend()
+    axes[1].set_ylim(-0.02, 1.04)
+    return _save(pyplot, figure, path)
+
+
+@dataclass
+class EmbeddedCycle:
+    """A held-out cycle as the model sees it.
+
+    set: name of its evaluation set. members: K short texts, each preferred to the next and the last to the first.
+    embeddings: (K, D). gate: (P,) or None.
+    """
+
+    set: str
+    members: list[str]
+    embeddings: torch.Tensor
+    gate: torch.Tensor | None
+
+
+def find_cycle(edges: list[tuple[int, int]]) -> list[int] | None:
+    """The longest simple cycle among (winner, loser) pairs, starting at its smallest index; None if there is none."""
+    import networkx  # only here: drawing is rare and the import slow
+
+    cycles = networkx.simple_cycles(networkx.DiGraph(edges))
+    starts = ((cycle, cycle.index(min(cycle))) for cycle in cycles)
+    return min((cycle[at:] + cycle[:at] for cycle, at in starts), key=lambda one: (-len(one), one), default=None)
+
+
+def embedded_cycle(name: str, batch, output: dict[str, torch.Tensor], tokenizer) -> EmbeddedCycle | None:
+    """The first comparison of a `Batch` whose stated preferences form a cycle, with the model's output for it."""
+    for index in range(len(batch.prompt_ends)):
+        mine = batch.comparison_index == index
+        members = find_cycle(list(zip(batch.first[mine].tolist(), batch.second[mine].tolist(), strict=True)))
+        if members is not None and len(members) > 2:
+            texts = [_response_text(batch, end, tokenizer) for end in batch.response_ends[members].tolist()]
+            gate = output["gates"][index].float().cpu() if "gates" in output else None
+            return EmbeddedCycle(name, texts, output["embeddings"][members].float().cpu(), gate)
+    return None
+
+
+def _response_text(batch, end: int, tokenizer) -> str:
+    row, column = divmod(end, batch.input_ids.shape[1])
+    same = batch.segments[row, : column + 1] == batch.segments[row, column]
+    text = tokenizer.decode(batch.input_ids[row, : column + 1][same], skip_special_tokens=True)
+    return textwrap.fill(textwrap.shorten(text, MEMBER_CHARACTERS, placeholder=" …"), 30)
+
+
+def draw_cycles(cycles: list[EmbeddedCycle], path: Path) -> bool:
+    """The members of held-out cycles: around a circle for planes, on a line for one number.
+
+    An arrow points from the preferred member to the other: green where the model agrees, red where it does not.
+    """
+    pyplot = load_pyplot()
+    if pyplot is None or not cycles:
+        return False
+    columns = min(2, len(cycles))
+    rows = -(-len(cycles) // columns)
+    figure = pyplot.figure(figsize=(6.2 * columns, 4.2 * rows))
+    figure.get_layout_engine().set(hspace=0.1)
+    for number, cycle in enumerate(cycles, 1):
+        axis = figure.add_subplot(rows, columns, number)
+        axis.grid(False)
+        points, places, bend = (_on_line if cycle.embeddings.shape[-1] == 1 else _on_plane)(axis, cycle)
+        following = cycle.embeddings.roll(-1, dims=0)
+        agrees = (preference_score(cycle.embeddings, following, cycle.gate) > 0).tolist()
+        for i, (point, (place, side)) in enumerate(zip(points, places, strict=True)):
+            axis.plot(*point, "o", color=_POINT, ms=8, zorder=4)
+            arrow = {"color": _RIGHT if agrees[i] else _WRONG, "connectionstyle": f"arc3,rad={bend}"}
+            arrow |= {"arrowstyle": "-|>", "lw": 1.4, "mutation_scale": 11, "shrinkA": 5, "shrinkB": 5}
+            axis.annotate("", points[(i + 1) % len(points)], point, arrowprops=arrow)
+            line = {"arrowstyle": "-", "color": "0.85"}
+            axis.annotate(cycle.members[i], point, place, ha=side, va="center", fontsize=7.5, arrowprops=line)
+    return _save(pyplot, figure, path)
+
+
+def _on_plane(axis, cycle: EmbeddedCycle) -> tuple[list, list, float]:
+    """(points, places and sides of their texts, bend of the arrows) on the plane that agrees most with the cycle."""
+    planes = cycle.embeddings.shape[-1] // 2
+    weights = torch.ones(planes) if cycle.gate is None else cycle.gate
+    pairs = cycle.embeddings[:, : 2 * planes].unflatten(1, (planes, 2))
+    plane = int((weights * preference_score(pairs, pairs.roll(-1, dims=0)).mean(dim=0)).argmax())
+    points = pairs[:, plane]
+    radius = max(1.0, points.norm(dim=-1).max().item())
+    axis.set(xlim=(-2.3 * radius, 2.3 * radius), ylim=(-1.4 * radius, 1.4 * radius), aspect="equal")
+    circle = torch.linspace(0, 2 * math.pi, 200)
+    axis.plot(radius * circle.cos(), radius * circle.sin(), color="0.8", lw=1, zorder=0)
+    # Texts in equal steps around the circle, turned to be near their points, so that none covers another.
+    angles = torch.atan2(points[:, 1], points[:, 0])
+    steps = angles.argsort().argsort() * (2 * math.pi / len(points))
+    turn = torch.atan2((angles - steps).sin().sum(), (angles - steps).cos().sum())
+    places = []
+    for x, y in zip((steps + turn).cos().tolist(), (steps + turn).sin().tolist(), strict=True):
+        side = "center" if abs(x) < 0.4 else ("left" if x > 0 else "right")
+        places.append(((1.1 * radius * x, 1.18 * radius * y), side))
+    weight = f", gate {weights[plane]:.2f}" if cycle.gate is not None else ""
+    also = "; arrows count the number, too" if cycle.embeddings.shape[-1] % 2 else ""
+    axis.set_title(f"{cycle.set}: plane {plane + 1} of {planes}{weight}{also}")
+    axis.axis("off")
+    return points.tolist(), places, 0.0
+
+
+def _on_line(axis, cycle: EmbeddedCycle) -> tuple[list, list, float]:
+    """As `_on_plane`, for a model with one number per response."""
+    rewards = cycle.embeddings.flatten().tolist()
+    span = max(rewards) - min(rewards) or 1.0
+    sides = (min(rewards) - 0.4 * span, max(rewards) + 0.4 * span)
+    axis.set(xlim=sides, ylim=(-1.3 * span, 1.3 * span), yticks=[], xlabel="reward")
+    axis.axhline(0, color="0.8", lw=1, zorder=0)
+    axis.set_title(f"{cycle.set}: one number per response")
+    axis.spines[["left", "right", "top"]].set_visible(False)
+    heights = [(0.35 + 0.13 * i) * (-1 if i % 2 else 1) * span for i in range(len(rewards))]
+    places = [((reward, height), "center") for reward, height in zip(rewards, heights, strict=True)]
+    return [(reward, 0.0) for reward in rewards], places, 0.45
+
+
+def draw_reliability(bins: list[tuple[float, float, int]], results: dict[str, dict], path: Path) -> bool:
+    """Reliability diagram, and accuracy per subset with 95 % intervals.
+
+    Args:
+        bins: (mean confidence, share that came out so, count), as `statistics.calibration_bins` gives them.
+        results: {subset: statistics}, all rows last; of more than `MAX_SUBSETS` only the first and the last are drawn.
+    """
+    pyplot = load_pyplot()
+    if pyplot is None:
+        return False
+    *subsets, last = results
+    shown = {name: results[name] for name in [*subsets[:MAX_SUBSETS], last]}
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, max(4.4, 1.2 + 0.28 * len(shown))))
+    confidence, outcome, counts = zip(*bins, strict=True)
+    left.bar(confidence, [n / sum(counts) for n in counts], width=0.028, color=_BAR, label="share of preferences")
+    left.plot([0.5, 1], [0.5, 1], color="0.6", lw=1, ls="--", label="calibrated")
+    left.vlines(confidence, *zip(*map(wilson_interval, outcome, counts), strict=True), color="0.6", lw=1)
+    left.plot(confidence, outcome, "o-", color=_POINT, ms=5, lw=1.2, label="observed share")
+    left.set(xlim=(0.48, 1.02), ylim=(0, 1.15), xlabel="probability of the response the model prefers")
+    left.set_title(f"reliability, calibration error {results[last]['calibration_error']:.3f}, n = {sum(counts)}")
+    left.legend(loc="upper center", ncols=3)
+    _draw_accuracies(right, shown, {}, dict.fromkeys(shown, 0.5))
+    return _save(pyplot, figure, path)
+
+
+def draw_subsets(results: dict[str, dict], groups: dict[str, str], guess: dict[str, float], title: str, path: Path):
+    """One bar per subset of a benchmark with its 95 % interval.
+
+    Args:
+        results: {subset: {accuracy, accuracy_low, accuracy_high, n}}. groups: {subset: group that gives its color}.
+        guess: {subset: accuracy of guessing}, drawn where there is one.
+    """
+    pyplot = load_pyplot()
+    if pyplot is None:
+        return False
+    figure, axis = pyplot.subplots(figsize=(8, 1.6 + 0.3 * len(results)))
+    _draw_accuracies(axis, results, groups, guess)
+    axis.set_title(title, fontsize=11, parse_math=False)
+    if any(name in groups for name in results):
+        figure.legend(loc="outside lower center", ncols=4)
+    return _save(pyplot, figure, path)
+
+
+def _draw_accuracies(axis, results: dict[str, dict], groups: dict[str, str], guess: dict[str, float]) -> None:
+    places = dict(zip(results, range(len(results))[::-1], strict=True))
+    for group, color in zip(dict.fromkeys(groups.get(name, "") for name in results), _GROUPS, strict=False):
+        bars = {places[name]: row["accuracy"] for name, row in results.items() if groups.get(name, "") == group}
+        axis.barh(list(bars), list(bars.values()), color=color, height=0.72, label=group)
+    for name, place in places.items():
+        accuracy, low, high = (results[name][key] for key in ("accuracy", "accuracy_low", "accuracy_high"))
+        axis.plot([low, high], [place, place], "|-", color="0.25", lw=1, ms=6)
+        axis.text(max(accuracy, high) + 0.015, place, f"{accuracy:.3f}", va="center", fontsize=8)
+        axis.vlines(guess.get(name, []), place - 0.4, place + 0.4, color="0.1", ls=":", lw=1.2)
+    axis.set_yticks(list(places.values()), [f"{name} ({results[name]['n']})" for name in places], parse_math=False)
+    axis.set(xlim=(0, 1.12), ylim=(-0.6, len(places) - 0.4), xlabel="accuracy, 95 % interval; dotted: guessing")
+    axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axis.grid(False, axis="y")
+
+
+def draw_runs(runs: list[tuple[str, dict[str, float]]], path: Path) -> bool:
+    """Held-out accuracies of (name, {set: accuracy}) as grouped bars, a group per set."""
+    pyplot = load_pyplot()
+    if pyplot is None:
+        return False
+    sets = list(dict.fromkeys(name for _, accuracies in runs for name in accuracies))
+    figure, axis = pyplot.subplots(figsize=(2.2 + 2.4 * len(sets), 4.2))
+    width = 0.8 / len(runs)
+    for number, (name, accuracies) in enumerate(runs):
+        places = [index + (number - (len(runs) - 1) / 2) * width for index in range(len(sets))]
+        bars = axis.bar(places, [accuracies.get(key, 0) for key in sets], 0.92 * width, label=name)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+    axis.set(ylim=(0, 1.22), ylabel="held-out accuracy")
+    axis.set_xticks(range(len(sets)), sets)
+    axis.grid(False)
+    axis.axhline(1, color="0.8", lw=0.8, zorder=0)
+    axis.legend(ncols=len(runs), loc="upper center")
+    return _save(pyplot, figure, path)
