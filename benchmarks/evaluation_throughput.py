@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.machine import describe_machine, numbers, run_in_launcher_environment
 from benchmarks.training_steps import left_padded
-from general_preference.cli import align, exit_code
+from general_preference.cli import exit_code, format_table
 from general_preference.errors import InputError
 from general_preference.files import replace_text
 
@@ -100,12 +100,16 @@ def measure(arguments: argparse.Namespace) -> None:
         apart = max(apart, *((scores[0] - other).abs().max().item() for other in scores[1:]))
         print(f"{start + len(part):5} of {len(rows)} done", flush=True)
     own = seconds["embed (this)"]
-    lines: list[list[str] | None] = [["", "seconds", "comparisons/s", "unique tokens/s", "times this"], None]
-    lines += [
-        [name, f"{took:.1f}", f"{len(rows) / took:.1f}", f"{tokens / took:.0f}", f"{took / own:.2f}"]
+    lines = {
+        name: {
+            "seconds": f"{took:.1f}",
+            "comparisons/s": f"{len(rows) / took:.1f}",
+            "unique tokens/s": f"{tokens / took:.0f}",
+            "times this": f"{took / own:.2f}",
+        }
         for name, took in seconds.items()
-    ]
-    print("\n" + "\n".join(align(lines)) + f"\n\nscores differ by {apart:.1e} at most")
+    }
+    print(f"\n{format_table(lines, '', None)}\n\nscores differ by {apart:.1e} at most")
     found = {"machine": describe_machine(), "comparisons": len(rows), "tokens": tokens, "seconds": seconds}
     replace_text(arguments.output, json.dumps(found | {"difference": apart}, indent=2))
     print(f"Result: {arguments.output}")

@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fo
 import torch
 
 from benchmarks.machine import describe_machine, matmul_rate, numbers, run_in_launcher_environment
-from general_preference.cli import align, exit_code
+from general_preference.cli import exit_code, format_table
 from general_preference.datasets.packing import Collator
 from general_preference.errors import InputError
 from general_preference.files import replace_text
-from general_preference.plotting import load_pyplot
+from general_preference.plots import load_pyplot
 from scripts.make_tiny_model import make_tiny_model
 
 
@@ -93,7 +93,7 @@ def make_step(arguments: argparse.Namespace, folder: Path, longest: int):
     strategy = DeepSpeedEngine(flags.engine, flags.optimizer)
     model = make_model(flags, resolve_preference(flags), strategy)
     strategy.prepare(model, 10**6)
-    collate = Collator(0, model.row_layout)
+    collate = Collator(0, model.layout_on())
 
     def step(comparisons: list[dict]) -> None:
         strategy.train_mode(True)
@@ -139,11 +139,13 @@ def run(step, length: int, size: int, repeats: int) -> dict:
 def report(found: list[dict], lengths: list[int], sizes: list[int], machine: str, output: Path) -> None:
     """The table, the JSON, the picture."""
     speeds = {(one["length"], one["micro_batch"]): one["tokens_per_second"] for one in found}
-    rows: list[list[str] | None] = [["tokens", *(f"micro-batch {size}" for size in sizes)], None]
-    for length in lengths:
-        cells = [speeds.get((length, size)) for size in sizes]
-        rows.append([str(length), *("-" if cell is None else f"{cell:.0f}" for cell in cells)])
-    print("\nunique tokens per second\n" + "\n".join(align(rows)))
+    rows = {
+        str(length): {
+            f"micro-batch {size}": f"{speeds[length, size]:.0f}" for size in sizes if (length, size) in speeds
+        }
+        for length in lengths
+    }
+    print(f"\nunique tokens per second\n{format_table(rows, 'tokens', None)}")
     replace_text(output, json.dumps({"machine": machine, "runs": found}, indent=2))
     picture = output.with_suffix(".png")
     print(f"\nResult: {output}" + (f"\nPicture: {picture}" if draw(speeds, lengths, sizes, picture) else ""))

@@ -29,12 +29,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.machine import describe_machine, numbers
 from general_preference import GPMPipeline, get_reward_model, preference_matrix, preference_probability
-from general_preference.cli import align, exit_code
+from general_preference.cli import exit_code, format_table
 from general_preference.datasets.tokenization import load_tokenizer
 from general_preference.errors import InputError
 from general_preference.files import replace_text
 from general_preference.models.score import normalize_embedding
-from general_preference.plotting import load_pyplot
+from general_preference.plots import load_pyplot
 from scripts.make_tiny_model import make_tiny_model
 
 WORDS = ("rock", "paper", "scissors", "answer", "wins", "always", "never", "you", "choose", "water", "fire", "wood")
@@ -160,26 +160,19 @@ def ratios(one: dict) -> dict[str, float]:
 
 def report(found: list[dict], machine: str, arguments: argparse.Namespace) -> None:
     """The table, the JSON, the picture."""
-    rows = [
-        [
-            "K",
-            "shared prompt, s",
-            "each with its prompt, s",
-            "ratio",
-            "model of pairs, s (counted)",
-            "ratio",
-            "difference",
-        ],
-        None,
-    ]
+    rows = {}
     for one in found:
         middle = {name: statistics.median(values) for name, values in one["seconds"].items()}
         by = ratios(one)
-        rows.append([
-            str(one["responses"]), f"{middle['shared']:.3f}", f"{middle['padded']:.3f}", f"{by['padded']:.2f}",
-            f"{one['pairs'] * middle['pair']:.3f}", f"{by['pairs']:.1f}", f"{one['largest_difference']:.1e}",
-        ])  # fmt: skip
-    print("\n" + "\n".join(align(rows)))
+        rows[str(one["responses"])] = {
+            "shared prompt, s": f"{middle['shared']:.3f}",
+            "each with its prompt, s": f"{middle['padded']:.3f}",
+            "its ratio": f"{by['padded']:.2f}",
+            "model of pairs, s (counted)": f"{one['pairs'] * middle['pair']:.3f}",
+            "ratio": f"{by['pairs']:.1f}",
+            "difference": f"{one['largest_difference']:.1e}",
+        }
+    print(f"\n{format_table(rows, 'K', None)}")
     if any(max(values) > 2 * min(values) for one in found for values in one["seconds"].values() if min(values) > 0.05):
         print("the machine was busy with something else: these timings say little")
     replace_text(arguments.output, json.dumps({"machine": machine, "runs": found}, indent=2))

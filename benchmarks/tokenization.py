@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, for scripts/
 
 from benchmarks.machine import describe_machine, numbers
-from general_preference.cli import align, exit_code
+from general_preference.cli import exit_code, format_table
 from general_preference.errors import InputError
 from general_preference.files import replace_text
 
@@ -138,17 +138,19 @@ def own_memory() -> int:
 
 def report(found: list[dict], output: Path) -> None:
     """The table and the JSON."""
-    header = ["", "comparisons", "tokens", "comparisons/min/core", "seconds", "table MiB", "own memory MiB", "grown by"]
-    rows: list[list[str] | None] = [header, None]
+    rows = {}
     for one in found:
-        first = one["start"] == "first"
         rate = one["comparisons"] / one["seconds"] * 60 / one["workers"]
-        rows.append([
-            f"{one['set']}, {one['start']}", str(one["comparisons"]), str(one["tokens"]),
-            f"{rate:.0f}" if first else "-", f"{one['seconds']:.1f}", f"{one['table_bytes'] / 2**20:.0f}",
-            f"{one['memory_after'] / 2**20:.0f}", f"{(one['memory_after'] - one['memory_before']) / 2**20:.0f}",
-        ])  # fmt: skip
-    print("\n" + "\n".join(align(rows)))
+        rows[f"{one['set']}, {one['start']}"] = {
+            "comparisons": one["comparisons"],
+            "tokens": one["tokens"],
+            "comparisons/min/core": f"{rate:.0f}" if one["start"] == "first" else "-",
+            "seconds": f"{one['seconds']:.1f}",
+            "table MiB": f"{one['table_bytes'] / 2**20:.0f}",
+            "own memory MiB": f"{one['memory_after'] / 2**20:.0f}",
+            "grown by": f"{(one['memory_after'] - one['memory_before']) / 2**20:.0f}",
+        }
+    print(f"\n{format_table(rows, '', None)}")
     replace_text(output, json.dumps({"machine": describe_machine(), "runs": found}, indent=2))
     print(f"\nResult: {output}")
 

@@ -32,10 +32,10 @@ import torch
 
 from benchmarks.machine import describe_machine, launcher_environment, numbers
 from benchmarks.training_steps import run_one
-from general_preference.cli import align, exit_code
+from general_preference.cli import exit_code, format_table
 from general_preference.errors import InputError
 from general_preference.files import replace_lines, replace_text
-from general_preference.plotting import load_pyplot
+from general_preference.plots import load_pyplot
 from scripts.make_tiny_model import CHAT_TEMPLATE, read_texts, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,16 +232,18 @@ def report(arguments: argparse.Namespace, names: list[str], best: dict[str, int]
     rate = statistics.median(run["matmul_flops"] for run in runs)
     chosen = {name: [run for run in runs if (run["name"], run["micro_batch"]) == (name, best[name])] for name in names}
     middle = {name: statistics.median(map(speed, some)) for name, some in chosen.items()}
-    rows = [["", "micro-batch", "comparisons/s", "unique tokens/s", "of the limit", "peak GiB", "this / it"], None]
+    rows = {}
     for name, some in chosen.items():
         tokens = statistics.median(run["unique_tokens"] / run["seconds"] for run in some)
-        rows.append([
-            TITLES[name], str(best[name]), f"{middle[name]:.2f}", f"{tokens:.0f}",
-            f"{statistics.median(share_of_limit(run) for run in some):.2f}",
-            f"{max(run['peak_bytes'] for run in some) / 2**30:.2f}",
-            f"{middle['this'] / middle[name]:.2f}" if "this" in middle else "-",
-        ])  # fmt: skip
-    print("\n" + "\n".join(align(rows)))
+        rows[TITLES[name]] = {
+            "micro-batch": best[name],
+            "comparisons/s": f"{middle[name]:.2f}",
+            "unique tokens/s": f"{tokens:.0f}",
+            "of the limit": f"{statistics.median(share_of_limit(run) for run in some):.2f}",
+            "peak GiB": f"{max(run['peak_bytes'] for run in some) / 2**30:.2f}",
+            "this / it": f"{middle['this'] / middle[name]:.2f}" if "this" in middle else "-",
+        }
+    print(f"\n{format_table(rows, '', None)}")
     first = {name: some[0]["losses"][0] for name, some in chosen.items()}
     if {"this", "regularized"} <= chosen.keys():
         print("\n" + regularizer_text(chosen["this"], chosen["regularized"], arguments, rate))

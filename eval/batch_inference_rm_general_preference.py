@@ -2,12 +2,11 @@
 """Run a preference model over your own comparisons: a score for each, a summary, a picture.
 
     python eval/batch_inference_rm_general_preference.py --pretrain MODEL --dataset FILE --output_path results.jsonl
-    python scripts/launch_node.py --nproc 8 eval/batch_inference_rm_general_preference.py ...    the same on 8 devices
+    torchrun --nproc-per-node 8 eval/batch_inference_rm_general_preference.py ...                the same on 8 devices
 
 Writes OUTPUT (one JSON line per comparison, in the order of the data), OUTPUT's name with .summary.json (accuracy with
-its 95 % interval, loss, calibration, per subset) and .reliability.png. Started again after a stop, it continues where
-it was. Exit codes, each with one line that says why: 1 the run failed (a score is not finite, the disk is full), 2 what
-was given cannot be used, 130 interrupted.
+its 95 % interval, loss, calibration, per subset) and .reliability.png. Started again after a stop, it continues. Exit
+codes, each with one line: 1 the run failed, 2 what was given cannot be used, 130 interrupted.
 """
 
 import logging
@@ -23,13 +22,11 @@ from general_preference import GPMPipeline
 from general_preference.cli import exit_code, flag, format_table, parse_flags, quiet_other_libraries
 from general_preference.datasets.preparation import Summary, load_tokenized, parse_probabilities, summarize_table
 from general_preference.datasets.sources import parse_sources
-from general_preference.datasets.tokenization import stable_hash
 from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
-from general_preference.inference.arguments import ModelArguments, check_positive
-from general_preference.inference.batch import ASKED, ResultStore, ResultSummary, result_row, score_remaining
-from general_preference.inference.pictures import draw_reliability
-from general_preference.models.config import checkpoint_identity
+from general_preference.inference.arguments import InferenceArguments, check_positive
+from general_preference.inference.batch import ResultStore, result_row, run_settings, score_table, summarize_rows
+from general_preference.plots import draw_reliability
 
 logger = logging.getLogger("batch_inference")
 
@@ -38,27 +35,21 @@ PICTURE = ".reliability.png"
 
 @dataclass
 class BatchArguments:
-    """Model, comparisons, and where the results go. The paper's flags keep their names and meaning."""
+    """Model, comparisons, and where the results go. Flags of the paper's script keep names and meaning."""
 
     pretrain: str | None = flag(None, "trained preference model: folder or hub name")
-    dataset: str | None = flag(
-        None, "comparisons: files (json, jsonl, csv, parquet), folders or hub names, separated by commas"
-    )
+    dataset: str | None = flag(None, "comparisons: files (json, jsonl, csv, parquet), folders or hub names; by commas")
     output_path: str = flag("./results.jsonl", "file of the results, one JSON object a line")
     dataset_probs: str | None = flag(
         None, "share of each set, as in 0.4,0.6: sets alternate so, each comparison once; default end to end"
     )
-    max_samples: int = flag(
-        1000000, "score at most so many comparisons: drawn by --seed, or the first with --dataset_probs"
-    )
+    max_samples: int = flag(1000000, "score at most so many, drawn by --seed; with --dataset_probs the first ones")
     seed: int = flag(42, "seed of the draw of --max_samples")
     is_custom_dataset: bool = flag(False, "require the custom format: instruction, chosen, reject")
     on_bad_record: str = flag(
         "stop", "a record that does not fit: stop the run, or skip and count it", choices=["stop", "skip"]
     )
-    max_len: int | None = flag(
-        None, "tokens of prompt and one response together; default what the model was trained with"
-    )
+    max_len: int | None = flag(None, "tokens of prompt and one response; default what the model was trained with")
     disable_fast_tokenizer: bool = flag(False, "use the slow (Python) tokenizer where a model has both")
     micro_batch_size: int | None = flag(None, "comparisons in one call at most; default as many as --batch_tokens hold")
     save_embeddings: bool = flag(False, "also write each response's embedding and each prompt's gate")
@@ -76,59 +67,49 @@ class BatchArguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn what can go wrong into one line and an exit code."""
-    arguments, model = parse_flags(
-        (BatchArguments, ModelArguments), argv, "Score comparisons with a preference model. Every flag: --help."
+    arguments, inference = parse_flags(
+        (BatchArguments, InferenceArguments), argv, "Score comparisons with a preference model. Every flag: --help."
     )
-    return exit_code(lambda: run(arguments, model), kept="finished rows are kept: the same command continues")
+    return exit_code(lambda: run(arguments, inference), kept="finished rows are kept: the same command continues")
 
 
-def run(arguments: BatchArguments, model: ModelArguments) -> None:
+def run(arguments: BatchArguments, inference: InferenceArguments) -> None:
     """From paths to results."""
     arguments.check()
-    model.check()
-    refuse_own_input(arguments)
+    inference.check()
+    store = ResultStore(Path(arguments.output_path), PICTURE)
+    store.refuse_inputs(parse_sources(arguments.dataset))
     quiet_other_libraries()
-    with DistributedContext.join() as processes:
+    with DistributedContext.join() as context:
         options = {"max_length": arguments.max_len, "disable_fast_tokenizer": arguments.disable_fast_tokenizer}
-        rm = processes.main_process_first(lambda: model.load(arguments.pretrain, processes.local_rank, **options))
-        table, read = processes.main_process_first(lambda: load_table(arguments, rm, model.preprocessing_workers))
+        rm = context.main_process_first(lambda: inference.load(arguments.pretrain, context.local_rank, **options))
+        table, read = context.main_process_first(lambda: load_table(arguments, rm, inference.preprocessing_workers))
         for one in read:
             logger.info("%s", one)
-        store = result_store(arguments.output_path, len(table), processes.rank)
-        made_with = processes.main_process_first(lambda: settings(arguments, rm, table))
-        processes.main_process_first(lambda: store.claim(made_with, arguments.overwrite), main_only=True)
-        try:
+        settings = run_settings(
+            rm,
+            arguments.pretrain,
+            {
+                name: getattr(arguments, name)
+                for name in ("pretrain", "dataset", "dataset_probs", "max_samples", "seed")
+            },
+            save_embeddings=arguments.save_embeddings,
+            comparisons=table._fingerprint,  # follows the files' sizes and times, the tokenizer, and the draw
+        )
+        with store.open(context, len(table), settings, arguments.overwrite):
             make_row = partial(result_row, tau=rm.tau, save_embeddings=arguments.save_embeddings)
-            score_remaining(rm, table, store, processes, make_row, arguments.micro_batch_size)
-            if processes.is_main:
+            score_table(rm, table, store, context, make_row, arguments.micro_batch_size)
+            if context.is_main:
                 report(rm, store, read)
-        finally:
-            store.close()
-
-
-def refuse_own_input(arguments: BatchArguments) -> None:
-    """InputError where a result would be written over, or into, the data."""
-    written = result_store(arguments.output_path, 0, 0)
-    for source in parse_sources(arguments.dataset):
-        if written.touches(Path(source.path)):
-            raise InputError(f"--output_path {arguments.output_path} would write over or into --dataset {source.path}")
-
-
-def result_store(output_path: str, count: int, rank: int) -> ResultStore:
-    """Where the rows go; a picture is drawn beside them."""
-    return ResultStore(Path(output_path), count, rank, flag="--output_path", beside=(PICTURE,))
 
 
 def load_table(arguments: BatchArguments, rm: GPMPipeline, workers: int) -> tuple[datasets.Dataset, list[Summary]]:
     """(tokenized comparisons in the order of the results, what each set held). Without subsets, sets are subsets."""
     sources = parse_sources(arguments.dataset)
     probabilities = parse_probabilities(arguments.dataset_probs, len(sources))
+    skip = arguments.on_bad_record == "skip"
     tables, left_out = load_tokenized(
-        sources,
-        rm.encoder,
-        custom=arguments.is_custom_dataset,
-        skip_bad=arguments.on_bad_record == "skip",
-        workers=workers,
+        sources, rm.encoder, custom=arguments.is_custom_dataset, skip_bad=skip, workers=workers
     )
     read = [
         summarize_table(source.name, table, left_out[source.name])
@@ -154,32 +135,15 @@ def _order(sizes: list[int], probabilities: list[float] | None, limit: int, seed
     return sorted(range(total), key=lambda index: (due[index], index))[:limit]
 
 
-def settings(arguments: BatchArguments, rm: GPMPipeline, table: datasets.Dataset) -> dict:
-    """What every result row depends on: rows made with other settings are never mixed with these."""
-    names = ("pretrain", "dataset", "dataset_probs", "max_samples", "seed")
-    return {
-        ASKED: {name: getattr(arguments, name) for name in names},
-        "save_embeddings": arguments.save_embeddings,
-        "max_len": rm.max_length,
-        "tau": rm.tau,
-        "dtype": str(rm.model.dtype).removeprefix("torch."),
-        "model_files": stable_hash(checkpoint_identity(arguments.pretrain)),
-        "comparisons": table._fingerprint,  # follows the files' sizes and times, the tokenizer, and the draw
-    }
-
-
 def report(rm: GPMPipeline, store: ResultStore, read: list[Summary]) -> None:
     """Sum the rows up, draw, print."""
-    summary = ResultSummary(rm.tau).add(store.rows())
-    results = summary.results()
+    results, reliability = summarize_rows(store.rows(), rm.tau)
     data = [asdict(one) for one in read]
     store.finish({"preference": asdict(rm.preference), "data": data, "results": results})
-    picture = store.beside(PICTURE)
-    drawn = draw_reliability(summary.reliability(), results, picture)
     shown = results if len(results) > 2 else {"all": results["all"]}
     print(f"\n{format_table(shown)}\n\nResults: {store.output}\nSummary: {store.summary}")
-    if drawn:
-        print(f"Picture: {picture}")
+    if draw_reliability(reliability, results, store.beside(PICTURE)):
+        print(f"Picture: {store.beside(PICTURE)}")
 
 
 if __name__ == "__main__":

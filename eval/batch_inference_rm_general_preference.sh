@@ -11,8 +11,6 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/../scripts/environment.sh"
 
 PRETRAIN=${PRETRAIN:-$ROOT/checkpoint/rm-tiny}
-DATASET=${DATASET:-$ROOT/data/cyclic/test.jsonl,$ROOT/data/transitive/test.jsonl,$ROOT/data/mixed/test.jsonl}
-OUTPUT_PATH=${OUTPUT_PATH:-$ROOT/checkpoint/batch_inference/$(basename "$PRETRAIN").jsonl}
 if [[ $PRETRAIN == "$ROOT/checkpoint/rm-tiny" && ! -f $PRETRAIN/config.json ]]; then
   echo "error: no model in $PRETRAIN yet: run scripts/run_train_rm_general_preference_single.sh, or set PRETRAIN" >&2
   exit 2
@@ -20,6 +18,6 @@ fi
 
 exec "${LAUNCH[@]}" "$HERE/batch_inference_rm_general_preference.py" \
   --pretrain "$PRETRAIN" \
-  --dataset "$DATASET" \
-  --output_path "$OUTPUT_PATH" \
+  --dataset "${DATASET:-$ROOT/data/cyclic/test.jsonl,$ROOT/data/transitive/test.jsonl,$ROOT/data/mixed/test.jsonl}" \
+  --output_path "${OUTPUT_PATH:-$ROOT/checkpoint/batch_inference/$(basename "$PRETRAIN").jsonl}" \
   "$@"

@@ -17,12 +17,9 @@ from transformers.hf_argparser import HfArgumentParser, string_to_bool
 from general_preference.distributed import is_main_process
 from general_preference.errors import InputError, RunError, Stopped
 
-# key: title of its column
-_COLUMNS = {
-    **{name: name for name in ("n", "accuracy", "interval", "ties", "loss", "probability", "margin")},
-    "calibration_error": "calibration",
-    "cyclic_share": "cyclic share",
-}
+# {key of an evaluation's results: title of its column}
+EVALUATION = {name: name for name in ("n", "accuracy", "interval", "ties", "loss", "probability", "margin")}
+EVALUATION |= {"calibration_error": "calibration", "cyclic_share": "cyclic share"}
 
 
 def flag(default, text: str, **metadata):
@@ -115,33 +112,21 @@ def quiet_other_libraries() -> None:
         transformers.logging.disable_progress_bar()
 
 
-def format_table(results: dict[str, dict]) -> str:
-    """Evaluation results {set: {accuracy, loss, n, ...}} as an aligned text table, one row per set."""
-    results = {name: _with_interval(row) for name, row in results.items()}
-    columns = [name for name in _COLUMNS if any(name in row for row in results.values())]
-    header = ["set", *(_COLUMNS[name] for name in columns)]
-    rows = [[name, *(_cell(row.get(column)) for column in columns)] for name, row in results.items()]
-    return "\n".join(align([header, None, *rows]))
+def format_table(rows: dict[str, dict], title: str = "set", columns: dict[str, str] | None = EVALUATION) -> str:
+    """{row: {key: value}} as an aligned text table: floats with four digits, "-" where there is no value.
 
+    Args:
+        title: of the rows' names. columns: {key: title} of what is shown, in order; None for everything.
+    """
+    import pandas  # only here: the package does without
 
-def align(rows: list[list[str] | None]) -> list[str]:
-    """Rows of cells as lines of equal columns, the first to the left and the others to the right; None is a rule."""
-    widths = [max(map(len, column)) for column in zip(*filter(None, rows), strict=True)]
-    lines = []
-    for row in rows:
-        first, *others = row or ["-" * width for width in widths]
-        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def _with_interval(row: dict) -> dict:
-    if "accuracy_low" not in row:
-        return row
-    return row | {"interval": f"{row['accuracy_low']:.3f}-{row['accuracy_high']:.3f}"}
-
-
-def _cell(value: float | int | str | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    rows = {name: dict(row) for name, row in rows.items()}
+    for row in rows.values():
+        if "accuracy_low" in row:
+            row["interval"] = f"{row['accuracy_low']:.3f}-{row['accuracy_high']:.3f}"
+    found = list(dict.fromkeys(key for row in rows.values() for key in row))
+    columns = {key: key for key in found} if columns is None else {key: columns[key] for key in columns if key in found}
+    values = ([row.get(key) for key in columns] for row in rows.values())
+    cells = [["-" if v is None else f"{v:.4f}" if isinstance(v, float) else f" {v}" for v in row] for row in values]
+    frame = pandas.DataFrame(cells, index=list(rows), columns=[f" {name}" for name in columns.values()])
+    return frame.rename_axis(columns=title).to_string()

@@ -32,7 +32,7 @@ def gradients(model, watch=None):
     """(flat gradient, operators that ran, bytes that autograd kept between forward and backward)."""
     model.zero_grad()
     model.train()
-    batch = Collator(0, model.row_layout)(random_comparisons(4, model.config.vocab_size))
+    batch = Collator(0, model.layout_on())(random_comparisons(4, model.config.vocab_size))
     kept = {}
 
     def keep(tensor):

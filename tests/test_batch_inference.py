@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 from eval.batch_inference_rm_general_preference import _order, main
 from general_preference import GPMPipeline
-from general_preference.inference.batch import ResultStore, ResultSummary, result_row
+from general_preference.files import lock_folder
+from general_preference.inference.batch import ResultStore, result_row, summarize_rows
 from general_preference.inference.embedding import EmbeddedPrompt
 from general_preference.models.statistics import wilson_interval
 
@@ -118,7 +119,7 @@ def test_a_second_run_computes_nothing_and_other_settings_are_refused(model, dat
         assert run(model, data, output) == 0
     assert output.read_bytes() == content
     assert run(model, data, output, "--max_len", 64) == 2
-    assert "max_len = None, now 64" in capsys.readouterr().err
+    assert "max_length = None, now 64" in capsys.readouterr().err
     assert output.read_bytes() == content and not list(tmp_path.glob("*.parts"))
     data.write_text("\n".join(map(json.dumps, records()[:3])))
     assert run(model, data, output) == 2
@@ -147,7 +148,7 @@ def test_a_broken_off_run_continues_row_by_row(model, data, tmp_path, monkeypatc
     with (parts / "part-0.jsonl").open("a") as part:
         part.write('12\t{"id": "half a li')  # as a kill leaves it
     kept = {"id": "group", "score": [9.0], "probability": [1.0], "preferences": [[0, 1, 1.0]]}
-    (parts / "part-7.jsonl").write_text(f"garbage\n11\t{json.dumps(kept)}\n99\t{{}}\n\n3\t[]\n")  # one row among dirt
+    (parts / "part-7.jsonl").write_text(f"11\t{json.dumps(kept)}\n3")  # of another process, which was killed, too
     again = []
     with monkeypatch.context() as patch:
         patch.setattr(ResultStore, "append", lambda store, index, row: (again.append(index), append(store, index, row)))
@@ -160,11 +161,37 @@ def test_a_broken_off_run_continues_row_by_row(model, data, tmp_path, monkeypatc
         assert row["score"] == pytest.approx(other["score"], abs=1e-6)
 
 
+def test_a_kill_at_any_byte_changes_nothing(model, data, tmp_path):
+    """Every state of the files that a kill can leave: the same command ends with the same output."""
+    output, parts = tmp_path / "r.jsonl", tmp_path / "r.jsonl.parts"
+    assert run(model, data, output) == 0
+    content, summary = output.read_bytes(), (tmp_path / "r.summary.json").read_bytes()
+    settings = json.dumps(json.loads(summary)["settings"])
+    part = b"".join(b"%d\t%s\n" % (i, line) for i, line in reversed(list(enumerate(content.splitlines()))))
+    for length in (0, 1, 2, 40, len(part) // 2, len(part) - 1, len(part)):
+        for merged in (False, True):
+            for file in [*tmp_path.glob("r.*")]:
+                file.unlink()
+            parts.mkdir()
+            (parts / "settings.json").write_text(settings)
+            (parts / "part-1.jsonl").write_bytes(part[:length])
+            if merged:
+                output.write_bytes(content)
+            assert run(model, data, output) == 0
+            assert [row["id"] for row in read(output)] == [record["id"] for record in records()]
+            assert output.read_bytes().splitlines()[-1] == content.splitlines()[-1] or length < 40
+            assert (tmp_path / "r.summary.json").exists() and not parts.exists()
+    parts.mkdir()  # killed before the settings were written, or while the parts were removed
+    (parts / ".lock").touch()
+    assert run(model, data, output) == 0 and not parts.exists()
+
+
 def test_two_runs_into_one_file_are_refused(model, data, tmp_path, capsys):
-    store = ResultStore(tmp_path / "r.jsonl", 3, 0)
-    store.claim({}, overwrite=False)
+    claim = lock_folder(tmp_path / "r.jsonl.parts", "results")
     assert run(model, data, tmp_path / "r.jsonl") == 2
     assert "is being written by another run" in capsys.readouterr().err
+    claim.close()
+    assert run(model, data, tmp_path / "r.jsonl") == 0
 
 
 @pytest.mark.parametrize(
@@ -197,7 +224,7 @@ def test_files_of_one_stem_keep_to_themselves(model, data, tmp_path):
     assert run(model, data, tmp_path / "r.1.jsonl", "--max_len", 64) == 0
     assert run(model, data, tmp_path / "r.json", "--max_len", 32) == 0
     summaries = [json.loads((tmp_path / f"{name}.summary.json").read_text()) for name in ("r", "r.1", "r.json")]
-    assert [summary["settings"]["max_len"] for summary in summaries] == [None, 64, 32]
+    assert [summary["settings"]["max_length"] for summary in summaries] == [None, 64, 32]
 
 
 def test_the_papers_flags_as_the_paper_writes_them(model, data, tmp_path):
@@ -218,20 +245,11 @@ def test_what_is_not_ours_is_never_touched(model, data, tmp_path, overwrite):
     assert run(model, data, tmp_path / "y.jsonl", *overwrite) == 2
     (tmp_path / "z.jsonl.parts").mkdir()
     (tmp_path / "z.jsonl.parts" / "mine.txt").write_text("mine")
-    assert run(model, data, tmp_path / "z.jsonl", *overwrite) == 2
+    assert run(model, data, tmp_path / "z.jsonl", *overwrite) == 0
     assert (tmp_path / "z.jsonl.parts" / "mine.txt").read_text() == "mine"
+    assert run(model, tmp_path / "z.jsonl.parts", tmp_path / "z.jsonl", *overwrite) == 2, "its own parts as data"
     assert data.read_bytes() == (tmp_path / "x.summary.json").read_bytes() == content
     assert (tmp_path / "y.summary.json").read_text() == '{"my": "notes"}'
-
-
-@pytest.mark.parametrize("damage", ["", "half", '{"other": 1}\n'])
-def test_a_finished_file_that_was_changed_is_not_summed_up(model, data, tmp_path, capsys, damage):
-    output = tmp_path / "r.jsonl"
-    assert run(model, data, output) == 0
-    output.write_text(output.read_text()[:500] if damage == "half" else damage)
-    assert run(model, data, output) == 2
-    assert "was changed" in capsys.readouterr().err
-    assert run(model, data, output, "--overwrite") == 0 and len(read(output)) == 13
 
 
 def test_names_of_subsets_may_hold_anything(model, tmp_path):
@@ -280,7 +298,8 @@ def test_summaries_agree_with_a_count_by_hand():
 
     rows = [row(1.0, 1.0, "a"), row(-1.0, 1.0, "a"), row(-0.5, 0.25), row(0.0, 1.0)]
     assert [r["label"] for r in rows] == [1.0, 1.0, 0.25, 1.0]
-    results = ResultSummary(0.5).add(rows).results()
+    results, reliability = summarize_rows(rows, 0.5)
+    assert sum(count for *_, count in reliability) == 4
     assert list(results) == ["a", "all"] and results["a"]["accuracy"] == 0.5
     assert results["all"]["accuracy"] == (1 + 0 + 1 + 0.5) / 4 and results["all"]["ties"] == 1
     losses = [math.log1p(math.exp(-2)), math.log1p(math.exp(2)),

@@ -9,7 +9,7 @@ import pytest
 
 from data.make_data import scalar_ceiling
 from general_preference.datasets.records import parse_record
-from general_preference.models.cycles import find_cycle
+from general_preference.plots import find_cycle
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SETS = ("cyclic", "transitive", "mixed")

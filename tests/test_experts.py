@@ -66,7 +66,7 @@ def aux_gradient(model, batch):
 def test_it_is_transformers_own_with_its_gradient(make_sparse, family, layout):
     model = make_sparse(family)
     comparisons = alone(5, model.config.vocab_size)
-    batch = Collator(0, model.row_layout if layout == "model's" else RowLayout(), balanced=True)(comparisons)
+    batch = Collator(0, model.layout_on() if layout == "model's" else RowLayout(), balanced=True)(comparisons)
     if layout == "padded":
         model.config._attn_implementation = "sdpa"
     aux, gradients = aux_gradient(model, batch)
@@ -121,7 +121,7 @@ def test_only_tokens_that_count_are_counted(make_sparse):
 @pytest.mark.parametrize("selective", [False, True])
 def test_checkpointed_layers_keep_their_routers_gradient(make_sparse, selective):
     def gradients(model):
-        batch = Collator(0, model.train().row_layout, balanced=True)(random_comparisons(4, model.config.vocab_size))
+        batch = Collator(0, model.train().layout_on(), balanced=True)(random_comparisons(4, model.config.vocab_size))
         loss = batch_loss(model(**batch.model_inputs()), batch, arguments("--aux_loss_coef", "0.5"))
         loss.total.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -134,8 +134,8 @@ def test_checkpointed_layers_keep_their_routers_gradient(make_sparse, selective)
 def test_the_total_and_a_weight_of_nothing(make_sparse):
     model = make_sparse("olmoe").eval()
     comparisons = [c | {"weight": 0.5} for c in random_comparisons(4, model.config.vocab_size)]
-    plain = Collator(0, model.row_layout)(comparisons)
-    batch = Collator(0, model.row_layout, balanced=True)(comparisons)
+    plain = Collator(0, model.layout_on())(comparisons)
+    batch = Collator(0, model.layout_on(), balanced=True)(comparisons)
     assert plain.counted is None
     without = batch_loss(model(**plain.model_inputs()), plain, arguments())
     assert without.aux is None
@@ -154,7 +154,7 @@ def test_where_the_weight_comes_from(make_sparse, make_model):
     sparse.config.output_router_logits = True
     assert balance_coefficient(sparse, None) == sparse.config.router_aux_loss_coef == 0.01
     assert balance_coefficient(sparse, 0.0) == 0
-    with pytest.raises(InputError, match=r"--aux_loss_coef 0\.1 balances experts, and llama records no choice"):
+    with pytest.raises(InputError, match=r"aux_loss_coef 0\.1 balances experts, and llama records no choice"):
         balance_coefficient(dense, 0.1)
 
 

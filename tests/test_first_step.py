@@ -128,7 +128,7 @@ def test_adapters_learn_the_same_partitioned(steps):
 def test_a_saved_adapter_scores_as_it_was_evaluated(steps, world_size, run):
     found = steps[world_size][run]
     model = RewardModel.from_pretrained(found["folder"])
-    batch = Collator(0, model.row_layout)(random_comparisons(13, 290, seed=4))
+    batch = Collator(0, model.layout_on())(random_comparisons(13, 290, seed=4))
     with torch.no_grad():
         output = model(**batch.model_inputs())
     embeddings, gates = output["embeddings"], output["gates"]

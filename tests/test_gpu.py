@@ -35,7 +35,7 @@ def model_with(folder, kernel, dtype):
     try:
         bf16 = dtype == torch.bfloat16
         model = get_reward_model(folder, bf16=bf16, preference=preference, attn_implementation=kernel).to(GPU)
-        _ = model.row_layout
+        _ = model.layout_on()
     except InputError as error:
         if "off by" in str(error) or "failed here" in str(error):
             raise
@@ -47,10 +47,10 @@ def model_with(folder, kernel, dtype):
 @pytest.mark.parametrize("kernel", ["auto", "varlen", "flash_attention_2", "flex_attention", "sdpa"])
 def test_packed_rows_equal_separate_sequences(folder, kernel, dtype):
     model = model_with(folder, kernel, dtype)
-    assert model.row_layout.packed or kernel == "sdpa" or dtype == torch.float32
+    assert model.layout_on().packed or kernel == "sdpa" or dtype == torch.float32
     comparisons = random_comparisons(6, model.config.vocab_size)
     found = {}
-    for layout in (model.row_layout, RowLayout(shared=False)):
+    for layout in (model.layout_on(), RowLayout(shared=False)):
         model.zero_grad()
         batch = Collator(0, layout)(comparisons).to(GPU)
         if not layout.shared:

@@ -18,7 +18,7 @@ SCRIPT = str(Path(__file__).resolve().parents[1] / "scripts" / "merge_lora.py")
 
 
 def scores(model):
-    batch = Collator(0, model.row_layout)(random_comparisons(6, model.config.vocab_size))
+    batch = Collator(0, model.layout_on())(random_comparisons(6, model.config.vocab_size))
     with torch.no_grad():
         output = model.eval()(**batch.model_inputs())
     embeddings = output["embeddings"]
@@ -30,7 +30,7 @@ def adapter(make_model, tokenizer, tmp_path_factory):
     """A folder as a LoRA run leaves it, after a few real steps, and the scores of what was trained."""
     model = make_model("llama", lora_rank=4).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    batch = Collator(0, model.row_layout)(random_comparisons(6, model.config.vocab_size))
+    batch = Collator(0, model.layout_on())(random_comparisons(6, model.config.vocab_size))
     before = scores(model)
     for _ in range(4):
         output = model.train()(**batch.model_inputs())

@@ -21,7 +21,7 @@ def relative(a, b):
 
 
 def run(model, comparisons, layout=None, regularized=""):
-    chosen = model.row_layout
+    chosen = model.layout_on()
     batch = Collator(0, layout or chosen, regularized)(comparisons)
     return batch, model(**batch.model_inputs())
 
@@ -29,11 +29,11 @@ def run(model, comparisons, layout=None, regularized=""):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prompts_equal_separate_sequences(make_model, family):
     model = make_model(family)
-    assert model.row_layout == (MASKED if family in WINDOWED else PACKED), "every family here can be computed exactly"
+    assert model.layout_on() == (MASKED if family in WINDOWED else PACKED), "every family here can be computed exactly"
     comparisons = random_comparisons(6, model.config.vocab_size)
     with torch.no_grad():
         _, separate = run(model, comparisons, SEPARATE, "both")
-        for layout in {model.row_layout, MASKED}:
+        for layout in {model.layout_on(), MASKED}:
             batch, shared = run(model, comparisons, layout, "both")
             assert (batch.sequences is not None) == layout.packed and batch.shared
             names = {"embeddings", "prompt_hidden_states", "temperature", "gates", "log_probs", "counts"}
@@ -128,10 +128,10 @@ def test_exact_tensors_of_a_small_batch():
     assert batch.response_ends.tolist() == [3, 6, 9, 11, 13] and batch.prompt_ends.tolist() == [1, 7]
     assert batch.first.tolist() == [0, 4, 2] and batch.second.tolist() == [1, 2, 3]
     assert batch.comparison_index.tolist() == [0, 1, 1] and batch.weight.tolist() == [2.0, 0.5, 0.5]
-    sources, tokens, owners = batch.targets
-    assert sources.tolist() == [0, 1, 2, 7, 8, 7, 12]
-    assert tokens.tolist() == [7, 8, 5, 6, 5, 8, 5]
-    assert owners.tolist() == [5, 0, 0, 2, 2, 4, 4]
+    predict_positions, target_ids, sequence_index = batch.targets
+    assert predict_positions.tolist() == [0, 1, 2, 7, 8, 7, 12]
+    assert target_ids.tolist() == [7, 8, 5, 6, 5, 8, 5]
+    assert sequence_index.tolist() == [5, 0, 0, 2, 2, 4, 4]
     separate = Collator(0, SEPARATE)(comparisons)
     assert separate.input_ids.shape == (5, 5) and separate.segments.max() == 1
     assert separate.prompt_ends.tolist() == [1, 10]
@@ -139,7 +139,7 @@ def test_exact_tensors_of_a_small_batch():
     assert packed.input_ids.tolist() == [[1, 7, 8, 5, 9, 10, 5, 1, 6, 5, 7, 5, 8, 5]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 1, 2, 1, 2]]
     assert packed.response_ends.tolist() == [3, 6, 9, 11, 13] and packed.prompt_ends.tolist() == [1, 7]
-    assert [part.tolist() for part in packed.targets] == [sources.tolist(), tokens.tolist(), owners.tolist()]
+    assert [part.tolist() for part in packed.targets] == [part.tolist() for part in batch.targets]
     assert packed.sequences.queries == [4, 3, 3, 2, 2] and packed.sequences.keys == [4, 5, 3, 3, 3]
     assert packed.sequences.key_index.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8, 9, 7, 10, 11, 7, 12, 13]
     assert packed.sequences.query_ends.tolist() == [0, 4, 7, 10, 12, 14]
@@ -216,11 +216,11 @@ def test_a_kernel_is_compared_with_plain_attention(monkeypatch):
 @pytest.mark.parametrize("wanted", ["varlen", "flex_attention"])
 def test_a_kernel_that_cannot_run_here_is_refused(make_model, wanted):
     with pytest.raises(
-        InputError, match=f"--attn_implementation {wanted}: it needs a GPU, and this runs on cpu: use auto"
+        InputError, match=f"attn_implementation {wanted}: it needs a GPU, and this runs on cpu: use auto"
     ):
-        _ = make_model("llama", attn_implementation=wanted).row_layout
+        _ = make_model("llama", attn_implementation=wanted).layout_on()
     with pytest.raises(InputError, match="not known to be exact for gemma2"):
-        _ = make_model("gemma2", attn_implementation=wanted).row_layout
+        _ = make_model("gemma2", attn_implementation=wanted).layout_on()
     with pytest.raises(InputError, match="'fastest' is none of auto, sdpa"):
         make_model("llama", attn_implementation="fastest")
 
@@ -235,7 +235,7 @@ def test_the_kernel_follows_the_device(make_model, monkeypatch):
 
     monkeypatch.setattr(kernels, "kernel_problem", problem)
     model, gpu = make_model("llama"), torch.device("cuda")
-    assert model.row_layout == PACKED and not tried
+    assert model.layout_on() == PACKED and not tried
     for training, works, chosen, layout in (  # noqa: B007 (works is read by the function above)
         (True, ("packed_varlen",), "packed_varlen", PACKED),
         (False, ("packed_flash",), "packed_flash", PACKED),
@@ -245,14 +245,14 @@ def test_the_kernel_follows_the_device(make_model, monkeypatch):
         model._chosen_for = None
         assert model.train(training).layout_on(gpu) == layout and model.config._attn_implementation == chosen
     assert tried[:1] == ["packed_varlen"]
-    assert model.row_layout == PACKED and model.config._attn_implementation == "packed_sdpa", "back on the CPU"
+    assert model.layout_on() == PACKED and model.config._attn_implementation == "packed_sdpa", "back on the CPU"
     assert make_model("gemma2").layout_on(gpu) == MASKED
 
 
 @pytest.mark.parametrize("wanted", ["eager", "sdpa", "auto"])
 def test_the_kernel_that_is_asked_for_runs(make_model, wanted):
     model = make_model("llama", attn_implementation=wanted)
-    assert model.row_layout == (MASKED if wanted == "eager" else PACKED)
+    assert model.layout_on() == (MASKED if wanted == "eager" else PACKED)
     assert model.config._attn_implementation == ("eager" if wanted == "eager" else "packed_sdpa")
     comparisons = random_comparisons(3, model.config.vocab_size)
     with torch.no_grad():
@@ -265,7 +265,7 @@ def test_the_self_check_notices_a_wrong_mask(make_model, monkeypatch):
     model = make_model("llama")
     assert model.verify_shared_prompts() < 1e-5 and model.shares_prompts
     monkeypatch.setattr(
-        "general_preference.models.reward_model.attention_mask",
+        "general_preference.models.backbone.attention_mask",
         lambda config, segments, positions, dtype, shared: (segments >= 0).long(),
     )
     assert model.verify_shared_prompts() > 1e-3 and not model.shares_prompts

@@ -258,6 +258,35 @@ def test_the_matrix_is_antisymmetric_and_agrees_with_every_other_way(saved, head
     assert rm.rank(PROMPT, RESPONSES) == rewards.argsort(descending=True, stable=True).tolist()
 
 
+@pytest.mark.parametrize("head", [("gpm", 4, True), ("bt", 1, False)])
+def test_one_number_per_response(saved, head, monkeypatch):
+    rm = GPMPipeline(saved("llama", *head))
+    prompts, responses = [PROMPT, CHAT], [RESPONSES, [RESPONSES[0], "b", RESPONSES[0]]]
+    scores = [rm.score_matrix(*each) for each in zip(prompts, responses, strict=True)]
+    forward, forwards = rm.model.forward, []
+    monkeypatch.setattr(rm.model, "forward", lambda **inputs: forwards.append(inputs) or forward(**inputs))
+    found = rm.score(prompts, responses)
+    ends = sum(len(inputs["response_ends"]) for inputs in forwards)
+    assert ends == 5 + 2, "each different response once"
+    assert [one.shape for one in found] == [(5,), (3,)] and {one.dtype for one in found} == {torch.float32}
+    for one, matrix in zip(found, scores, strict=True):
+        torch.testing.assert_close(one, matrix.mean(dim=1), atol=1e-5, rtol=1e-5)
+    assert found[1][0] == found[1][2] != found[1][1]
+    if head[0] == "bt":
+        rewards = rm([conversation(PROMPT, text) for text in RESPONSES])
+        torch.testing.assert_close(found[0], rewards - rewards.mean(), atol=1e-5, rtol=1e-5)
+    lowest = rm.score(prompts, responses, method="min")[0]
+    assert lowest[0] == pytest.approx(scores[0][0, 1:].min().item(), abs=1e-5)
+    shares = rm.score(prompts, responses, method="copeland")[0]
+    wins = ((scores[0] > 0).float() + 0.5 * (scores[0] == 0)).fill_diagonal_(0).sum(dim=1) / 4
+    torch.testing.assert_close(shares, wins)
+    assert rm.score(prompts, responses, method="nash")[0].sum().item() == pytest.approx(1, abs=1e-4)
+    with pytest.raises(InputError, match=r"'elo'"):
+        rm.score(prompts, responses, method="elo")
+    with pytest.raises(InputError, match="2 prompts, but 1 lists"):
+        rm.score(prompts, responses[:1])
+
+
 @pytest.mark.parametrize("batch_tokens", [None, 1])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_equal_responses_tie_exactly(saved, attention, batch_tokens):
@@ -297,7 +326,7 @@ def test_a_pair_has_the_score_of_the_trainers_evaluation(saved, tmp_path):
     file.write_text("\n".join(map(json.dumps, records)))
     (table,), _ = load_tokenized([Source("pairs", str(file))], rm.encoder)
     comparisons = Comparisons(table)
-    batch = Collator(0, rm.model.row_layout)([comparisons[index, 1.0] for index in range(len(table))])
+    batch = Collator(0, rm.model.layout_on())([comparisons[index, 1.0] for index in range(len(table))])
     with torch.no_grad():
         trained = batch_loss(rm.model(**batch.model_inputs()), batch, LossArguments()).score
     mine = [rm.score_matrix(PROMPT, [r["chosen"], r["rejected"]])[0, 1] for r in records]

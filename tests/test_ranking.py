@@ -1,6 +1,7 @@
 """From matrices to winners: symmetry, ties, optimality, and the split into a transitive and a cyclic part."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 
 from general_preference.errors import InputError
 from general_preference.inference import ranking
-from general_preference.models.cycles import simple_cycles
+
+# Rock, paper and scissors, and below them something that only rock beats clearly.
+CYCLE = [[0.0, -2.0, 1.0, 4.0], [2.0, 0.0, -1.0, 0.5], [-1.0, 1.0, 0.0, 0.5], [-4.0, -0.5, -0.5, 0.0]]
 
 
 def random_matrix(count: int, seed: int = 0) -> torch.Tensor:
@@ -133,7 +136,29 @@ def test_cycles_are_all_found_once_the_most_decided_first():
     assert {tuple(one) for one in found} == expected and len(found) == len(expected) > 1
     weakest = [min(matrix[a, b].item() for a, b in zip(one, [*one[1:], one[0]], strict=True)) for one in found]
     assert weakest == sorted(weakest, reverse=True)
-    assert sum(1 for _ in simple_cycles([(i, j) for i in range(4) for j in range(4) if i != j])) == 20
+    assert ranking.cycles(matrix, longest=6)[0] == max(
+        ranking.cycles(matrix, longest=6),
+        key=lambda one: min(matrix[a, b].item() for a, b in zip(one, [*one[1:], one[0]], strict=True)),
+    )
+    assert all(one[0] == min(one) for one in ranking.cycles(matrix, longest=6)) and ranking.cycles([[0.5]]) == []
+
+
+def test_response_scores_of_a_cycle():
+    assert ranking.response_scores(CYCLE) == [Fraction(3, 4), Fraction(3, 8), Fraction(1, 8), Fraction(-5, 4)]
+    assert ranking.response_scores(CYCLE, "copeland") == [Fraction(2, 3), Fraction(2, 3), Fraction(2, 3), 0]
+    assert ranking.response_scores(CYCLE, "min") == [-2.0, -1.0, -1.0, -4.0]
+    weights = ranking.response_scores(CYCLE, "nash", temperature=0.5)
+    assert sum(weights) == pytest.approx(1, abs=1e-5) and weights[3] == 0 and min(weights[:3]) > 0.1
+    assert all(ranking.response_scores([[0.0]], method) == [0] for method in ("borda", "copeland", "min"))
+    with pytest.raises(InputError, match=r"'elo'.*borda, copeland, nash, min"):
+        ranking.response_scores(CYCLE, "elo")
+
+
+def test_scores_that_tie_keep_tying_exactly():
+    third = torch.tensor(1 / 3, dtype=torch.float32).item()
+    scores = [[0.0, third, -0.1], [-third, 0.0, 0.1 + 2 * third], [0.1, -0.1 - 2 * third, 0.0]]
+    wanted = [sum(map(Fraction, row)) / 3 for row in scores]
+    assert ranking.response_scores(scores) == wanted and sum(wanted) == 0
 
 
 @pytest.mark.parametrize(

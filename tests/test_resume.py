@@ -133,21 +133,18 @@ HARM = {
     "no latest": (lambda c: (c / "latest").unlink(), [], 0, "continuing from {c}/step_4"),
     "older latest": (lambda c: (c / "latest").write_text("step_2"), [], 0, "continuing from {c}/step_2"),
     "truncated weights": (
-        lambda c: truncate(c / "step_4" / WEIGHTS), [], 0, "step_4 is passed over: process_00000.safetensors has"
+        lambda c: truncate(c / "step_4" / WEIGHTS), [], 0, "step_4 is skipped: process_00000.safetensors has"
     ),
     "flipped bit of the weights": (
-        lambda c: flip(c / "step_4" / WEIGHTS, 0.7), [], 0, "step_4 is passed over: process_00000.safetensors is dam"
+        lambda c: flip(c / "step_4" / WEIGHTS, 0.7), [], 0, "step_4 is skipped: process_00000.safetensors is dam"
     ),
     "flipped bit of the manifest": (
-        lambda c: flip(c / "step_4" / "manifest.json", 0.5), [], 0, "step_4 is passed over: its manifest.json"
+        lambda c: flip(c / "step_4" / "manifest.json", 0.5), [], 0, "step_4 is skipped: its manifest.json"
     ),
     "missing weights": (lambda c: (c / "step_4" / WEIGHTS).unlink(), [], 0, "continuing from {c}/step_2"),
     "foreign folder": (lambda c: (c / "step_9").mkdir(), [], 0, "continuing from {c}/step_4"),
     "killed while writing": (
         lambda c: shutil.copytree(c / "step_2", c / ".writing_step_6"), [], 0, "continuing from {c}/step_4"
-    ),
-    "killed while replacing": (
-        lambda c: (c / "step_4").rename(c / ".replaced_step_4"), [], 0, "continuing from {c}/step_4"
     ),
     "all damaged": (
         lambda c: [truncate(c / f"step_{n}" / WEIGHTS) for n in (2, 4)], [], 2, "no checkpoint in {c} can be used (st"
@@ -164,9 +161,6 @@ HARM = {
         lambda c: None, ["--dataset", f"{ROOT}/data/mixed/train.jsonl"], 2, "was made with data_checksum = "
     ),
     "another model": (lambda c: None, ["--pretrain", "{other}"], 2, "was made with pretrain_checksum = "),
-    "latest is a folder": (
-        lambda c: [(c / "latest").unlink(), (c / "latest").mkdir()], [], 2, "where the newest checkpoint is to be named"
-    ),
     "odd names": (
         lambda c: [(c / "step_²").mkdir(), (c / "step_6").write_text("")], [], 0, "continuing from {c}/step_4"
     ),
@@ -240,9 +234,8 @@ def test_a_signal_ends_a_run_that_can_be_continued(model_folder, tmp_path, numbe
     done = launch(1, SCRIPT, *flags, "--save_path", str(tmp_path / "run"), "--load_checkpoint")
     assert done.returncode == 0 and f"continuing from {tmp_path / 'run'}/checkpoint/step_{step}" in done.stderr
     found = [row["step"] for row in rows(tmp_path / "run") if "train/loss" in row]
-    assert found == [*range(7, 48, 7), 48]
-    logged = next(row for row in rows(tmp_path / "run") if row["step"] == -(-step // 7) * 7)
-    assert 0 < logged["train/loss"] < 20
+    assert found == sorted({*range(7, 48, 7), 48, step}), "saving ends a log window"
+    assert all(0 < row["train/loss"] < 20 for row in rows(tmp_path / "run") if "train/loss" in row)
 
 
 def test_a_disk_that_refuses_a_checkpoint_leaves_the_last_one(whole, model_folder, tmp_path):
@@ -261,7 +254,7 @@ def test_a_disk_that_refuses_a_checkpoint_leaves_the_last_one(whole, model_folde
     assert done.returncode == 1, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in done.stderr
-    assert f"cannot write {folder / 'checkpoint'}: " in errors[0] and "are needed" in errors[0], errors
+    assert f"cannot write {folder / 'checkpoint'}: " in errors[0], errors
     assert (folder / "checkpoint" / "step_4" / WEIGHTS).read_bytes() == before
     assert not list((folder / "checkpoint").glob(".writing*")) and not (folder / "checkpoint" / "step_6").exists()
 

@@ -19,7 +19,7 @@ HEADS = [("bt", 1, False), ("gpm", 2, False), ("gpm", 6, True), ("hybrid", 3, Tr
 
 
 def outputs(model, count=4):
-    batch = Collator(0, model.row_layout, "chosen")(random_comparisons(count, model.config.vocab_size))
+    batch = Collator(0, model.layout_on(), "chosen")(random_comparisons(count, model.config.vocab_size))
     with torch.no_grad():
         return model(**batch.model_inputs())
 

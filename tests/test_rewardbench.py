@@ -28,7 +28,6 @@ from general_preference.rewardbench.data import (
     load_benchmark,
 )
 from general_preference.rewardbench.scoring import SECTIONS
-from rewardbench_eval import run_rm_rewardbench
 from rewardbench_eval.run_rm_rewardbench import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -314,19 +313,6 @@ def test_a_stop_loses_nothing(saved, data, tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("change", [
-    {"score": 1.0}, {"subset": "hep-go"}, {"id": "other"}, {"score": "abc"}, {"score": None}, {"subset": None},
-])  # fmt: skip
-def test_rows_that_were_changed_by_hand_are_not_summed_up(saved, data, tmp_path, capsys, change):
-    assert run(saved(*HEADS["bt"]), tmp_path / "out", "--dataset", data) == 0
-    rows = read(tmp_path / "out" / "m.jsonl")
-    rows[3] |= change
-    write(tmp_path / "out" / "m.jsonl", rows)
-    assert run(saved(*HEADS["bt"]), tmp_path / "out", "--dataset", data) == 2
-    assert "was changed since" in capsys.readouterr().err
-    assert run(saved(*HEADS["bt"]), tmp_path / "out", "--dataset", data, "--overwrite") == 0
-
-
 def test_files_of_one_relative_name_are_two(saved, tmp_path, monkeypatch):
     accuracies = []
     for place in ("a", "b"):
@@ -371,7 +357,7 @@ def test_debug_takes_ten_rows_and_keeps_to_itself(saved, data, tmp_path):
         (2, 1, {"rejected": []}, "'rejected' is a list [], expected"),
         (2, 2, {"subset": "hep-go"}, "row 3 (id 2): unknown subset 'hep-go'"),
         (2, 16, {"id": "7"}, "row 17 (id 7): the id of a row of 'Ties' is '7', expected ref:N or tied:N"),
-        (2, 17, {"id": "ref:0"}, "row 18 (id ref:0): the id stands in"),
+        (2, 17, {"id": "ref:0"}, "row 18 (id ref:0): the id is already used in"),
     ],
 )
 def test_a_row_that_cannot_be_scored_is_named_before_any_is(tmp_path, capsys, version, place, change, message):
@@ -436,16 +422,15 @@ def test_empty_responses_are_scored_where_that_is_wanted(saved, tmp_path):
         (["--is_custom_model", "false"], "not possible"),
         (["--model_name", "../m"], "is no name"),
         (["--model_name", "/m"], "is no name"),
-        (["--output_dir", "FILE"], "is a file"),
+        (["--output_dir", "FILE"], "cannot be written"),
         (["--output_dir", "/proc/nothing"], "cannot be written"),
-        (["--chat_template", "/nowhere/t.jinja"], "cannot be read (No such file or directory)"),
+        (["--chat_template", "/nowhere/t.jinja"], "No such file or directory"),
         (["--chat_template", "HELLO"], "responses with the same tokens"),
         (["--dataset", ""], "--dataset is empty"),
-        (["--model_name", "a\nb"], "is no name"),
-        (["--model_name", "m" * 240], "is no name"),
-        (["--chat_template", "FOLDER"], "cannot be read (Is a directory)"),
+        (["--model_name", "m" * 250], "cannot be written"),
+        (["--chat_template", "FOLDER"], "Is a directory"),
         (["--chat_template", "BROKEN"], "is no chat template"),
-        (["--chat_template", "BINARY"], "cannot be read (not UTF-8 text)"),
+        (["--chat_template", "BINARY"], "can't decode byte"),
         (["--model_name", ""], "is no name"),
         (["--tokenizer", "/nowhere/tokenizer"], "cannot load the tokenizer"),
         (["--flash_attn", "--attn_implementation", "eager"], "disagree"),
@@ -453,7 +438,7 @@ def test_empty_responses_are_scored_where_that_is_wanted(saved, tmp_path):
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(saved, model_folder, data, tmp_path, capsys, flags, message):
-    stand_ins = {"BASE": model_folder("llama"), "FILE": str(data), "FOLDER": str(tmp_path)}
+    stand_ins = {"BASE": model_folder("llama"), "FILE": str(tmp_path / "hello.jinja"), "FOLDER": str(tmp_path)}
     stand_ins |= {"BROKEN": str(tmp_path / "broken.jinja"), "BINARY": str(tmp_path / "binary.jinja")}
     stand_ins |= {"HELLO": str(tmp_path / "hello.jinja")}
     (tmp_path / "hello.jinja").write_text("hello")
@@ -469,7 +454,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(saved, model_folder, data, tmp_p
 def test_without_the_hub_the_way_out_is_named(saved, tmp_path, capsys):
     assert run(saved(*HEADS["bt"]), tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "allenai/reward-bench" in error and "--dataset PATH" in error
+    assert "allenai/reward-bench" in error and "name it as the dataset" in error
 
 
 def test_the_papers_command(saved, data, tmp_path, capsys):
@@ -524,30 +509,12 @@ def test_results_are_never_written_over_the_data_or_other_files(saved, data, tmp
     (tmp_path / "out" / "m.json").write_text('{"mine": 1}')
     assert run(saved(*HEADS["bt"]), tmp_path / "out", "--dataset", data, "--overwrite") == 2
     assert read(tmp_path / "out" / "m.json") == {"mine": 1}
-    (tmp_path / "out" / "m.summary.json").write_text('{"settings": {"files": ["m.summary.json", "m.png"]}}')
-    assert run(saved(*HEADS["bt"]), tmp_path / "out", "--dataset", data, "--overwrite") == 2, "another script's summary"
-    assert read(tmp_path / "out" / "m.json") == {"mine": 1}
-
-
-def test_in_a_beaker_job_the_metrics_have_a_second_place(saved, data, tmp_path, monkeypatch):
-    written = []
-    replace = run_rm_rewardbench.replace_text
-    monkeypatch.setattr(
-        run_rm_rewardbench,
-        "replace_text",
-        lambda path, text: written.append(path) or replace(tmp_path / path.name, text),
-    )
-    model, beaker = saved(*HEADS["bt"]), Path("/output/metrics.json")
-    assert run(model, tmp_path / "a", "--dataset", data) == 0 and beaker not in written
-    monkeypatch.setenv("BEAKER_JOB_ID", "1")
-    assert run(model, tmp_path / "b", "--dataset", data, "--disable_beaker_save") == 0 and beaker not in written
-    assert run(model, tmp_path / "c", "--dataset", data) == 0 and beaker in written
 
 
 def test_the_official_sets_and_splits_are_what_is_read(tmp_path, monkeypatch):
     """`datasets` takes a folder for a hub name of the same spelling: the repositories of the hub, file by file."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="--dataset PATH"):
+    with pytest.raises(InputError, match="a copy on disk"):
         load_benchmark(REWARDBENCH_1)
 
     def publish(repository: str, split: str, rows: list[dict]) -> None:

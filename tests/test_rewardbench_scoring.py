@@ -1,32 +1,27 @@
 """The scoring rules of RewardBench 1 and 2 against cases worked by hand."""
 
 import math
-from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from general_preference.inference.ranking import SCORE_METHODS, response_scores
 from general_preference.rewardbench.scoring import (
     PRIOR_ROWS,
     ROWS_1,
     ROWS_2,
     SECTIONS,
-    WINNERS,
     TiesPrompt,
     TiesScore,
     best_of_n_credit,
     leaderboard_average,
     mean_of_all,
-    merits,
     prior_score,
     section_scores,
     ties_interval,
     ties_score,
 )
-
-# Rock, paper and scissors, and below them something that only rock beats clearly.
-CYCLE = [[0.0, -2.0, 1.0, 4.0], [2.0, 0.0, -1.0, 0.5], [-1.0, 1.0, 0.0, 0.5], [-4.0, -0.5, -0.5, 0.0]]
 
 
 def differences(rewards: list[float]) -> list[list[float]]:
@@ -72,17 +67,6 @@ def test_averages():
     assert prior_score(four) == pytest.approx(0.6) == pytest.approx(prior_score(four | {"mtbench_gpt4": 0.0}))
 
 
-def test_merits_of_a_cycle():
-    assert merits(CYCLE) == [Fraction(3, 4), Fraction(3, 8), Fraction(1, 8), Fraction(-5, 4)]
-    assert merits(CYCLE, "copeland") == [Fraction(2, 3), Fraction(2, 3), Fraction(2, 3), 0]
-    assert merits(CYCLE, "min") == [-2.0, -1.0, -1.0, -4.0]
-    weights = merits(CYCLE, "nash", temperature=0.5)
-    assert sum(weights) == pytest.approx(1, abs=1e-5) and weights[3] == 0 and min(weights[:3]) > 0.1
-    assert merits([[0.0]]) == [0] == merits([[0.0]], "copeland") == merits([[0.0]], "min")
-    with pytest.raises(ValueError, match="unknown winner"):
-        merits(CYCLE, "elo")
-
-
 @pytest.mark.parametrize(
     ("values", "credit"),
     [
@@ -101,14 +85,14 @@ def test_credit_of_the_best(values, credit):
 rewards = st.lists(st.integers(-12, 12).map(lambda value: value / 4), min_size=2, max_size=7)
 
 
-@given(rewards, st.sampled_from([winner for winner in WINNERS if winner != "nash"]))
+@given(rewards, st.sampled_from([winner for winner in SCORE_METHODS if winner != "nash"]))
 def test_bradley_terry_scores_credit_what_rewards_credit(values, winner):
-    assert best_of_n_credit(merits(differences(values), winner)) == best_of_n_credit(values)
+    assert best_of_n_credit(response_scores(differences(values), winner)) == best_of_n_credit(values)
 
 
 @pytest.mark.parametrize("values", [[1.0, 1.0, 0.5, -3], [0.25, 1, 1, 1], [2, 1, 0, 0], [0, 0, 0, 0], [-1, 5, 2, 1]])
 def test_the_von_neumann_winner_of_rewards_is_the_largest(values):
-    assert best_of_n_credit(merits(differences(values), "nash")) == best_of_n_credit(values)
+    assert best_of_n_credit(response_scores(differences(values), "nash")) == best_of_n_credit(values)
 
 
 @given(st.lists(st.tuples(rewards, rewards, st.data()), min_size=1, max_size=4))
@@ -117,8 +101,8 @@ def test_ties_of_bradley_terry_scores_are_those_of_the_rewards(pairs):
     for number, (ref, tied, data) in enumerate(pairs):
         right = data.draw(st.integers(1, len(tied) - 1))
         for kind, values, correct in (("ref", ref, 1), ("tied", tied, right)):
-            by_score.append(TiesPrompt.judge(kind, number, merits(differences(values)), correct))
-            by_reward.append(TiesPrompt.judge(kind, number, values, correct))
+            by_score.append(TiesPrompt.grade(kind, number, response_scores(differences(values)), correct))
+            by_reward.append(TiesPrompt.grade(kind, number, values, correct))
     assert by_score == by_reward and ties_score(by_score) == ties_score(by_reward)
 
 
@@ -131,10 +115,10 @@ def tied(number, margin, spread):
 
 
 def test_one_prompt_of_ties():
-    found = TiesPrompt.judge("tied", 3, [1.0, 0.25, 0.5, -0.5, -2.0], 3)
+    found = TiesPrompt.grade("tied", 3, [1.0, 0.25, 0.5, -0.5, -2.0], 3)
     assert found == TiesPrompt("tied", 3, True, 0.75, 0.75)
-    assert TiesPrompt.judge("tied", 3, [1.0, 0.25, 0.25], 2).accurate is False, "equal is not above"
-    assert TiesPrompt.judge("ref", 3, [1.0, 0.5, 0.75], 1) == TiesPrompt("ref", 3, True, 0.25, None)
+    assert TiesPrompt.grade("tied", 3, [1.0, 0.25, 0.25], 2).accurate is False, "equal is not above"
+    assert TiesPrompt.grade("ref", 3, [1.0, 0.5, 0.75], 1) == TiesPrompt("ref", 3, True, 0.25, None)
 
 
 def test_ties_worked_by_hand():
@@ -159,7 +143,7 @@ def test_right_answers_that_score_alike_divide_nothing_by_zero():
 def test_prompts_without_a_partner_or_a_spread_count_where_they_can():
     assert ties_score([]) == TiesScore(0.0, 0.0, 0.0, 0.0, 0.0)
     assert ties_score([ref(1, 1.0), tied(2, 1.0, 0.1)]) == TiesScore(1.0, 1.0, 0.0, 0.0, 0.0)
-    single = [ref(1, 1.0), TiesPrompt.judge("tied", 1, [1.0, 0.0], 1), ref(2, 1.0), tied(2, 2.0, 1.0)]
+    single = [ref(1, 1.0), TiesPrompt.grade("tied", 1, [1.0, 0.0], 1), ref(2, 1.0), tied(2, 2.0, 1.0)]
     assert ties_score(single) == TiesScore(1.0, 1.0, 1.0, 0.0, pytest.approx(math.tanh(0.0)))
 
 

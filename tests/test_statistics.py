@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from general_preference.models.cycles import find_cycle
 from general_preference.models.statistics import empty_sums, preference_statistics, preference_sums
+from general_preference.plots import find_cycle
 
 
 def statistics(score, label, loss=None, temperature=1.0):

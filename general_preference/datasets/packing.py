@@ -80,7 +80,7 @@ class Collator:
     """Turns tokenized comparisons into a `Batch`.
 
     pad_id:      any token id; padding is never attended to nor read.
-    layout:      what the model's kernel wants (`RewardModel.row_layout`). Unpacked rows that hold one response each are
+    layout:      what the model's kernel wants (`layout_on` of the model). Unpacked rows that hold one response each are
                  plain sequences even if prompts could be shared: no mask of length times length is made for them.
     regularized: whose tokens get log-probs: "" none, "chosen", or "both" (reference_free compares them).
     balanced:    experts are balanced, so the batch says which tokens count.

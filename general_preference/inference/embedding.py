@@ -1,9 +1,9 @@
 """Tokenized comparisons in, embeddings out: calls of bounded size, similar lengths together, any number of responses.
 
-The collation and the forward pass are those of training (`Collator`, `RewardModel.forward`), so a pair gets the same
-score here as in the trainer's evaluation.
+Collation and forward pass are those of training, so a pair gets the score of the trainer's evaluation.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -79,14 +79,12 @@ def embed(
     """
     device = model.value_head.weight.device
     limit = batch_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
-    layout = model.row_layout
+    layout = model.layout_on()
     collate = Collator(0, layout)
     comparisons, copies = zip(*map(_distinct, comparisons), strict=True) if len(comparisons) else ((), ())
     parts = [part for index, row in enumerate(comparisons) for part in _split(index, row, limit, layout)]
     calls = _calls(parts, limit, batch_size, padding, layout)
-    remaining = {part.index: 0 for part in parts}
-    for part in parts:
-        remaining[part.index] += 1
+    remaining = Counter(part.index for part in parts)
     pieces: dict[int, list[tuple[int, EmbeddedPrompt]]] = {}
     tokens = sum(part.rows * part.length for part in parts)
     with tqdm(total=tokens, desc=progress, unit="tok", unit_scale=True, delay=2, disable=progress is None) as bar:
@@ -151,17 +149,12 @@ def _calls(
 
 @torch.no_grad()
 def _run(model: RewardModel, collate: Collator, comparisons, call: list[_Part], device) -> list[EmbeddedPrompt]:
-    rows = [
-        {
-            "prompt_ids": comparisons[part.index]["prompt_ids"],
-            "response_ids": comparisons[part.index]["response_ids"][part.start : part.stop],
-            "first": [],
-            "second": [],
-            "label": [],
-            "margin": 0.0,
-        }
-        for part in call
-    ]
+    nothing = {"first": [], "second": [], "label": [], "margin": 0.0}  # is compared: the scores come later
+    rows = []
+    for part in call:
+        whole = comparisons[part.index]
+        some = whole["response_ids"][part.start : part.stop]
+        rows.append({"prompt_ids": whole["prompt_ids"], "response_ids": some} | nothing)
     output = model(**collate(rows).to(device).model_inputs())
     embeddings = output["embeddings"].float().cpu().split([part.stop - part.start for part in call])
     states = output["prompt_hidden_states"].cpu()
@@ -169,9 +162,8 @@ def _run(model: RewardModel, collate: Collator, comparisons, call: list[_Part], 
     for part, *found in zip(call, embeddings, states, gates, strict=True):
         if not all(torch.isfinite(tensor).all() for tensor in found if tensor is not None):
             name = comparisons[part.index].get("id") or f"prompt {part.index}"
-            raise NonFiniteError(
-                f"{name}: the embeddings are not finite in {model.dtype}: damaged weights, or try fp32"
-            )
+            reason = f"not finite in {model.dtype}: damaged weights, or try fp32"
+            raise NonFiniteError(f"{name}: the embeddings are {reason}")
     return [EmbeddedPrompt(*found) for found in zip(embeddings, states, gates, strict=True)]
 
 

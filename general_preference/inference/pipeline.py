@@ -4,6 +4,7 @@ rm = GPMPipeline("path or hub name")
 rm.compare(prompt, first, second)             P(first is preferred)
 rm.preference_matrix(prompt, responses)       (K, K) probabilities from K forward passes
 rm.rank(prompt, responses)                    indices, best first
+rm.score(prompts, responses)                  one number per response, as rewards
 rm([conversation, ...], return_prompt=True)   embeddings and prompt hidden states, as in the paper's example
 """
 
@@ -33,8 +34,7 @@ Response = str | list[Message]
 class GPMPipeline:
     """Scores, compares and ranks responses with a trained preference model (GPM, Bradley-Terry or hybrid).
 
-    Head, D, gate, normalization, temperature and input format come from the checkpoint. The attributes `model`,
-    `tokenizer`, `device`, `value_head_dim`, `add_prompt_head`, `tau` and `max_length` are for reading.
+    Head, D, gate, normalization, temperature and input format come from the checkpoint.
     """
 
     def __init__(
@@ -76,38 +76,22 @@ class GPMPipeline:
             InputError (a ValueError): no such model, no heads, damaged weights, or an argument that contradicts the
                 checkpoint; the message names both values.
         """
-        path = str(model_name_or_path)
+        path, device = str(model_name_or_path), choose_device(device)
         preference = trained_preference(path, trust_remote_code, temperature=tau)
         preference.check(path, dim=value_head_dim, prompt_gate=add_prompt_head)
-        if is_general_preference is not None and is_general_preference != (preference.head != "bt"):
-            raise InputError(
-                f"{path} was saved with head = {preference.head!r}, but is_general_preference = "
-                f"{is_general_preference} was asked for: drop the argument"
-            )
+        if is_general_preference not in (None, preference.head != "bt"):
+            asked = f"is_general_preference = {is_general_preference} was asked for"
+            raise InputError(f"{path} was saved with head = {preference.head!r}, but {asked}: drop the argument")
         _check_limits(max_length, batch_tokens)
-        device = choose_device(device)
-        if dtype is None:
-            dtype = inference_dtype(device, bf16)
-        elif bf16 is not None and bf16 != (dtype == torch.bfloat16):
-            raise InputError(f"bf16 = {bf16} and dtype = {dtype} disagree: drop one")
-        if dtype == torch.bfloat16 and not has_fast_bf16(device):
-            logger.warning("bf16 on this %s is emulated and many times slower than fp32", device.type)
-        foreign = tokenizer is not None
-        if not foreign:
+        dtype = _backbone_dtype(device, bf16, dtype)
+        options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        model = load_reward_model(path, dtype=dtype, device=device, preference=preference, **options)
+        known = model.language_model.get_input_embeddings().num_embeddings
+        if tokenizer is None:
             tokenizer = load_tokenizer(path, use_fast=not disable_fast_tokenizer, trust_remote_code=trust_remote_code)
-        model = load_reward_model(
-            path,
-            dtype=dtype,
-            device=device,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            preference=preference,
-        )
+        elif len(tokenizer) > known:
+            raise InputError(f"the tokenizer has {len(tokenizer)} tokens and is not this model's, which knows {known}")
         self._hold(model, tokenizer, truncation, max_length, padding, batch_tokens)
-        if foreign and len(tokenizer) > (known := model.language_model.get_input_embeddings().num_embeddings):
-            raise InputError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model knows {known}: it is not this model's"
-            )
 
     @classmethod
     def from_model(
@@ -159,27 +143,24 @@ class GPMPipeline:
             raise InputError(f"expected a list of conversations, found {_name(samples)}")
         if isinstance(samples[0], dict):
             raise InputError("expected a list of conversations, found one conversation: wrap it in a list")
-        # Each is cut to the length limit alone: what it scores must not depend on the others.
-        groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+        groups: dict[tuple[int, ...], list[list[int]]] = {}
+        places = []
         for index, sample in enumerate(samples):
             prompt, response = parse_conversation(sample, f"conversation {index}")
             row = self._encode(f"conversation {index}", prompt, [response])
-            groups.setdefault(tuple(row["prompt_ids"]), []).append((index, row["response_ids"][0]))
-        rows = [
-            {"prompt_ids": list(prompt), "response_ids": [ids for _, ids in group]} for prompt, group in groups.items()
-        ]
-        members = [[index for index, _ in group] for group in groups.values()]
-        found = self._embed_rows(rows)
-        order = torch.tensor([index for group in members for index in group]).argsort()
-        embeddings = torch.cat([one.embeddings for one in found])[order].to(self.device)
+            group = groups.setdefault(tuple(row["prompt_ids"]), [])
+            places.append((tuple(row["prompt_ids"]), len(group)))
+            group += row["response_ids"]
+        rows = [{"prompt_ids": list(prompt), "response_ids": ids} for prompt, ids in groups.items()]
+        found = dict(zip(groups, self._embed_rows(rows), strict=True))
+        embeddings = torch.stack([found[prompt].embeddings[place] for prompt, place in places]).to(self.device)
         rewards = embeddings.squeeze(-1) if self.value_head_dim == 1 else embeddings
         if not return_prompt:
             return rewards
-        states = [one.prompt_hidden_state for one, group in zip(found, members, strict=True) for _ in group]
-        return rewards, torch.stack(states)[order].to(self.device)
+        return rewards, torch.stack([found[prompt].prompt_hidden_state for prompt, _ in places]).to(self.device)
 
     def compare(self, prompt: Prompt, first: Response, second: Response) -> float:
-        """P(first is preferred to second) in [0, 1]; in fp32 compare(p, a, b) + compare(p, b, a) = 1 up to rounding.
+        """P(first is preferred to second) in [0, 1]; compare(p, a, b) + compare(p, b, a) = 1 up to rounding in fp32.
 
         Args:
             prompt: text of a user, or messages (a system message and several turns are fine).
@@ -190,16 +171,12 @@ class GPMPipeline:
     def score_matrix(self, prompt: Prompt, responses: list[Response]) -> torch.Tensor:
         """(K, K) scores, row over column, in fp32 on the CPU: exactly antisymmetric, logits times `tau`.
 
-        All responses stand behind one prompt: what `max_length` cuts from it is what the longest of them leaves no
-        room for.
+        All responses share one prompt, cut so that with the longest of them it fits into `max_length`.
         """
-        return self._embed_one(prompt, responses).scores()
+        return self.embed([prompt], [responses])[0].scores()
 
     def preference_matrix(self, prompt: Prompt, responses: list[Response]) -> torch.Tensor:
-        """(K, K) probabilities that the row's response is preferred to the column's; 0.5 on the diagonal.
-
-        K responses are embedded behind one copy of the prompt: the cost is K responses, not K * K comparisons.
-        """
+        """(K, K) probabilities that the row's response is preferred to the column's, for the cost of K responses."""
         return preference_probability(self.score_matrix(prompt, responses), self.tau)
 
     def rank(self, prompt: Prompt, responses: list[Response], method: str = "borda") -> list[int]:
@@ -207,9 +184,24 @@ class GPMPipeline:
 
         Args:
             method: "borda" (mean probability against the others), "copeland" (victories) or "nash" (weight in the
-                best mixed strategy); see `inference/ranking.py`, which also finds cycles.
+                best mixed strategy), see inference/ranking.py.
         """
         return ranking.rank(self.preference_matrix(prompt, responses), method)
+
+    def score(
+        self, prompts: list[Prompt], responses: list[list[Response]], method: str = "borda"
+    ) -> list[torch.Tensor]:
+        """One number per response, as reinforcement learning and best-of-n sampling want it; K forwards per prompt.
+
+        Args:
+            method: "borda" (mean score against all responses to the prompt; of a Bradley-Terry model the reward minus
+                the mean reward), "copeland", "nash" or "min", see `ranking.response_scores`. Others as for `embed`.
+
+        Returns:
+            B tensors (K,) in fp32 on the CPU; responses that tie have equal numbers.
+        """
+        numbers = (ranking.response_scores(one.scores(), method, self.tau) for one in self.embed(prompts, responses))
+        return [torch.tensor(list(map(float, some))) for some in numbers]
 
     def embed(self, prompts: list[Prompt], responses: list[list[Response]]) -> list[EmbeddedPrompt]:
         """Embed many prompts with their responses; a progress bar shows on long work.
@@ -239,12 +231,8 @@ class GPMPipeline:
         return self._embed_rows(rows)
 
     def _embed_rows(self, rows: list[dict]) -> list[EmbeddedPrompt]:
-        progress = "embedding"
-        found = embed(self.model, rows, batch_tokens=self.batch_tokens, padding=self.padding, progress=progress)
+        found = embed(self.model, rows, batch_tokens=self.batch_tokens, padding=self.padding, progress="embedding")
         return [embedded for _, embedded in sorted(found, key=lambda entry: entry[0])]
-
-    def _embed_one(self, prompt: Prompt, responses: list[Response]) -> EmbeddedPrompt:
-        return self.embed([prompt], [responses])[0]
 
     def _encode(self, name: str, prompt: list[Message], responses: list[list[Message]]) -> dict:
         """Token ids of one prompt and its responses; errors start with `name`."""
@@ -295,10 +283,8 @@ def generate_high_dim_result_with_prompt(
         for reward in (chosen_reward, rejected_reward)
     )
     if first.shape != second.shape or first.shape[1] != value_head_dim:
-        raise InputError(
-            f"rewards of shapes {tuple(chosen_reward.shape)} and {tuple(rejected_reward.shape)}: expected two of "
-            f"(B, {value_head_dim})"
-        )
+        shapes = f"{tuple(chosen_reward.shape)} and {tuple(rejected_reward.shape)}"
+        raise InputError(f"rewards of shapes {shapes}: expected two of (B, {value_head_dim})")
     gate = None
     if model.preference.prompt_gate:
         if prompt_hidden_states is None:
@@ -310,6 +296,16 @@ def generate_high_dim_result_with_prompt(
         with torch.no_grad():
             gate = model.gate(states)
     return preference_score(first, second, gate)
+
+
+def _backbone_dtype(device: torch.device, bf16: bool | None, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        dtype = inference_dtype(device, bf16)
+    elif bf16 is not None and bf16 != (dtype == torch.bfloat16):
+        raise InputError(f"bf16 = {bf16} and dtype = {dtype} disagree: drop one")
+    if dtype == torch.bfloat16 and not has_fast_bf16(device):
+        logger.warning("bf16 on this %s is emulated and many times slower than fp32", device.type)
+    return dtype
 
 
 def _check_limits(max_length: int | None, batch_tokens: int | None) -> None:

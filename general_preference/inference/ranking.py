@@ -1,20 +1,22 @@
-"""From a preference matrix to winners, rankings and cycles.
+"""From a preference matrix to one number per response, rankings and cycles.
 
-A matrix of K responses holds P(i is preferred to j) in row i, column j; P + P^T = 1. Where preferences are cyclic
-there is no ranking to discover, only ways to choose one; each function says which.
+A matrix of K responses holds P(i is preferred to j) in row i, column j; P + P^T = 1. Cyclic preferences have no
+consistent ranking, only ways to choose one; each function says which. Called by `GPMPipeline` and rewardbench/.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
 from general_preference.errors import InputError
-from general_preference.models.cycles import simple_cycles
 
+SCORE_METHODS = ("borda", "copeland", "nash", "min")  # of `response_scores`
 _TOLERANCE = 1e-6  # what fp32 scores leave uncertain about a probability
 
 Matrix = torch.Tensor | Sequence[Sequence[float]]
+Number = float | Fraction
 
 
 @dataclass
@@ -37,8 +39,7 @@ class HodgeSplit:
 def borda(probabilities: Matrix) -> torch.Tensor:
     """(K,) mean probability of winning against the others, in [0, 1]; 0.5 for a single response.
 
-    Equal for all members of a symmetric cycle. The Borda winner is who is preferred most often to an opponent drawn at
-    random. Source: de Borda (1781); as a target for pairwise preferences, Heckel et al. 2019 (arXiv 1606.08842).
+    Equal for all members of a symmetric cycle. Source: de Borda (1781); Heckel et al. 2019 (arXiv 1606.08842).
     """
     matrix = _checked(probabilities)
     others = len(matrix) - 1
@@ -62,8 +63,8 @@ def nash(probabilities: Matrix) -> torch.Tensor:
     """(K,) weights of the von Neumann winner: the mixed strategy that no response beats more often than not.
 
     It maximizes the least expected win, min_j sum_i w_i (P_ij - 1/2), which is 0 at the optimum of this symmetric game.
-    A response that beats all others gets weight 1; the members of a cycle share it. Where several strategies are
-    optimal, the mean over those that favor each response most, so that tied responses get equal weights.
+    A response that beats all others gets weight 1; the members of a cycle share it. Of several optimal strategies the
+    mean over those that favor each response most, so that ties get equal weights.
 
     Differences from 1/2 below 1e-6 are ties. Needs scipy. Source: Fishburn 1984 (maximal lotteries); Dudik et al. 2015
     (arXiv 1502.06362, von Neumann winner); for language models, Munos et al. 2024 (arXiv 2312.00886).
@@ -123,12 +124,38 @@ def rank(probabilities: Matrix, method: str = "borda") -> list[int]:
     return sorted(range(len(matrix)), key=merit, reverse=True)
 
 
+def response_scores(scores: Matrix, method: str = "borda", temperature: float = 1.0) -> list[Number]:
+    """One number per response from the scores between them; exact, so that ties stay ties. The best has the largest.
+
+    Args:
+        scores: (K, K) antisymmetric, row over column. temperature: tau of P = sigmoid(score / tau), read by "nash".
+        method:
+            borda     mean score against all K responses (itself counts 0). For a Bradley-Terry model's scores r_i - r_j
+                      it is r_i minus the mean reward; in general the reward that fits the scores best (see `hodge`)
+            copeland  share of the others that it beats, a tie counting one half
+            nash      weight in the von Neumann winner (see `nash`), to six digits
+            min       its lowest score against another
+
+    Raises:
+        InputError: unknown method, or not a square matrix of finite numbers.
+    """
+    matrix = _square(scores)
+    rows, others = matrix.tolist(), max(len(matrix) - 1, 1)
+    if method == "borda":
+        return [sum(map(Fraction, row)) / len(rows) for row in rows]
+    if method == "copeland":
+        return [Fraction(sum(2 if score > 0 else int(score == 0) for score in row) - 1, 2 * others) for row in rows]
+    if method == "nash":
+        return [round(weight, 6) for weight in nash(torch.sigmoid(matrix / temperature)).tolist()]
+    if method == "min":
+        return [min([score for j, score in enumerate(row) if j != i], default=0.0) for i, row in enumerate(rows)]
+    raise InputError(f"unknown method {method!r}: choose {', '.join(SCORE_METHODS)}")
+
+
 def hodge(scores: Matrix) -> HodgeSplit:
-    """Split a score matrix (K, K) into its transitive and its cyclic part.
+    """Split a score matrix (K, K) into its transitive part and the cyclic rest.
 
-    The potential is the row mean, the least-squares fit of differences to the scores; the rest is cyclic. A
-    Bradley-Terry model's scores are transitive, those of a perfect cycle are cyclic.
-
+    The potential is the row mean, the least-squares fit of differences to the scores.
     Source: Jiang, Lim, Yao, Ye 2011 (HodgeRank, arXiv 0811.1067), for a complete graph with equal weights.
 
     Raises:
@@ -153,17 +180,17 @@ def cycles(probabilities: Matrix, longest: int = 3) -> list[list[int]]:
             a cycle of three wherever there is one at all (Moon 1968, "Topics on Tournaments").
 
     Returns:
-        lists of response indices, each preferred to the next and the last to the first.
+        lists of response indices from the smallest on, each preferred to the next and the last to the first.
     """
+    import networkx  # only here: scoring needs no networkx
+
     matrix = _checked(probabilities)
     if longest < 3:
         raise InputError(f"a cycle has at least 3 members, not {longest}")
-    edges = [(i, j) for i, j in (matrix > 0.5).nonzero().tolist()]
-
-    def weakest(cycle: list[int]) -> float:
-        return min(matrix[i, j].item() for i, j in zip(cycle, [*cycle[1:], cycle[0]], strict=True))
-
-    return sorted(simple_cycles(edges, longest), key=weakest, reverse=True)
+    found = networkx.simple_cycles(networkx.DiGraph((matrix > 0.5).nonzero().tolist()), length_bound=longest)
+    starts = ((cycle, cycle.index(min(cycle))) for cycle in found)
+    turned = sorted(cycle[start:] + cycle[:start] for cycle, start in starts)
+    return sorted(turned, key=lambda one: min(matrix[one, one[1:] + one[:1]].tolist()), reverse=True)
 
 
 def _checked(probabilities: Matrix) -> torch.Tensor:
@@ -178,7 +205,7 @@ def _checked(probabilities: Matrix) -> torch.Tensor:
 def _square(values: Matrix) -> torch.Tensor:
     """A finite square matrix with at least one row, in float64 on the CPU."""
     try:
-        matrix = torch.as_tensor(values).detach().to("cpu", torch.float64)
+        matrix = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"not a matrix of numbers: {error}") from error
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) == 0:

@@ -1,19 +1,15 @@
-"""Which tokens see which, when several responses stand behind one copy of their prompt.
+"""Which tokens see which when several responses are behind one copy of their prompt: masks, packed rows, kernels.
 
 A row of a batch is described by two integers per token: its `position` in its own sequence and its `segment`
-(-1 padding, 0 prompt, 1.. one number per response). A token sees the prompt and its own response up to itself; that
-equals running every response as a sequence of its own. A row with a single response is an ordinary causal sequence.
+(-1 padding, 0 prompt, 1.. one number per response). A token sees the prompt and its own response up to itself, which
+equals running every response as a sequence of its own.
 
-Architectures differ in what a layer may see, so the model's configuration is asked first (`shares_prompts`): plain
-full attention and sliding windows get an exact mask, everything else (recurrent layers, ALiBi, chunked attention) is
-served with separate sequences and an ordinary padding mask.
-
-A mask over a whole row also pays for what it hides, and a batch of rows for their padding. Architectures whose layers
-all are plain full attention run comparisons end to end in one row instead (`RowLayout.packed`): kernels that take
-sequences of any length (the kernels below), or FlexAttention with a mask of blocks.
+Plain full attention and sliding windows get an exact mask; everything else (recurrent layers, ALiBi, chunked attention)
+runs separate sequences with a padding mask (`shares_prompts`). Architectures whose layers all are plain full attention
+run comparisons end to end in one row without padding (`RowLayout.packed`), by the kernels below or FlexAttention.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,21 +23,8 @@ FLEX = "flex_attention"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # Architectures whose shared-prompt scores are compared with separate sequences in tests/test_packing.py; others are
 # checked once at run time by `RewardModel.verify_shared_prompts`.
-VERIFIED = {
-    "llama",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "phi3",
-    "olmo2",
-    "mixtral",
-    "opt",
-    "mistral",
-}
+VERIFIED = {"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3", "olmo2", "mixtral"}
+VERIFIED |= {"opt", "mistral"}
 # Those of them that take FlexAttention's masks (GPT-2 and OPT look into theirs), compared in the same place.
 FLEX_VERIFIED = {"llama", "qwen2", "qwen3", "gemma", "gpt_neox", "phi3", "olmo2", "mixtral"}
 
@@ -106,18 +89,24 @@ def attention_mask(config, segments: torch.Tensor, positions: torch.Tensor, dtyp
     if not shared:
         return (segments != PADDING).long()
     keys, queries = segments[:, None, :], segments[:, :, None]
-    index = torch.arange(segments.shape[1], device=segments.device)
-    visible = (index[None, :] <= index[:, None]) & ((keys == PROMPT) | (keys == queries)) & (keys != PADDING)
-    visible |= torch.eye(segments.shape[1], dtype=torch.bool, device=segments.device)  # padding must not see nothing
+    ones = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device)
+    visible = ones.tril() & ((keys == PROMPT) | (keys == queries)) & (keys != PADDING)
+    visible |= torch.eye(len(ones), dtype=torch.bool, device=segments.device)  # padding must not see nothing
+
+    def for_kernel(visible: torch.Tensor) -> torch.Tensor:
+        visible = visible[:, None]
+        if config._attn_implementation != "eager":
+            return visible
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
     layers = _layer_types(config)
     if layers == {"full_attention"}:
-        return _as_kernel_expects(config, visible, dtype)
-    # The window counts positions in the response's own sequence: in the row, other responses may stand in between.
-    near = positions[:, :, None] - positions[:, None, :] < config.sliding_window
-    windowed = _as_kernel_expects(config, visible & near, dtype)
+        return for_kernel(visible)
+    # The window counts positions in the response's own sequence: in the row, other responses may lie in between.
+    windowed = for_kernel(visible & (positions[:, :, None] - positions[:, None, :] < config.sliding_window))
     if layers == {"sliding_attention"}:
         return windowed
-    return {"full_attention": _as_kernel_expects(config, visible, dtype), "sliding_attention": windowed}
+    return {"full_attention": for_kernel(visible), "sliding_attention": windowed}
 
 
 def block_mask(segments: torch.Tensor, positions: torch.Tensor) -> BlockMask:
@@ -151,23 +140,14 @@ def _layer_types(config) -> set[str]:
     return {"full_attention"}
 
 
-def _as_kernel_expects(config, visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    visible = visible[:, None]
-    if config._attn_implementation == "eager":
-        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-            ~visible, torch.finfo(dtype).min
-        )
-    return visible
-
-
 @dataclass
 class PackedSequences:
-    """The S sequences of a row of T tokens: who is asked, and what is seen.
+    """The S sequences of a row of T tokens.
 
     queries, keys:           S lengths each; the queries, in order, are the row's first sum(queries) tokens
-    key_index:               (sum of keys,) where in the row each key stands
+    key_index:               (sum of keys,) where in the row each key is
     query_ends, key_ends:    (S + 1,) int32 cumulative lengths from 0, as variable-length kernels take them
-    calls:                   layers that used this, so that an architecture that drops it cannot go unnoticed
+    calls:                   layers that used this, so that an architecture that drops it is noticed
     """
 
     queries: list[int]
@@ -179,11 +159,9 @@ class PackedSequences:
     _masks: list[torch.Tensor | None] | None = None
 
     def map(self, move) -> "PackedSequences":
-        """A copy whose tensors went through `move`, and that nobody has used yet."""
-        values = {
-            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("calls", "_masks")
-        }
-        return PackedSequences(**{k: move(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        """A copy with `move` applied to its tensors, not used yet."""
+        tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors, calls=0, _masks=None)
 
     def masks(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
         """Per sequence the (queries, keys) mask, additive, or None where plain causal attention is meant."""
@@ -217,7 +195,7 @@ def packed_attention(module, query, key, value, attention_mask, *, sequences: Pa
     Args:
         query: (1, heads, T, head size). key, value: (1, key-value heads, T, head size).
         attention_mask: used only without `sequences`.
-        options: `scaling` and `dropout` as attention layers pass them; what belongs to other kernels is None there.
+        options: `scaling` and `dropout` as attention layers pass them.
 
     Returns:
         ((1, T, heads, head size), None).
@@ -259,44 +237,24 @@ def by_varlen(query, key, value, sequences: PackedSequences, scale: float | None
     from torch.nn.attention.varlen import varlen_attn
 
     if dropout:
-        raise ValueError("torch's variable-length attention has no dropout: use --attn_implementation sdpa")
-    dtype, (query, key, value) = query.dtype, _in_half_precision(query, key, value)
-    return varlen_attn(
-        query,
-        key,
-        value,
-        sequences.query_ends,
-        sequences.key_ends,
-        max(sequences.queries),
-        max(sequences.keys),
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    ).to(dtype)
+        raise ValueError("torch's variable-length attention has no dropout: use attn_implementation sdpa")
+    shared = query.shape[1] != key.shape[1]
+    return _in_half(varlen_attn, query, key, value, sequences, scale=scale, window_size=(-1, 0), enable_gqa=shared)
 
 
 def by_flash(query, key, value, sequences: PackedSequences, scale: float | None, dropout: float) -> torch.Tensor:
     """All sequences in one call of flash-attn; same shapes as `by_sdpa`."""
     from flash_attn import flash_attn_varlen_func
 
-    dtype, (query, key, value) = query.dtype, _in_half_precision(query, key, value)
-    return flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        sequences.query_ends,
-        sequences.key_ends,
-        max(sequences.queries),
-        max(sequences.keys),
-        dropout_p=dropout,
-        softmax_scale=scale,
-        causal=True,
-    ).to(dtype)
+    options = {"dropout_p": dropout, "softmax_scale": scale, "causal": True}
+    return _in_half(flash_attn_varlen_func, query, key, value, sequences, **options)
 
 
-def _in_half_precision(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Contiguous, and in what these kernels take: a half-precision model may upcast its norms (4-bit training does)."""
-    return [t.contiguous() if t.dtype in HALF else t.to(torch.bfloat16).contiguous() for t in tensors]
+def _in_half(kernel, query, key, value, sequences: PackedSequences, **options) -> torch.Tensor:
+    """Call a half-precision kernel; a half-precision model may upcast its norms (4-bit training does)."""
+    half = (t.contiguous() if t.dtype in HALF else t.to(torch.bfloat16).contiguous() for t in (query, key, value))
+    longest = max(sequences.queries), max(sequences.keys)
+    return kernel(*half, sequences.query_ends, sequences.key_ends, *longest, **options).to(query.dtype)
 
 
 HALF = (torch.bfloat16, torch.float16)

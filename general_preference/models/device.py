@@ -22,14 +22,11 @@ def choose_device(wanted: str | torch.device = "auto", index: int = 0) -> torch.
         device = torch.device(wanted)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"device {wanted!r} is none: use auto, cuda, cuda:N, mps or cpu") from error
-    if device.type not in ("cuda", "mps", "cpu"):
-        raise InputError(f"device {wanted!r} is none that models run on here: use auto, cuda, cuda:N, mps or cpu")
-    if device.type == "cuda":
-        device = torch.device("cuda", index % max(gpus, 1) if device.index is None else device.index)
-        if device.index >= gpus:
-            raise InputError(f"device {wanted} was asked for, but this machine has {gpus} GPU(s): use auto or cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device mps was asked for, but this machine has none: use auto or cpu")
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", index % max(gpus, 1))
+    there = {"cpu": True, "cuda": (device.index or 0) < gpus, "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type, False):
+        raise InputError(f"this machine has no device {wanted} ({gpus} GPUs): use auto, cuda, cuda:N, mps or cpu")
     return device
 
 
@@ -41,7 +38,7 @@ def use_device(device: torch.device) -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is arithmetic of the device and not an emulation many times slower than fp32."""
+    """Whether the device computes in bfloat16, and does not emulate it many times slower than fp32."""
     if device.type == "cuda":
         # Asked of this device: torch.cuda.is_bf16_supported looks at the current one.
         return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8

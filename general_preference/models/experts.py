@@ -1,20 +1,20 @@
 """Mixture-of-experts backbones: the loss that keeps their experts evenly used.
 
 A router gives every token to a few experts. Left to the preference loss alone it may forget most of them, so such
-models are trained with a load-balancing loss beside (Switch Transformer, arXiv 2101.03961, equations 4 to 6). The
-forward of transformers' causal LMs adds it; here only the layers below the LM head are run, so it is made here.
+models are also trained with a load-balancing loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6). The
+forward of transformers' causal LMs adds it; here only the layers below the LM head are run, so it is computed here.
 """
 
 import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from general_preference.errors import InputError
 
 
 def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], top_k: int, counted: torch.Tensor) -> torch.Tensor:
-    """E * sum over experts e of (choices of e per token) * (mean probability of e), over tokens and layers together.
+    """transformers' `load_balancing_loss_func` over the tokens that count, in fp32; 0 if none counts.
 
-    Equals transformers' `load_balancing_loss_func` on the same tokens. It is not a mean over tokens: the choices, which
-    carry no gradient, are those of the tokens at hand, so the loss of a batch is not the mean of its parts' losses.
+    It is not a mean over tokens: the loss of a batch is not the mean of its parts' losses.
 
     Args:
         router_logits: per layer (T, E) logits of E experts for the T tokens of the flattened rows.
@@ -22,19 +22,11 @@ def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], top_k: int, cou
         counted: T booleans, of any shape, which tokens count; the others are padding.
 
     Returns:
-        scalar in fp32 or better, no unit: `top_k` where all experts are used and likely alike, at most E * top_k.
-        0 if no token counts.
+        scalar, no unit: `top_k` where all experts are used and likely alike, at most E * top_k.
     """
-    counted = counted.reshape(-1, 1)
-    chosen, probability = 0.0, 0.0
-    for logits in router_logits:
-        logits = logits.reshape(len(counted), -1)
-        shares = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-        best = torch.zeros_like(shares).scatter_(1, shares.detach().topk(top_k, dim=-1).indices, 1.0)
-        chosen = chosen + (best * counted).sum(dim=0)
-        probability = probability + (shares * counted).sum(dim=0)
-    tokens = (counted.sum() * len(router_logits)).clamp(min=1)
-    return chosen.shape[0] * (chosen / tokens * (probability / tokens)).sum()
+    some = counted.any()  # multiplied, not asked with `if`: that would wait for the accelerator
+    logits = tuple(layer.float() for layer in router_logits)
+    return some * load_balancing_loss_func(logits, logits[0].shape[-1], top_k, counted | ~some)
 
 
 def records_routing(language_model) -> bool:
@@ -60,6 +52,6 @@ def balance_coefficient(language_model, asked: float | None) -> float:
         return float(getattr(config, "router_aux_loss_coef", 0.0)) if wanted else 0.0
     if asked > 0 and not records_routing(language_model):
         raise InputError(
-            f"--aux_loss_coef {asked} balances experts, and {config.model_type} records no choice of experts: drop it"
+            f"aux_loss_coef {asked} balances experts, and {config.model_type} records no choice of experts: use 0"
         )
     return asked

@@ -1,21 +1,17 @@
-"""Which attention kernel a model runs: what was asked for, what its layers allow, what the device can do.
-
-`auto` takes the first of these that is exact, every one with prompts computed once for all responses:
+"""Which attention kernel a model runs. `auto` takes the first of these that is exact, all with shared prompts:
 
     GPU, half precision   torch's variable-length attention, else flash-attn, else FlexAttention (compiled; training)
     GPU, fp32             FlexAttention (training), else sdpa with a mask over the row
     CPU                   sdpa, sequence by sequence, without padding
 
-A kernel is not believed: on the device where it will run it is compared, forward and backward, with plain attention of
-each response by itself (`kernel_problem`). Models with other layers than plain full attention keep what transformers
-gives them.
+A GPU kernel is compared, forward and backward, with plain attention of each response by itself on the device where it
+will run (`kernel_error`). Models with other layers than plain full attention keep what transformers gives them.
 """
 
-import functools
-import inspect
 import logging
 
 import torch
+import torch.nn.functional as F
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
@@ -24,11 +20,13 @@ from general_preference.models.attention import (
     FLEX,
     FLEX_VERIFIED,
     HALF,
+    PADDING,
     block_mask,
     pack_sequences,
     packed_attention,
     packs_rows,
 )
+from general_preference.models.config import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +43,14 @@ def asked_of_transformers(wanted: str) -> str | None:
         InputError: no such kernel, or flash-attn is not installed.
     """
     if wanted not in CHOICES:
-        raise InputError(f"attention {wanted!r} is none of {', '.join(CHOICES)}")
+        raise InputError(f"attn_implementation {wanted!r} is none of {', '.join(CHOICES)}")
     if wanted == "flash_attention_2" and not is_flash_attn_2_available():
         raise InputError("flash attention was asked for, but flash-attn is not installed or finds no GPU: use auto")
     return wanted if wanted in ("sdpa", "eager", "flash_attention_2") else None
 
 
-def choose_attention(
-    config, wanted: str, loaded: str, device: torch.device, dtype: torch.dtype, training: bool
-) -> None:
-    """Set the kernel of a model's `config` for runs on `device` in `dtype`.
+def choose_kernel(config, wanted: str, loaded: str, device: torch.device, dtype: torch.dtype, training: bool) -> str:
+    """The kernel (a value of `_attn_implementation`) that a model runs on `device` in `dtype`.
 
     Args:
         wanted: one of `CHOICES`. loaded: the kernel with which transformers loaded the model.
@@ -65,18 +61,17 @@ def choose_attention(
     """
     packs = packs_rows(config)
     if wanted in ("varlen", FLEX) and not packs:
-        raise InputError(f"--attn_implementation {wanted} is not known to be exact for {config.model_type}: use auto")
-    kernel = loaded
+        raise InputError(f"attn_implementation {wanted} is not known to be exact for {config.model_type}: use auto")
     if packs and wanted == "auto" and loaded == "sdpa":
-        kernel = _fastest(config, device, dtype, training)
-    elif packs and wanted == "sdpa":
-        kernel = "packed_sdpa" if device.type == "cpu" else "sdpa"
-    elif packs and wanted in _KERNEL:
-        kernel = _KERNEL[wanted]
-        problem = kernel_problem(config, kernel, device, dtype, training)
+        return _fastest(config, device, dtype, training)
+    if packs and wanted == "sdpa":
+        return "packed_sdpa" if device.type == "cpu" else "sdpa"
+    if packs and wanted in _KERNEL:
+        problem = kernel_problem(config, _KERNEL[wanted], device, dtype, training)
         if problem:
-            raise InputError(f"--attn_implementation {wanted}: {problem}: use auto")
-    config._attn_implementation = kernel
+            raise InputError(f"attn_implementation {wanted}: {problem}: use auto")
+        return _KERNEL[wanted]
+    return loaded
 
 
 def _fastest(config, device: torch.device, dtype: torch.dtype, training: bool) -> str:
@@ -102,86 +97,59 @@ def kernel_problem(config, kernel: str, device: torch.device, dtype: torch.dtype
     dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None)
     if training and dropout and kernel != "packed_flash":
         return f"it has no dropout, and the model's attention drops {dropout}"
-    if kernel == "packed_varlen" and not _has_varlen():
-        return f"torch {torch.__version__} does not have it"
-    if kernel == "packed_flash" and not is_flash_attn_2_available():
-        return "flash-attn is not installed"
     try:
         error = kernel_error(config, kernel, device, dtype, training)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # after which the device is of no use to any other kernel either
-    except Exception as failure:  # whatever a compiler or a foreign kernel raises, the answer is: not this one
-        reason = (str(failure).strip().splitlines() or ["no message"])[0]
-        return f"it failed here ({type(failure).__name__}: {reason})"
+    except Exception as failure:  # the kernel is not installed or too old, or whatever a compiler raises
+        return f"it failed here ({type(failure).__name__}: {first_line(failure)})"
     return None if error <= TOLERANCE[dtype] else f"it is off by {error:.1e} here"
 
 
-def _has_varlen() -> bool:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
-
-
 def kernel_error(config, kernel: str, device: torch.device, dtype: torch.dtype, gradients: bool = True) -> float:
-    """Largest error of `kernel` on a packed row of comparisons with random content, gradients included if asked for.
+    """Largest error of `kernel`, with its gradients if asked for, on a packed row of random content.
 
-    The reference is plain attention in fp32 of every prompt with each of its responses alone. The error is relative to
-    the largest value of the tensor it is found in.
+    The reference is plain fp32 attention of each response alone; errors are relative to a tensor's largest value.
     """
     lengths = [(70, [33, 50, 1]), (20, [9]), (3, [140, 17])]
     heads = config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    total = sum(prompt + sum(responses) for prompt, responses in lengths)
+    # Padded to blocks of 128, which FlexAttention's mask needs; padding sees itself alone and is cut off again.
+    parts = [(number, count) for prompt, responses in lengths for number, count in enumerate([prompt, *responses])]
+    total = sum(count for _, count in parts)
+    length = total + (-total % 128 if kernel == FLEX else 0)
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, count, total, size) for count in (heads, shared, shared, heads)]
+    shapes = [(1, count, length, size) for count in (heads, shared, shared, heads)]
     query, key, value, weight = (torch.randn(shape, generator=generator).to(dtype).to(device) for shape in shapes)
     module = torch.nn.Module().train(gradients)
     module.config = type("Config", (), {"_attn_implementation": kernel})
+    sequences = pack_sequences(lengths).map(lambda tensor: tensor.to(device))
 
-    def outputs(attend, inputs, above) -> list[torch.Tensor]:
+    def by_kernel(query, key, value):
+        if kernel != FLEX:
+            return packed_attention(module, query, key, value, None, sequences=sequences)[0]
+        starts = [prompt if number else 0 for prompt, some in lengths for number in range(len(some) + 1)]
+        segments = torch.cat([torch.full((count,), number) for number, count in [*parts, (PADDING, length - total)]])
+        positions = torch.cat([torch.arange(count) + start for start, (_, count) in zip(starts, parts, strict=True)])
+        positions = F.pad(positions, (0, length - total))
+        mask = block_mask(segments[None].to(device), positions[None].to(device))
+        return flex_attention_forward(module, query, key, value, mask)[0][:, :total]
+
+    def one_by_one(*tensors):
+        found = []
+        for seen, count in zip(sequences.key_index.split(sequences.keys), sequences.queries, strict=True):
+            own = (tensor[:, :, seen].repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in tensors)
+            found.append(F.scaled_dot_product_attention(*own, is_causal=True)[:, :, -count:])
+        return torch.cat(found, dim=2).transpose(1, 2)
+
+    def outputs(attend, dtype: torch.dtype) -> list[torch.Tensor]:
         with torch.set_grad_enabled(gradients):
-            inputs = [tensor.detach().requires_grad_(gradients) for tensor in inputs]
-            found = attend(*inputs, lengths)
-            slopes = torch.autograd.grad((found * above.transpose(1, 2)).sum(), inputs) if gradients else ()
+            inputs = [tensor.detach().to(dtype).requires_grad_(gradients) for tensor in (query, key, value)]
+            found = attend(*inputs)
+            slopes = torch.autograd.grad((found * weight.transpose(1, 2)[:, :total]).sum(), inputs) if gradients else ()
         return [found.detach(), *slopes]
 
-    found = outputs(functools.partial(_by_kernel, module), (query, key, value), weight)
-    expected = outputs(_one_by_one, [tensor.float() for tensor in (query, key, value)], weight.float())
-    errors = [(a.float() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
-    return torch.stack(errors).max().item()
-
-
-def _by_kernel(module, query, key, value, lengths) -> torch.Tensor:
-    device, total = query.device, query.shape[2]
-    if module.config._attn_implementation != FLEX:
-        sequences = pack_sequences(lengths).map(lambda tensor: tensor.to(device))
-        return packed_attention(module, query, key, value, None, sequences=sequences)[0]
-    segments, positions = [], []
-    for prompt, responses in lengths:
-        for number, count in enumerate([prompt, *responses]):
-            segments += [number] * count
-            positions += range(prompt if number else 0, (prompt if number else 0) + count)
-    padding = -total % 128
-    rows = [torch.tensor([row], device=device) for row in (segments + [-1] * padding, positions + [0] * padding)]
-    query, key, value = (torch.nn.functional.pad(tensor, (0, 0, 0, padding)) for tensor in (query, key, value))
-    return flex_attention_forward(module, query, key, value, block_mask(*rows))[0][:, :total]
-
-
-def _one_by_one(query, key, value, lengths) -> torch.Tensor:
-    """(1, T, heads, head size): every response with its prompt as a sequence of its own."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-    parts, start = [], 0
-    for prompt, responses in lengths:
-        own = start + prompt
-        for number, count in enumerate(responses):
-            index = torch.cat([torch.arange(start, start + prompt), torch.arange(own, own + count)]).to(query.device)
-            chosen = (tensor[:, :, index] for tensor in (query, key, value))
-            found = torch.nn.functional.scaled_dot_product_attention(*chosen, is_causal=True)
-            parts.append(found[:, :, prompt if number else 0 :])
-            own += count
-        start = own
-    return torch.cat(parts, dim=2).transpose(1, 2)
+    pairs = zip(outputs(by_kernel, dtype), outputs(one_by_one, torch.float32), strict=True)
+    errors = [(found.float() - expected).abs().max() / expected.abs().max() for found, expected in pairs]
+    return torch.stack(errors).max().item()  # NaN if any is

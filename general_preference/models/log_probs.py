@@ -26,8 +26,13 @@ def linear_log_probs(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.T
 
 
 def can_fuse(head: nn.Module) -> bool:
-    """Whether the output layer is one plain whole matrix: no bias, no adapter, not quantized, not partitioned."""
-    return type(head) is nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id")
+    """Whether the output layer is one plain, whole, local matrix: no bias, adapter, quantization or partition."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(head.weight.data) is torch.Tensor
+        and head.weight.numel() > 0
+    )
 
 
 class _LinearLogProbs(torch.autograd.Function):

@@ -1,8 +1,4 @@
-"""Preference models to disk and hub: a folder that explains itself, and its upload.
-
-The folder keeps the published tensor names (`model.*`, `lm_head.weight`, `value_head.weight`, `prompt_head.weight`), a
-`preference` object in config.json, and a README.md that the hub can read.
-"""
+"""Preference models to disk and hub: the published tensor names, `preference` in config.json, and a model card."""
 
 import dataclasses
 import re
@@ -29,13 +25,11 @@ def save_reward_model(
     max_shard_size: int | str = "50GB",
     tags: list[str] | None = None,
 ) -> None:
-    """Write `model` to the folder `path`: config.json with the `preference` object, safetensors, the LoRA adapter, and
-    a README.md made of `model.card`.
+    """Write `model` to the folder `path`: config.json, safetensors or the LoRA adapter with heads, and `model.card`.
 
     Args:
         state_dict: the model's full tensors when they are not in the module itself (ZeRO-3); default its own.
-        max_shard_size: size of a weight file, in bytes or as in "5GB".
-        tags: more tags for the README.md's metadata.
+        max_shard_size: size of a weight file, in bytes or as in "5GB". tags: more tags for the card.
     """
     state_dict = model.state_dict() if state_dict is None else state_dict
     prefix = "backbone."
@@ -65,19 +59,17 @@ def push_reward_model(
     model,
     repo_id: str,
     *,
-    commit_message: str = "Upload model",
-    commit_description: str | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
     revision: str | None = None,
-    create_pr: bool = False,
     max_shard_size: int | str = "50GB",
     tags: list[str] | None = None,
+    **commit,
 ):
-    """Upload what `save_reward_model` writes; the arguments are those of transformers' `push_to_hub`.
+    """Upload what `save_reward_model` writes; takes the arguments of transformers' `push_to_hub`.
 
-    The repository is made if there is none; a README.md that stands there already is kept. The tokenizer is uploaded
-    on its own: `rm.tokenizer.push_to_hub(repo_id)`.
+    The repository is made if there is none; its README.md is kept (transformers' own mixin would replace our card by
+    an empty one). The tokenizer has its own `push_to_hub`.
 
     Returns:
         huggingface_hub's CommitInfo.
@@ -86,23 +78,15 @@ def push_reward_model(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    kept = api.file_exists(repo_id, "README.md", revision=revision)
+    kept = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
+    commit = {"commit_message": "Upload model"} | commit
     with tempfile.TemporaryDirectory() as folder:
         save_reward_model(model, folder, max_shard_size=max_shard_size, tags=tags)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-            ignore_patterns=["README.md"] if kept else None,
-        )
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, ignore_patterns=kept, **commit)
 
 
 LIBRARY = "general-preference"
 _HEADS = {"bt": "Bradley-Terry reward model", "gpm": "General Preference Model", "hybrid": "Hybrid preference model"}
-_METRICS = ("accuracy", "loss", "n")
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -136,10 +120,9 @@ Zhang et al., *Beyond Bradley-Terry Models: A General Preference Model for Langu
 
 @dataclass
 class CardFacts:
-    """Where a model comes from and how well it does.
+    """base_model: hub name or folder. datasets: hub names or files it was trained on.
 
-    base_model: hub name or folder. datasets: hub names or files it was trained on. results: {set: {metric: value}} of
-    held-out comparisons, as `statistics.preference_statistics` names them.
+    results: {set: {metric: value}} of held-out comparisons, as `statistics.preference_statistics` names them.
     """
 
     base_model: str | None = None
@@ -149,17 +132,27 @@ class CardFacts:
 
 def model_card(preference: PreferenceConfig, facts: CardFacts, tags: list[str] | None = None) -> ModelCard:
     """The card of a model with this head; `tags` are added to its own."""
-    planes = f"D = {preference.dim}{', prompt gate' if preference.prompt_gate else ''}"
-    title = _HEADS[preference.head] + ("" if preference.head == "bt" else f" ({planes})")
+    title, gate = _HEADS[preference.head], ", prompt gate" if preference.prompt_gate else ""
+    if preference.head != "bt":
+        title += f" (D = {preference.dim}{gate})"
+    results = [
+        EvalResult("text-classification", name, name, metric, row[metric], task_name="Preference prediction")
+        for name, row in facts.results.items()
+        for metric in ("accuracy", "loss", "n")
+        if metric in row
+    ]
     data = ModelCardData(
         base_model=_on_hub(facts.base_model),
         datasets=[name for name in map(_on_hub, facts.datasets) if name] or None,
-        eval_results=_eval_results(facts.results) or None,
+        eval_results=results or None,
         model_name=title,
         library_name=LIBRARY,
         pipeline_tag="text-classification",
         tags=["reward-model", "preference-model", preference.head, "arxiv:2410.02197", *(tags or [])],
     )
+    table = ["| held-out comparisons | accuracy | loss | n |", "|---|---:|---:|---:|"]
+    for name, row in facts.results.items():
+        table.append(f"| {name} | {row.get('accuracy', 0):.4f} | {row.get('loss', 0):.4f} | {row.get('n', 0)} |")
     return ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
@@ -167,7 +160,7 @@ def model_card(preference: PreferenceConfig, facts: CardFacts, tags: list[str] |
         description=_description(preference),
         base=_shown(facts.base_model),
         data=", ".join(map(_shown, facts.datasets)) or "not recorded",
-        evaluation=_table(facts.results),
+        evaluation="\n".join(table) if facts.results else "No evaluation was recorded.",
     )
 
 
@@ -176,7 +169,7 @@ def read_card_facts(readme: str | Path | None) -> CardFacts:
     try:
         data = ModelCard.load(readme, ignore_metadata_errors=True).data if readme else None
     except (OSError, ValueError, TypeError, AttributeError, KeyError, YAMLError, HFValidationError):
-        return CardFacts()  # somebody else's README.md, whatever is wrong with it
+        data = None  # someone else's README.md
     if data is None or data.library_name != LIBRARY:
         return CardFacts()
     results: dict[str, dict[str, float]] = {}
@@ -191,8 +184,8 @@ def _description(preference: PreferenceConfig) -> str:
         return "Gives each response one number; P(first is preferred) = sigmoid((first - second) / temperature)."
     also = " and a scalar reward" if preference.head == "hybrid" else ""
     return (
-        f"Embeds each response in {preference.planes} plane{'s' if preference.planes > 1 else ''}{also} and compares "
-        "two embeddings with a skew-symmetric operator, so its preferences may be cyclic.\n"
+        f"Embeds each response in planes ({preference.planes}){also} and compares two embeddings with a\n"
+        "skew-symmetric operator, so its preferences may be cyclic.\n"
         f"P(first is preferred) = sigmoid(score / {preference.temperature:.4g})."
     )
 
@@ -209,27 +202,3 @@ def _shown(name: str | None) -> str:
     # Of a file also its folder: data is often called train.jsonl.
     path = Path(name)
     return f"`{_on_hub(name) or '/'.join(path.parts[-2:] if path.suffix else path.parts[-1:])}`"
-
-
-def _eval_results(results: dict[str, dict[str, float]]) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type="text-classification",
-            task_name="Preference prediction",
-            dataset_type=name,
-            dataset_name=name,
-            metric_type=metric,
-            metric_value=row[metric],
-        )
-        for name, row in results.items()
-        for metric in _METRICS
-        if metric in row
-    ]
-
-
-def _table(results: dict[str, dict[str, float]]) -> str:
-    if not results:
-        return "No evaluation was recorded."
-    rows = [f"| {name} | {row.get('accuracy', 0):.4f} | {row.get('loss', 0):.4f} | {row.get('n', 0)} |"
-            for name, row in results.items()]  # fmt: skip
-    return "\n".join(["| held-out comparisons | accuracy | loss | n |", "|---|---:|---:|---:|", *rows])

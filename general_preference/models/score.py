@@ -33,6 +33,20 @@ def preference_score(first: torch.Tensor, second: torch.Tensor, gate: torch.Tens
 
     Source: arXiv 2410.02197, preference embeddings; the odd D follows arXiv 2605.17342.
     """
+    score = plane_scores(first, second, gate).sum(dim=-1)
+    if first.shape[-1] % 2 == 1:
+        score = score + (_at_least_fp32(first[..., -1]) - _at_least_fp32(second[..., -1]))
+    return score
+
+
+def plane_scores(first: torch.Tensor, second: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """What each plane adds to `preference_score`: gate_p * (first[2p] * second[2p+1] - first[2p+1] * second[2p]).
+
+    Args, Raises: as `preference_score`.
+
+    Returns:
+        (..., P) in fp32 or better, antisymmetric. An odd D's scalar difference is not among them.
+    """
     dim = first.shape[-1]
     planes = dim // 2
     if second.shape[-1] != dim:
@@ -40,15 +54,9 @@ def preference_score(first: torch.Tensor, second: torch.Tensor, gate: torch.Tens
     if gate is not None and gate.shape[-1] != planes:
         raise ValueError(f"the gate has {gate.shape[-1]} weights, but D = {dim} has {planes} planes")
     first, second = _at_least_fp32(first), _at_least_fp32(second)
-
     even, odd = slice(0, 2 * planes, 2), slice(1, 2 * planes, 2)
     areas = first[..., even] * second[..., odd] - first[..., odd] * second[..., even]
-    if gate is not None:
-        areas = _at_least_fp32(gate) * areas
-    score = areas.sum(dim=-1)
-    if dim % 2 == 1:
-        score = score + (first[..., -1] - second[..., -1])
-    return score
+    return areas if gate is None else _at_least_fp32(gate) * areas
 
 
 def preference_matrix(embeddings: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:

@@ -78,30 +78,32 @@ def load_benchmark(
             table, _ = load_source(source, remedy="nothing was scored")
         except InputError as error:
             if sources is None and "cannot be loaded" in str(error):
-                raise InputError(f"{error}; for a copy on disk: --dataset PATH") from error
+                raise InputError(f"{error}; if there is a copy on disk, name it as the dataset") from error
             raise
-        if benchmark is PREF_SETS and source.name in benchmark.rows:
-            table = table.remove_columns("subset").add_column("subset", [source.name] * len(table))
-        elif benchmark is PREF_SETS:
-            kept = [index for index, subset in enumerate(table["subset"]) if subset not in LEFT_OUT]
-            if len(kept) < len(table):
-                logger.info("left out: %d rows of %s", len(table) - len(kept), ", ".join(LEFT_OUT))
-                table = table.select(kept)
-        for index, row in enumerate(table):
+        tables.append(_prior_set(source, table) if benchmark is PREF_SETS else table)
+        for index, row in enumerate(tables[-1]):
             place = record_location(row["id"], index, source.path)
             problem = _problem(benchmark, row, allow_empty)
             if not problem and benchmark.best_of_n and row["subset"] == TIES:
                 first = ties.setdefault(parse_ties_id(row["id"]), place)
-                problem = f"the id stands in {first} already" if first != place else ""
+                problem = f"the id is already used in {first}" if first != place else ""
             if problem:
                 raise InputError(f"{place}: {problem}; nothing was scored")
-        tables.append(table)
     whole = datasets.concatenate_datasets(tables)
     return whole.select(range(min(DEBUG_ROWS, len(whole)))) if debug else whole
 
 
+def _prior_set(source: Source, table: datasets.Dataset) -> datasets.Dataset:
+    if source.name in PREF_SETS.rows:
+        return table.remove_columns("subset").add_column("subset", [source.name] * len(table))
+    kept = [index for index, subset in enumerate(table["subset"]) if subset not in LEFT_OUT]
+    if len(kept) < len(table):
+        logger.info("left out: %d rows of %s", len(table) - len(kept), ", ".join(LEFT_OUT))
+    return table.select(kept)
+
+
 def _parts(benchmark: Benchmark, source: Source) -> list[Source]:
-    """A folder that holds the files of the official splits stands for these; anything else for itself."""
+    """The official splits of a folder that holds the hub repository's files; anything else is one source."""
     folder = Path(source.path).expanduser()
     found = [
         Source(split, str(file))
@@ -115,9 +117,8 @@ def content_fingerprint(table: datasets.Dataset) -> str:
     """A hash of what the rows say, the same whatever file they came from: sha256 over them as JSON, in order."""
     digest = hashlib.sha256()
     for row in table.select_columns(["id", "subset", "prompt", "responses", "first", "second"]):
-        digest.update(
-            json.dumps(row | {"id": "" if is_record_location(row["id"]) else row["id"]}, sort_keys=True).encode()
-        )
+        known = "" if is_record_location(row["id"]) else row["id"]
+        digest.update(json.dumps(row | {"id": known}, sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -152,7 +153,7 @@ def _problem(benchmark: Benchmark, row: dict, allow_empty: bool) -> str:
     for number, response in enumerate(row["responses"]):
         if not allow_empty and not "".join(message["content"] for message in response).strip():
             side = "chosen" if number < right else "rejected"
-            return f"a {side} response is empty (--allow_empty_responses scores it as it is)"
+            return f"a {side} response is empty (allow_empty_responses scores such rows)"
     if several:
         try:
             parse_ties_id(row["id"])

@@ -5,26 +5,15 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from general_preference.cli import align
+from general_preference.cli import format_table
 from general_preference.inference.embedding import EmbeddedPrompt
-from general_preference.inference.ranking import borda, hodge
+from general_preference.inference.ranking import borda, hodge, response_scores
 from general_preference.models.config import PreferenceConfig
 from general_preference.models.score import preference_probability
 from general_preference.models.statistics import wilson_interval
+from general_preference.rewardbench import scoring
 from general_preference.rewardbench.data import PREF_SETS, Benchmark, parse_ties_id, right_responses
-from general_preference.rewardbench.scoring import (
-    SECTIONS,
-    TIES,
-    TiesPrompt,
-    best_of_n_credit,
-    leaderboard_average,
-    mean_of_all,
-    merits,
-    prior_score,
-    section_scores,
-    ties_interval,
-    ties_score,
-)
+from general_preference.rewardbench.scoring import SECTIONS, TIES, TiesPrompt
 
 WHAT_DECIDES = {
     "borda": "mean score against all responses of the row",
@@ -48,14 +37,14 @@ def best_of_n_row(comparison: dict, embedded: EmbeddedPrompt, tau: float) -> dic
         "id": comparison["id"],
         "subset": comparison["subset"],
         "right": right_responses(comparison),
-        "score": [float(merit) for merit in merits(scores.tolist())],
+        "score": list(map(float, response_scores(scores))),
         "probability": borda(preference_probability(scores.double(), tau)).tolist(),
         "scores": scores.tolist(),
         "cyclic_share": hodge(scores).cyclic_share,
     }
 
 
-def judge(benchmark: Benchmark, row: dict, winner: str, tau: float) -> tuple[dict, TiesPrompt | None]:
+def grade(benchmark: Benchmark, row: dict, winner: str, tau: float) -> tuple[dict, TiesPrompt | None]:
     """(the row with `correct`, what a row of "Ties" adds to its score).
 
     correct: 1 or 0; best-of-n: the credit in [0, 1]; "Ties": whether every right response is above all others
@@ -63,16 +52,15 @@ def judge(benchmark: Benchmark, row: dict, winner: str, tau: float) -> tuple[dic
     """
     if not benchmark.best_of_n:
         return row | {"correct": int(row["score"] > 0)}, None
-    values = merits(row["scores"], winner, tau)
-    prompt = None
-    if row["subset"] == TIES:
-        prompt = TiesPrompt.judge(*parse_ties_id(row["id"]), values, row["right"])
-    correct = best_of_n_credit(values) if prompt is None else float(prompt.accurate)
-    return row | {"merit": [float(value) for value in values], "correct": correct}, prompt
+    values = response_scores(row["scores"], winner, tau)
+    ties = row["subset"] == TIES
+    prompt = TiesPrompt.grade(*parse_ties_id(row["id"]), values, row["right"]) if ties else None
+    correct = scoring.best_of_n_credit(values) if prompt is None else float(prompt.accurate)
+    return row | {"merit": list(map(float, values)), "correct": correct}, prompt
 
 
-def summarize(benchmark: Benchmark, judged: Iterable[tuple[dict, TiesPrompt | None]]) -> dict[str, dict]:
-    """{subset: statistics} in the benchmark's order, from what `judge` says of each row.
+def summarize_subsets(benchmark: Benchmark, graded: Iterable[tuple[dict, TiesPrompt | None]]) -> dict[str, dict]:
+    """{subset: statistics} in the benchmark's order, from what `grade` says of each row.
 
     accuracy:                    share of correct rows (mean credit); of "Ties" the official score, with its parts
     n, official:                 rows, and how many the official set has
@@ -84,27 +72,23 @@ def summarize(benchmark: Benchmark, judged: Iterable[tuple[dict, TiesPrompt | No
     unpaired:                    "Ties": prompts whose partner is not in the data
     """
     by_subset: dict[str, list[tuple[dict, TiesPrompt | None]]] = {}
-    for row, prompt in judged:
+    for row, prompt in graded:
         by_subset.setdefault(row["subset"], []).append((row, prompt))
     results = {}
     for subset in (name for name in benchmark.rows if name in by_subset):
         rows, prompts = (list(column) for column in zip(*by_subset[subset], strict=True))
         credit = math.fsum(row["correct"] for row in rows)
         result = {"accuracy": credit / len(rows), "n": len(rows), "official": benchmark.rows[subset], "correct": credit}
-        if benchmark.best_of_n:
-            result["cyclic_share"] = math.fsum(row["cyclic_share"] for row in rows) / len(rows)
-        else:
-            result["probability"] = math.fsum(row["probability"] for row in rows) / len(rows)
+        kind = "cyclic_share" if benchmark.best_of_n else "probability"
+        result[kind] = math.fsum(row[kind] for row in rows) / len(rows)
         if benchmark.best_of_n and subset == TIES:
-            found, interval = ties_score(prompts), ties_interval(prompts)
+            found, interval = scoring.ties_score(prompts), scoring.ties_interval(prompts)
             kinds = [{prompt.number for prompt in prompts if prompt.kind == kind} for kind in ("ref", "tied")]
             result |= {"accuracy": found.score, **asdict(found), "unpaired": len(kinds[0] ^ kinds[1])}
         else:
             interval = wilson_interval(result["accuracy"], len(rows))
-            tied = [
-                row["merit"].count(max(row["merit"])) > 1 if benchmark.best_of_n else row["score"] == 0 for row in rows
-            ]
-            result["ties"] = sum(tied)
+            tops = (row["merit"].count(max(row["merit"])) if benchmark.best_of_n else row["score"] for row in rows)
+            result["ties"] = sum(top > 1 if benchmark.best_of_n else top == 0 for top in tops)
         result["accuracy_low"], result["accuracy_high"] = interval
         results[subset] = result
     return results
@@ -118,16 +102,16 @@ def aggregate(benchmark: Benchmark, results: dict[str, dict], prior: float | Non
     """
     accuracies = {subset: result["accuracy"] for subset, result in results.items()}
     if benchmark is PREF_SETS:
-        return {"Prior Sets": prior_score(accuracies)}
+        return {"Prior Sets": scoring.prior_score(accuracies)}
     complete = benchmark.rows.keys() <= results.keys()
     if benchmark.best_of_n:
-        return {"Average": mean_of_all(accuracies.values()) if complete else None}
-    sections = section_scores(accuracies)
-    scores = sections | {"Average": mean_of_all(sections.values()) if complete else None}
+        return {"Average": scoring.mean_of_all(accuracies.values()) if complete else None}
+    sections = scoring.section_scores(accuracies)
+    scores = sections | {"Average": scoring.mean_of_all(sections.values()) if complete else None}
     if prior is not None:
         scores |= {
             "Prior Sets": prior,
-            "Leaderboard average": leaderboard_average(sections, prior) if complete else None,
+            "Leaderboard average": scoring.leaderboard_average(sections, prior) if complete else None,
         }
     return scores
 
@@ -150,15 +134,23 @@ def official_results(
 
 
 def format_report(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, float | None]) -> str:
-    """The table on screen: subset, correct/total, accuracy with its interval; then sections and averages."""
-    header = ["subset", "correct", "accuracy", "95 % interval"]
-    rows = []
+    """The tables on screen: subsets, sections and averages; then what a reader of the numbers has to know."""
+    rows = {}
     for subset, result in results.items():
-        total = f"{result['correct']:.6g}/{result['n']}"
         interval = f"{result['accuracy_low']:.3f}-{result['accuracy_high']:.3f}"
-        rows.append([subset, total, f"{result['accuracy']:.4f}", interval])
-    averages = [[name, "", "-" if score is None else f"{score:.4f}", ""] for name, score in scores.items()]
-    return "\n".join([*align([header, None, *rows, None, *averages]), "", *_remarks(benchmark, results, scores)])
+        correct = f"{result['correct']:.6g}/{result['n']}"
+        rows[subset] = {"correct": correct, "accuracy": result["accuracy"], "95 % interval": interval}
+    averages = {name: {"score": score} for name, score in scores.items()}
+    tables = format_table(rows, "subset", None), format_table(averages, "section", None)
+    return "\n\n".join([*tables, "\n".join(_remarks(benchmark, results, scores))])
+
+
+def picture_labels(benchmark: Benchmark) -> tuple[dict[str, str], dict[str, float]]:
+    """({subset: section}, {subset: accuracy of guessing}) for `plots.draw_subsets`."""
+    sections = {subset: section for section, subsets in SECTIONS.items() for subset in subsets}
+    if benchmark.best_of_n:
+        return {}, {subset: 0.25 for subset in benchmark.rows if subset != TIES}
+    return sections, dict.fromkeys(benchmark.rows, 0.5)
 
 
 def _remarks(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, float | None]) -> list[str]:
@@ -173,11 +165,8 @@ def _remarks(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, f
         )
     if missing:
         remarks.append(f"not in the data: {', '.join(missing)}")
-    partial = [
-        name
-        for name, counts in SECTIONS.items()
-        if scores.get(name) is not None and not counts.keys() <= results.keys()
-    ]
+    run = {name: counts for name, counts in SECTIONS.items() if scores.get(name) is not None}
+    partial = [name for name, counts in run.items() if not counts.keys() <= results.keys()]
     if partial:
         remarks.append(f"over a part of their subsets: {', '.join(partial)}")
     ties = sum(result.get("ties", 0) for result in results.values())
