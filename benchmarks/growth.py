@@ -79,7 +79,7 @@ def make_step(arguments: argparse.Namespace, folder: Path, longest: int):
     """A function that trains on one list of comparisons, through the engine."""
     from general_preference.trainer.arguments import parse_arguments
     from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
-    from general_preference.trainer.trainer import batch_loss
+    from general_preference.trainer.objectives import batch_loss
     from scripts.train_rm_general_preference import make_model, resolve_preference
 
     make_tiny_model(
@@ -90,17 +90,17 @@ def make_step(arguments: argparse.Namespace, folder: Path, longest: int):
         f"--zero_stage={arguments.zero_stage}", f"--bf16={arguments.bf16}", "--is_general_preference",
         "--value_head_dim=6", "--add_prompt_head", f"--attn_implementation={arguments.attn_implementation}",
     ])  # fmt: skip
-    strategy = DeepSpeedEngine(flags.engine, flags.optimizer)
-    model = make_model(flags, resolve_preference(flags), strategy)
-    strategy.prepare(model, 10**6)
+    engine = DeepSpeedEngine(flags.engine, flags.optimizer)
+    model = make_model(flags, resolve_preference(flags), engine.config())
+    engine.prepare(model, 10**6)
     collate = Collator(0, model.layout_on())
 
     def step(comparisons: list[dict]) -> None:
-        strategy.train_mode(True)
-        batch = collate(comparisons).to(strategy.device)
-        losses = batch_loss(strategy.forward(**batch.model_inputs()), batch, flags.loss)
-        strategy.backward(losses.total)
-        strategy.step()
+        engine.train_mode(True)
+        batch = collate(comparisons).to(engine.device)
+        losses = batch_loss(engine.forward(**batch.model_inputs()), batch, flags.loss)
+        engine.backward(losses.total)
+        engine.step()
         losses.total.item()  # waits for the device
 
     return step

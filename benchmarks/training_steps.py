@@ -90,7 +90,7 @@ def load_table(arguments: argparse.Namespace):
 def run_this(arguments: argparse.Namespace) -> dict:
     """The trainer's own steps: data pipeline, engine, optimizer, metrics."""
     from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
-    from general_preference.trainer.metrics import Window
+    from general_preference.trainer.objectives import PreferenceObjective
     from general_preference.trainer.trainer import Trainer
     from scripts.train_rm_general_preference import make_model, resolve_preference
 
@@ -98,18 +98,18 @@ def run_this(arguments: argparse.Namespace) -> dict:
     flags = trainer_arguments(arguments)
     with tempfile.TemporaryDirectory() as folder:
         flags.output.save_path = folder
-        strategy = DeepSpeedEngine(flags.engine, flags.optimizer)
-        model = make_model(flags, resolve_preference(flags), strategy)
-        trainer = Trainer(flags, strategy, model, load_tokenizer(str(arguments.backbone)), table, {})
-        window, losses, began = Window(strategy, False), [], 0.0
-        for step in trainer.train_steps(window):
-            losses.append(window.reduce(flags)["train/loss"])
+        engine, tokenizer = DeepSpeedEngine(flags.engine, flags.optimizer), load_tokenizer(str(arguments.backbone))
+        model = make_model(flags, resolve_preference(flags), engine.config())
+        objective = PreferenceObjective(flags.loss, model, tokenizer, engine.device)
+        trainer = Trainer(flags, engine, model, tokenizer, objective, table, {})
+        batches, losses, began = trainer.batches(), [], 0.0
+        for step in range(1, WARM_UP + arguments.steps + 1):
+            trainer.train_step(batches)
+            losses.append(trainer.window.reduce()["train/loss"])
             if step == WARM_UP:
                 began = time.perf_counter()
-            if step == WARM_UP + arguments.steps:
-                break
         seconds = time.perf_counter() - began
-        strategy.close()
+        engine.context.close()
     return {"seconds": seconds, "losses": losses, "model": model, "table": table, "order": order}
 
 

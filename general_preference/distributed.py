@@ -1,48 +1,60 @@
-"""The processes of one run: ranks, and the few things they must agree on. No engine, no device.
+"""The processes of one run: ranks and the few collectives they need. No engine, no device.
 
-How they find each other stands in rendezvous.py. Training joins on its way to DeepSpeed (trainer/deepspeed_engine.py),
-everything else through `DistributedContext.join`.
+torchrun (scripts/launch.py) starts, watches and restarts processes and tells them their ranks; a process that no
+launcher started is a world of one and needs no port.
 """
 
+import logging
 import os
-import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from tqdm import tqdm
 
-from general_preference import rendezvous
 from general_preference.errors import InputError, RunError
-from general_preference.heartbeat import Heartbeat
+
+logger = logging.getLogger(__name__)
+
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 class DistributedContext:
-    """Ranks and collectives of an initialized process group."""
+    """Ranks of this process, and collectives: every process calls them in the same order."""
 
     def __init__(self):
-        """Read the ranks of the group that the launcher's environment and `torch.distributed` describe."""
+        """Read the ranks of the process group that `torch.distributed` is in."""
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.is_main = self.rank == 0
-        self.heartbeat: Heartbeat | None = None  # training's, on several nodes
+        # Python objects and CPU tensors never wait for an accelerator.
+        self._host_group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     @classmethod
-    def join(cls, backend: str = "gloo", timeout: float = 86400.0, join_timeout: float = 600.0) -> "DistributedContext":
-        """Join the other processes.
+    def join(cls, backend: str = "gloo", timeout: float = 86400.0) -> "DistributedContext":
+        """Initialize torch's process group with the ranks in the environment; one that exists already is used.
 
         Args:
-            timeout: seconds a process waits for the others; long because ranks finish at different times.
-            join_timeout: seconds until all must have come.
-
-        Raises:
-            InputError: see `rendezvous.join`.
+            backend: "gloo" or "nccl".
+            timeout: seconds a process waits for the others, in joining and later, see `set_timeout`.
         """
-        rendezvous.join(backend, timeout, join_timeout)
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            os.environ.update(ALONE)
+        os.environ.setdefault("LOCAL_RANK", "0")
+        if not dist.is_initialized():
+            options: dict[str, Any] = {}
+            if os.environ["WORLD_SIZE"] == "1":
+                options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **options)
         return cls()
+
+    def set_timeout(self, seconds: float) -> None:
+        """From now on a process waits for the others for so long; then it ends with an error."""
+        for group in dist.distributed_c10d._world.pg_map:  # as torchtitan does it: there is no public call yet
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def main_process_first(self, work: Callable[[], Any], main_only: bool = False) -> Any:
         """Run `work` on the first process of each node, then (from its caches) on the others.
@@ -60,57 +72,65 @@ class DistributedContext:
         return result if goes_first else follows
 
     def together(self, work: Callable[[], Any] | None) -> Any:
-        """Run `work` where there is some; an InputError or an error of the disk on any process is raised on all."""
-        result, problem = self._attempt(work)
+        """Run `work` (if given); raise the first InputError of any rank on every rank."""
+        result, error, problem = self._attempt(work, InputError)
         if problem is not None:
-            message, is_input = problem
-            raise InputError(message) if is_input else RunError(message, everywhere=True)
+            raise InputError(problem) from error
         return result
 
-    def _attempt(self, work: Callable[[], Any] | None) -> tuple[Any, tuple[str, bool] | None]:
-        """(what `work` returned, None), or on all processes (None, the first problem of any and if it was an input)."""
-        result, problem = None, None
+    def write(self, folder: Path, work: Callable[[], Any], main_only: bool = False) -> Any:
+        """Run `work`, which writes into `folder`, on every process or on the first alone.
+
+        Raises:
+            RunError: on every process if it fails on any; names the folder and the reason.
+        """
+        kinds = (InputError, OSError, SafetensorError)
+        result, error, problem = self._attempt(work if self.is_main or not main_only else None, kinds)
+        if problem is not None:
+            message = f"cannot write {folder}: {problem}. What was saved before is intact"
+            raise RunError(message, everywhere=True) from error
+        return result
+
+    def _attempt(self, work: Callable[[], Any] | None, kinds) -> tuple[Any, Exception | None, str | None]:
+        """(what `work` returned, its error here, the first problem of any rank in one line)."""
+        result = error = None
         if work is not None:
             try:
                 result = work()
-            except (InputError, OSError, SafetensorError) as error:
-                problem = str(error).splitlines()[0], isinstance(error, InputError)
+            except kinds as found:
+                error = found
+        problem = None if error is None else str(error).splitlines()[0]
         problems = [found for found in self.gather_objects(problem) if found is not None]
-        return (None, problems[0]) if problems else (result, None)
-
-    def write(self, folder: Path, work, main_only: bool = False):
-        result, problem = self._attempt(work if self.is_main or not main_only else None)
-        if problem is not None:
-            raise RunError(f"cannot write {folder}: {problem[0]}. What was saved before is intact", everywhere=True)
-        return result
-
-    def all_reduce_max(self, values: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-        return values
-
-    def set_timeout(self, seconds: float) -> None:
-        pass
+        return result, error, problems[0] if problems else None
 
     def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:
         """Add up a tensor over all processes, in place; the same result on each."""
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=self._group_of(sums))
         return sums
+
+    def all_reduce_max(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest of each value over all processes, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group_of(values))
+        return values
+
+    def _group_of(self, tensor: torch.Tensor):
+        return self._host_group if tensor.device.type == "cpu" else None
 
     def gather_objects(self, value: Any) -> list:
         """One picklable value of each process, on all of them."""
         values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._host_group)
         return values
 
     def broadcast(self, value: Any) -> Any:
         """The main process's value, on all processes: for decisions that every process must take alike."""
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self._host_group)
         return values[0]
 
     def barrier(self) -> None:
         """Wait until every process is here."""
-        dist.barrier()
+        dist.barrier(group=self._host_group)
 
     def __enter__(self) -> "DistributedContext":
         return self
@@ -120,30 +140,8 @@ class DistributedContext:
 
     def close(self) -> None:
         """Leave the process group."""
-        if self.heartbeat is not None:
-            self.heartbeat.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _lacks_space(folder: Path, needed: int) -> str | None:
-    usage = _usage(folder)
-    # A file system that does not know its size says 0.
-    return "the disk is too full" if needed and usage is not None and usage.total > 0 and usage.free < needed else None
-
-
-def _free(folder: Path) -> str:
-    usage = _usage(folder)
-    return "unknown" if usage is None else tqdm.format_sizeof(usage.free, "B")
-
-
-def _usage(folder: Path):
-    """Disk usage where `folder` is or will be; None if the system does not say."""
-    existing = next((path for path in [folder, *folder.absolute().parents] if path.exists()), None)
-    try:
-        return None if existing is None else shutil.disk_usage(existing)
-    except OSError:
-        return None
 
 
 def is_main_process() -> bool:

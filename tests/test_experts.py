@@ -12,7 +12,7 @@ from general_preference.models.attention import RowLayout
 from general_preference.models.config import PreferenceConfig
 from general_preference.models.experts import balance_coefficient, load_balancing_loss
 from general_preference.trainer.arguments import parse_arguments
-from general_preference.trainer.trainer import batch_loss
+from general_preference.trainer.objectives import batch_loss
 from tests.conftest import COMMON, random_comparisons
 
 SPARSE = {

@@ -9,7 +9,7 @@ from general_preference.models import log_probs
 from general_preference.models.log_probs import can_fuse, linear_log_probs
 from general_preference.models.losses import token_log_probs
 from general_preference.trainer.arguments import LossArguments
-from general_preference.trainer.trainer import batch_loss
+from general_preference.trainer.objectives import batch_loss
 from tests.conftest import random_comparisons
 from tests.test_packing import run
 

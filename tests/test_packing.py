@@ -8,7 +8,7 @@ from general_preference.errors import InputError
 from general_preference.models import attention, kernels
 from general_preference.models.attention import RowLayout
 from general_preference.trainer.arguments import LossArguments
-from general_preference.trainer.trainer import batch_loss
+from general_preference.trainer.objectives import batch_loss
 from tests.conftest import FAMILIES, MAIN_FAMILIES, random_comparisons
 
 PACKED, MASKED, SEPARATE = RowLayout(packed=True), RowLayout(), RowLayout(shared=False)

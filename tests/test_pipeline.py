@@ -318,7 +318,7 @@ def test_a_pair_has_the_score_of_the_trainers_evaluation(saved, tmp_path):
     from general_preference.datasets.packing import Comparisons
     from general_preference.datasets.preparation import load_tokenized
     from general_preference.trainer.arguments import LossArguments
-    from general_preference.trainer.trainer import batch_loss
+    from general_preference.trainer.objectives import batch_loss
 
     rm = GPMPipeline(saved())
     records = [{"prompt": PROMPT, "chosen": a, "rejected": b} for a, b in pairwise(RESPONSES)]

@@ -7,7 +7,6 @@ processes), one for all bad input, and a handful of short runs of the training s
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,10 +35,7 @@ def environment(**extra):
 def launch(processes: int, *command: str, **extra) -> subprocess.CompletedProcess:
     start = [sys.executable]
     if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = str(probe.getsockname()[1])
-        start = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(processes), "--master_port", port]
+        start += [str(ROOT / "scripts" / "launch.py"), "--nproc-per-node", str(processes)]
     return subprocess.run(
         [*start, *command], env=environment(**extra), cwd=ROOT, capture_output=True, text=True, timeout=550
     )

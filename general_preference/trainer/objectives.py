@@ -67,13 +67,76 @@ class Objective(Protocol):
         """Save pictures of the last evaluation."""
 
 
-class PreferenceObjective:
-    """(1 - c) * preference + c * regularizer + a * load balance of experts, for Bradley-Terry, GPM and hybrid heads.
+@dataclass
+class PreferenceLosses:
+    """Losses of one micro-batch, per preference (M,): score, preference loss, regularizer or None; and their total.
 
-    Without the regularizer c = 0. Weights are the batch's own, so any split into micro-batches gives one gradient. The
-    load-balancing loss alone depends on the split: it is that of each micro-batch's tokens, and a step's is the mean
-    over its micro-batches on all processes, weighted by their comparisons (as in transformers' trainer).
+    total: scalar, the weighted sum that is backpropagated. temperature: (1,). aux: scalar, the load-balancing loss
+    times the micro-batch's share of the step, or None.
     """
+
+    score: torch.Tensor
+    preference: torch.Tensor
+    regularizer: torch.Tensor | None
+    total: torch.Tensor
+    temperature: torch.Tensor
+    aux: torch.Tensor | None = None
+
+
+def batch_loss(
+    output: Output, batch: Batch, arguments: LossArguments, aux_loss_coef: float | None = None
+) -> PreferenceLosses:
+    """(1 - c) * preference + c * regularizer + a * load balance of a micro-batch, from the model's output.
+
+    Without the regularizer c = 0. Weights are the batch's own, so any split into micro-batches gives one gradient.
+    The load-balancing loss alone depends on the split: it is that of each micro-batch's tokens, and a step's is the
+    mean over its micro-batches on all processes, weighted by their comparisons (as in transformers' trainer).
+
+    Args:
+        aux_loss_coef: a; default what `arguments` say.
+    """
+    embeddings, gates = output["embeddings"], output.get("gates")
+    gate = None if gates is None else gates[batch.comparison_index]
+    score = preference_score(embeddings[batch.first], embeddings[batch.second], gate)
+    preference = preference_loss(
+        score,
+        kind=arguments.loss,
+        temperature=output["temperature"],
+        margin=batch.margin if arguments.margin_loss else 0.0,
+        target=arguments.regression_target_margin,
+        label=batch.label,
+    )
+    each, extra = preference, None
+    if batch.targets is not None:
+        extra = _regularizer(output, batch, arguments)
+        each = (1 - arguments.ptx_loss_coef) * preference + arguments.ptx_loss_coef * extra
+    total, aux = (batch.weight * each).sum(), None
+    if "aux_loss" in output:
+        aux = batch.weight.sum() * output["aux_loss"]  # 1 * aux_loss, except in the last step of an epoch
+        total = total + (arguments.aux_loss_coef if aux_loss_coef is None else aux_loss_coef) * aux
+    return PreferenceLosses(score, preference, extra, total, output["temperature"], aux)
+
+
+def _regularizer(output: Output, batch: Batch, arguments: LossArguments) -> torch.Tensor:
+    log_probs, counts = output["log_probs"], output["counts"]
+
+    def sequence(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if arguments.ptx_response_only:
+            return log_probs[index], counts[index]
+        prompts = len(batch.response_ends) + batch.comparison_index
+        return log_probs[index] + log_probs[prompts], counts[index] + counts[prompts]
+
+    return regularizer(
+        sequence(batch.first),
+        sequence(batch.second) if arguments.ptx_loss == "reference_free" else None,
+        kind=arguments.ptx_loss,
+        beta=arguments.reward_scaler_beta,
+        margin=arguments.reward_margin,
+    )
+
+
+class PreferenceObjective:
+    """`batch_loss`, for Bradley-Terry, GPM and hybrid heads."""
 
     def __init__(self, arguments: LossArguments, model: RewardModel, tokenizer, device: torch.device):
         """Lay out rows for the kernel that `model` will train with on `device`."""
@@ -90,20 +153,15 @@ class PreferenceObjective:
 
     def loss(self, output: Output, batch: Batch) -> BatchLoss:
         """Losses of a micro-batch; `sums` are those of `statistics.preference_sums`, then regularizer and balance."""
-        score, preference = self._preference(output, batch)
-        each, extra = preference, torch.zeros_like(preference)
-        if batch.targets is not None:
-            extra = self._regularizer(output, batch)
-            each = (1 - self.arguments.ptx_loss_coef) * preference + self.arguments.ptx_loss_coef * extra
-        total, aux = (batch.weight * each).sum(), torch.zeros_like(output["temperature"][0])
-        if "aux_loss" in output:
-            aux = batch.weight.sum() * output["aux_loss"]  # 1 * aux_loss, except in the last step of an epoch
-            total = total + self.aux_loss_coef * aux
-        self._temperature = output["temperature"].detach()
-        with torch.no_grad():
-            own = torch.stack([(batch.weight * extra).sum().double(), aux.double()])
-            sums = torch.cat([self._sums(output, batch, score, preference), own])
-        return BatchLoss(total, (preference + extra).detach(), sums)
+        losses = batch_loss(output, batch, self.arguments, self.aux_loss_coef)
+        self._temperature = losses.temperature.detach()
+        each, own = losses.preference.detach(), torch.zeros(2, dtype=torch.float64, device=losses.total.device)
+        if losses.regularizer is not None:
+            each = each + losses.regularizer.detach()
+            own[0] = (batch.weight * losses.regularizer.detach()).sum()
+        if losses.aux is not None:
+            own[1] = losses.aux.detach()
+        return BatchLoss(losses.total, each, torch.cat([_sums(losses, batch), own]))
 
     def metrics(self, sums: torch.Tensor, micro_batches: int) -> dict[str, float]:
         """Accuracy, ties, probability and margin of a log line, and the parts of the loss if it has several."""
@@ -126,7 +184,7 @@ class PreferenceObjective:
         if name not in self.cycles:
             cycle = embedded_cycle(name, batch, output, self.tokenizer)
             self.cycles |= {name: cycle} if cycle is not None else {}
-        return self._sums(output, batch, *self._preference(output, batch))
+        return _sums(batch_loss(output, batch, self.arguments), batch)
 
     def statistics(self, sums: torch.Tensor) -> dict[str, float]:
         """See `statistics.preference_statistics`."""
@@ -150,37 +208,6 @@ class PreferenceObjective:
         """Save `embeddings.png`: held-out cycles as the model sees them."""
         draw_cycles(list(self.cycles.values())[:4], folder / "embeddings.png")
 
-    def _preference(self, output: Output, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """((M,) scores, (M,) preference losses)."""
-        embeddings, gates = output["embeddings"], output.get("gates")
-        gate = None if gates is None else gates[batch.comparison_index]
-        score = preference_score(embeddings[batch.first], embeddings[batch.second], gate)
-        loss = preference_loss(
-            score,
-            kind=self.arguments.loss,
-            temperature=output["temperature"],
-            margin=batch.margin if self.arguments.margin_loss else 0.0,
-            target=self.arguments.regression_target_margin,
-            label=batch.label,
-        )
-        return score, loss
 
-    def _sums(self, output: Output, batch: Batch, score: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        return preference_sums(score, batch.label, loss, output["temperature"], batch.weight > 0)
-
-    def _regularizer(self, output: Output, batch: Batch) -> torch.Tensor:
-        arguments, log_probs, counts = self.arguments, output["log_probs"], output["counts"]
-
-        def sequence(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            if arguments.ptx_response_only:
-                return log_probs[index], counts[index]
-            prompts = len(batch.response_ends) + batch.comparison_index
-            return log_probs[index] + log_probs[prompts], counts[index] + counts[prompts]
-
-        return regularizer(
-            sequence(batch.first),
-            sequence(batch.second) if arguments.ptx_loss == "reference_free" else None,
-            kind=arguments.ptx_loss,
-            beta=arguments.reward_scaler_beta,
-            margin=arguments.reward_margin,
-        )
+def _sums(losses: PreferenceLosses, batch: Batch) -> torch.Tensor:
+    return preference_sums(losses.score, batch.label, losses.preference, losses.temperature, batch.weight > 0)
