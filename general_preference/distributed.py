@@ -40,6 +40,9 @@ class DistributedContext:
         Args:
             backend: "gloo" or "nccl".
             timeout: seconds a process waits for the others, in joining and later, see `set_timeout`.
+
+        Raises:
+            InputError: several processes, but no address at which they meet.
         """
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             os.environ.update(ALONE)
@@ -48,7 +51,10 @@ class DistributedContext:
             options: dict[str, Any] = {}
             if os.environ["WORLD_SIZE"] == "1":
                 options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **options)
+            try:
+                dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **options)
+            except ValueError as error:  # a variable is missing
+                raise InputError(f"{error}: start several processes by torchrun or scripts/launch.py") from error
         return cls()
 
     def set_timeout(self, seconds: float) -> None:

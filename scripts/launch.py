@@ -28,10 +28,11 @@ def main(argv: list[str]) -> int:
     except SignalException as stop:
         return 128 + stop.sigval
     except ChildFailedError as error:
-        # One that a signal killed is the cause of the errors that its peers report.
-        failures = sorted(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
-        rank, failure = failures[0]
-        code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        # Whoever was killed is the cause of its peers' errors, and torchrun itself ends the peers by SIGTERM.
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        codes = {rank: code if code > 0 else 128 - code for rank, code in codes.items()}
+        rank = min(codes, key=lambda rank: (codes[rank] == 143, codes[rank] != 137, codes[rank] < 128))
+        code = codes[rank]
         if code != 2:  # every process refuses its input alike, and the first one says why
             sys.stderr.write(f"launch.py: process {rank} ended with exit code {code}\n")
         return code

@@ -217,7 +217,7 @@ BAD_INPUT = {
     "balance of a dense model": (["--aux_loss_coef", "0.1"], "llama records no choice of experts"),
     "no data flag": (["--dataset", ""], "--dataset is missing"),
     "no configuration": (["--deepspeed_config", "/nowhere/zero.json"], "zero.json cannot be read"),
-    "stage twice": (["--deepspeed_config", "{tmp}/stage.json"], "stage = 3, but --zero_stage is 2"),
+    "stage twice": (["--deepspeed_config", "{tmp}/stage.json"], "stage = 3, but zero_stage is 2"),
     "unknown to DeepSpeed": (["--deepspeed_config", "{tmp}/unknown.json"], "DeepSpeed (stage3_foo: Extra inputs"),
     "bad eval set": (["--eval_dataset", "x={tmp}/bad.jsonl"], "line 2: not JSON"),
 }

@@ -1,7 +1,7 @@
-"""The DeepSpeed configuration of a run: what the flags describe, with a user's own file merged over it.
+"""The DeepSpeed configuration of a run: what the arguments describe, with a user's own file merged over it.
 
-Pure functions of arguments and of a JSON object; nothing here imports DeepSpeed. What the flags decide and what this
-project makes itself (batch sizes, clipping, precision, optimizer, schedule) cannot be changed by the file.
+Pure functions of arguments and a JSON object; called by deepspeed_engine.py. What the arguments decide and what is made
+elsewhere (batch sizes, clipping, precision, optimizer, schedule) cannot be changed by the file.
 """
 
 import json
@@ -11,12 +11,18 @@ from typing import Any
 from general_preference.errors import InputError
 from general_preference.trainer.arguments import EngineArguments, OptimizerArguments
 
-# Sections that would take the place of something that is made elsewhere: what makes it, and from which flags.
-_MADE_HERE = {
-    "optimizer": "AdamW is made from --learning_rate and --l2",
-    "scheduler": "the schedule is made from --learning_rate, --lr_schedule and --warmup_ratio",
+# What checkpoints do not reach or what is made elsewhere: {name: its only accepted value}.
+_FIXED = {
+    "optimizer": None,  # AdamW from learning_rate, adam_betas, l2
+    "scheduler": None,  # from learning_rate, lr_schedule, warmup_ratio
+    "fp16.enabled": False,
+    "amp.enabled": False,
+    "torch_autocast.enabled": False,
+    "zero_optimization.offload_optimizer.ratio": 1,
+    "zero_optimization.offload_optimizer.super_offload": False,
+    "zero_optimization.zenflow": None,
+    "zero_optimization.mics_shard_size": -1,
 }
-_PRECISIONS = ("fp16.enabled", "amp.enabled", "torch_autocast.enabled")
 
 
 def read_overrides(path: str) -> dict:
@@ -44,14 +50,34 @@ def engine_config(
     world_size: int = 1,
     overrides: dict | None = None,
 ) -> dict:
-    """The configuration that the flags describe, with `overrides` merged over it (objects deeply, other values whole).
+    """The configuration that the arguments describe, with `overrides` merged over it (objects deeply).
 
-    On a CPU an optimizer that is offloaded to main memory is where it would be anyway, so nothing is offloaded there.
+    On a CPU an optimizer that is offloaded to main memory is there anyway, so nothing is offloaded.
 
     Raises:
-        InputError: `overrides` contradict the flags, or describe what is made here.
+        InputError: `overrides` contradict the arguments, or describe what is made elsewhere.
     """
-    config = _from_flags(engine, optimizer, on_gpu)
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "overlap_comm": on_gpu,
+        "contiguous_gradients": True,
+        "stage3_gather_16bit_weights_on_model_save": True,
+        "zero_hpz_partition_size": engine.zpg,
+    }
+    if engine.adam_offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if engine.disable_trace_cache:  # nothing is fetched ahead or kept for later, so no recorded order is relied on
+        zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    config = {
+        "train_micro_batch_size_per_gpu": optimizer.micro_train_batch_size,
+        "gradient_accumulation_steps": optimizer.accumulated_gradient,
+        "gradient_clipping": optimizer.max_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": engine.bf16},
+        "data_types": {"grad_accum_dtype": engine.grad_accum_dtype},
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }
     if overrides:
         _check(engine, optimizer, world_size, overrides)
         config = _merged(config, overrides)
@@ -73,81 +99,41 @@ def offloads_optimizer(config: dict) -> bool:
     return (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
-def _from_flags(engine: EngineArguments, optimizer: OptimizerArguments, on_gpu: bool) -> dict:
-    zero: dict[str, Any] = {
-        "stage": engine.zero_stage,
-        "overlap_comm": on_gpu,
-        "contiguous_gradients": True,
-        "stage3_gather_16bit_weights_on_model_save": True,
-        "zero_hpz_partition_size": engine.zpg,
-    }
-    if engine.adam_offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if engine.disable_trace_cache:  # nothing is fetched ahead or kept for later, so no recorded order is relied on
-        zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
-    return {
-        "train_micro_batch_size_per_gpu": optimizer.micro_train_batch_size,
-        "gradient_accumulation_steps": optimizer.accumulated_gradient,
-        "gradient_clipping": optimizer.max_norm,
-        "zero_optimization": zero,
-        "bf16": {"enabled": engine.bf16},
-        "data_types": {"grad_accum_dtype": engine.grad_accum_dtype},
-        "steps_per_print": 10**12,
-        "wall_clock_breakdown": False,
-    }
-
-
 def _check(engine: EngineArguments, optimizer: OptimizerArguments, world_size: int, overrides: dict) -> None:
-    """Refuse overrides that disagree with the flags: the gradient of a step, and what is logged, follow the flags."""
-    path = engine.deepspeed_config
-    for section, instead in _MADE_HERE.items():
-        if overrides.get(section):
-            raise _refused(path, f"has a section {section!r}, but {instead}: remove the section")
-    for section in ("zero_optimization", "bf16", "fp16", "amp", "torch_autocast", "data_types"):
-        if not isinstance(overrides.get(section, {}), dict):
-            raise _refused(path, f"says {section} = {json.dumps(overrides[section])}, which must be an object")
-    batch = optimizer.micro_train_batch_size * optimizer.accumulated_gradient * world_size
-    flags = {
-        "train_micro_batch_size_per_gpu": ("--micro_train_batch_size", optimizer.micro_train_batch_size),
-        "gradient_accumulation_steps": ("--accumulated_gradient", optimizer.accumulated_gradient),
-        "train_batch_size": ("--micro_train_batch_size * --accumulated_gradient * processes", batch),
-        "gradient_clipping": ("--max_norm", optimizer.max_norm),
-        "zero_optimization.stage": ("--zero_stage", engine.zero_stage),
-        "bf16.enabled": ("--bf16", engine.bf16),
-    }
-    if engine.zpg > 1:
-        flags["zero_optimization.zero_hpz_partition_size"] = ("--zpg", engine.zpg)
-    if engine.grad_accum_dtype:
-        flags["data_types.grad_accum_dtype"] = ("--grad_accum_dtype", engine.grad_accum_dtype)
-    for name, (flag, value) in flags.items():
-        found = _at(overrides, name)
-        if found is not None and found != value:
-            raise _refused(path, f"says {name} = {json.dumps(found)}, but {flag} is {json.dumps(value)}: change one")
-    parts = {
-        "offload_optimizer.ratio": 1,
-        "offload_optimizer.super_offload": False,
-        "zenflow": None,
-        "mics_shard_size": -1,
-    }
-    for name, usual in parts.items():
-        found = _at(overrides, f"zero_optimization.{name}")
-        if found is not None and found != usual:
+    """Refuse overrides that disagree with the arguments: the gradient of a step, and what is logged, follow those."""
+    path, micro, steps = engine.deepspeed_config, optimizer.micro_train_batch_size, optimizer.accumulated_gradient
+    arguments = {
+        "train_micro_batch_size_per_gpu": ("micro_train_batch_size", micro),
+        "gradient_accumulation_steps": ("accumulated_gradient", steps),
+        "train_batch_size": ("micro_train_batch_size * accumulated_gradient * processes", micro * steps * world_size),
+        "gradient_clipping": ("max_norm", optimizer.max_norm),
+        "zero_optimization.stage": ("zero_stage", engine.zero_stage),
+        "bf16.enabled": ("bf16", engine.bf16),
+        "zero_optimization.zero_hpz_partition_size": ("zpg", engine.zpg if engine.zpg > 1 else None),
+        "data_types.grad_accum_dtype": ("grad_accum_dtype", engine.grad_accum_dtype),
+    }  # fmt: skip
+    for name, (argument, value) in arguments.items():
+        found = _at(path, overrides, name)
+        if found is not None and value is not None and found != value:
             raise _refused(
-                path, f"says {name} = {json.dumps(found)}: optimizer states that checkpoints do not reach; remove it"
+                path, f"says {name} = {json.dumps(found)}, but {argument} is {json.dumps(value)}: change one"
             )
+    for name, usual in _FIXED.items():
+        found = _at(path, overrides, name)
+        if found is not None and found != usual and found != {}:
+            raise _refused(path, f"says {name} = {json.dumps(found)}, which training here does not support: remove it")
     for name in ("offload_optimizer", "offload_param"):
-        if _at(overrides, f"zero_optimization.{name}.device") == "nvme":
+        if _at(path, overrides, f"zero_optimization.{name}.device") == "nvme":
             raise _refused(path, f"says {name}.device = nvme, which checkpoints do not reach: use cpu")
-    for name in _PRECISIONS:
-        if _at(overrides, name):
-            raise _refused(path, f"says {name} = true, but this trains in fp32 or with --bf16: remove it")
 
 
-def _at(config: dict, name: str) -> Any:
+def _at(path: str | None, config: dict, name: str) -> Any:
     """The value at a dotted name, None where there is none."""
     *sections, last = name.split(".")
     for section in sections:
         config = config.get(section) or {}
+        if not isinstance(config, dict):
+            raise _refused(path, f"says {section} = {json.dumps(config)}, which must be an object")
     return config.get(last)
 
 
@@ -165,4 +151,4 @@ def _without_auto(value: Any) -> Any:
 
 
 def _refused(path: str | None, reason: str) -> InputError:
-    return InputError(f"--deepspeed_config {path} {reason}")
+    return InputError(f"deepspeed_config {path} {reason}")
