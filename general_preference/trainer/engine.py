@@ -15,10 +15,21 @@ from general_preference.trainer.arguments import OptimizerArguments
 
 
 class Engine(Protocol):
-    """Methods are collective: every process calls them in the same order.
+    """What holds a model. Methods are collective: every process calls them in the same order.
 
     context: the processes. device: where this one computes. model: as the engine holds it.
-    global_batch_size: comparisons per optimizer step, micro_batches: forward passes per step, over all processes.
+    global_batch_size: comparisons per optimizer step; micro_batches: forward passes per step; over all processes.
+    prepare: take over `model`, to be trained for `steps` optimizer steps.
+    train_mode: switch dropout on (training) or off (evaluation).
+    backward: backpropagate one micro-batch; gradients are averaged over accumulation and processes.
+    step: count one micro-batch; on the last of a step, clip, update and move the schedule.
+    gradient_norm: scalar, the global norm of the last step's gradient before clipping; not waited for.
+    started: the first step is done; what made processes wait for each other for long is over.
+    learning_rate: of the next step.
+    full_state_dict: what a saved model needs, whole, on the CPU of the main process; empty on the others.
+    save: write weights, optimizer and random states; returns {file name: its entry in the manifest}.
+    load: continue from `step` as `save` wrote it, on any number of processes.
+    peak_memory: bytes that this process held at most.
     """
 
     context: DistributedContext
@@ -27,41 +38,18 @@ class Engine(Protocol):
     global_batch_size: int
     micro_batches: int
 
-    def prepare(self, model: nn.Module, steps: int) -> None:
-        """Take over `model`, to be trained for `steps` optimizer steps."""
-
-    def train_mode(self, training: bool) -> None:
-        """Switch dropout on (training) or off (evaluation)."""
-
-    def forward(self, **inputs) -> dict[str, torch.Tensor]:
-        """The model's forward."""
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Backpropagate one micro-batch; gradients are averaged over accumulation and processes."""
-
-    def step(self) -> None:
-        """Count one micro-batch; on the last of a step, clip, update and move the schedule."""
-
-    def gradient_norm(self) -> torch.Tensor:
-        """Scalar, the global norm of the last step's gradient before clipping; not waited for."""
-
-    def started(self) -> None:
-        """The first step is done; what made processes wait for each other for long is over."""
-
-    def learning_rate(self) -> float:
-        """Learning rate of the next step."""
-
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """What a saved model needs, whole, on the CPU of the main process; an empty dict on the others."""
-
-    def save(self, folder: Path) -> dict[str, dict]:
-        """Write weights, optimizer and random states under `folder`; {file name: its entry in the manifest}."""
-
-    def load(self, folder: Path, step: int) -> None:
-        """Continue from `step` as `save` wrote it, on any number of processes."""
-
-    def peak_memory(self) -> int:
-        """Bytes that this process held at most."""
+    def prepare(self, model: nn.Module, steps: int) -> None: ...
+    def train_mode(self, training: bool) -> None: ...
+    def forward(self, **inputs) -> dict[str, torch.Tensor]: ...
+    def backward(self, loss: torch.Tensor) -> None: ...
+    def step(self) -> None: ...
+    def gradient_norm(self) -> torch.Tensor: ...
+    def started(self) -> None: ...
+    def learning_rate(self) -> float: ...
+    def full_state_dict(self) -> dict[str, torch.Tensor]: ...
+    def save(self, folder: Path) -> dict[str, dict]: ...
+    def load(self, folder: Path, step: int) -> None: ...
+    def peak_memory(self) -> int: ...
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:

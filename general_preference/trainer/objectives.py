@@ -38,33 +38,27 @@ class BatchLoss:
 class Objective(Protocol):
     """What the loop asks of an objective.
 
-    layout, collate: how rows lie and are made in training. collate_evaluation: the same for evaluation.
+    layout, collate: how rows lie, and what makes them in training. collate_evaluation: the same for evaluation.
+    loss: of a micro-batch, from the model's output.
+    metrics: {name: value} of a log line, from the added-up `BatchLoss.sums` of so many micro-batches.
+    begin_evaluation: set `name` is about to be evaluated: forget what was kept of it.
+    evaluation_sums: (E,) float64 statistics of a micro-batch of an evaluation set, which add up.
+    statistics: what people read of added-up `evaluation_sums`; has the keys `loss` and `n`.
+    identity: (what a continued run must share with this one, what it may change, which is then logged).
+    draw: save pictures of the last evaluation.
     """
 
     layout: RowLayout
     collate: Collator
     collate_evaluation: Collator
 
-    def loss(self, output: Output, batch: Batch) -> BatchLoss:
-        """Losses of a micro-batch from the model's output."""
-
-    def metrics(self, sums: torch.Tensor, micro_batches: int) -> dict[str, float]:
-        """{name: value} of a log line, from the added-up `BatchLoss.sums` of so many micro-batches."""
-
-    def begin_evaluation(self, name: str) -> None:
-        """Evaluation set `name` is about to be run: forget what was kept of it."""
-
-    def evaluation_sums(self, name: str, output: Output, batch: Batch) -> torch.Tensor:
-        """(E,) float64 statistics of a micro-batch of evaluation set `name`, which add up."""
-
-    def statistics(self, sums: torch.Tensor) -> dict[str, float]:
-        """What people read of added-up `evaluation_sums`; has the keys `loss` and `n`."""
-
-    def identity(self) -> tuple[dict, dict]:
-        """(what a continued run must share with this one, the flags that it may change, which is then logged)."""
-
-    def draw(self, folder: Path) -> None:
-        """Save pictures of the last evaluation."""
+    def loss(self, output: Output, batch: Batch) -> BatchLoss: ...
+    def metrics(self, sums: torch.Tensor, micro_batches: int) -> dict[str, float]: ...
+    def begin_evaluation(self, name: str) -> None: ...
+    def evaluation_sums(self, name: str, output: Output, batch: Batch) -> torch.Tensor: ...
+    def statistics(self, sums: torch.Tensor) -> dict[str, float]: ...
+    def identity(self) -> tuple[dict, dict]: ...
+    def draw(self, folder: Path) -> None: ...
 
 
 @dataclass
