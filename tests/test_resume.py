@@ -260,24 +260,41 @@ def test_a_disk_that_refuses_a_checkpoint_leaves_the_last_one(whole, model_folde
     assert not list((folder / "checkpoint").glob(".writing*")) and not (folder / "checkpoint" / "step_6").exists()
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_lost_process_takes_the_other_with_it(model_folder, tmp_path, lost):
-    """SIGKILL to one of two: the launcher ends, non-zero, within a minute, and names the process; no hang."""
-    flags = [*short_run(model_folder("llama")), "--max_epochs", "500", "--eval_steps", "5000", "--logging_steps", "1"]
-    log = (tmp_path / "log").open("w+")
-    command = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--nproc-per-node", "2", SCRIPT, *flags]
-    launcher = subprocess.Popen(
-        [*command, "--micro_train_batch_size", "1", "--save_path", str(tmp_path / "run")],
-        env=environment(), cwd=ROOT, stdout=log, stderr=log,
-    )  # fmt: skip
-    while launcher.poll() is None and not read_metrics(tmp_path / "run" / "metrics.jsonl"):
+def lose_a_process(flags: list[str], folder: Path, lost: int, *options: str) -> subprocess.Popen:
+    """Start two processes under the launcher and kill one of them as soon as a checkpoint is there; the launcher."""
+    command = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--nproc-per-node", "2", *options, SCRIPT, *flags]
+    with (folder / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            [*command, "--micro_train_batch_size", "1", "--save_path", str(folder / "run"), "--save_steps", "2"],
+            env=environment(), cwd=ROOT, stdout=log, stderr=log,
+        )  # fmt: skip
+    while launcher.poll() is None and not (folder / "run" / "checkpoint" / "latest").exists():
         time.sleep(0.05)
-    children = sorted(psutil.Process(launcher.pid).children(), key=lambda child: child.pid)
-    ranks = {int(child.environ()["RANK"]): child for child in children}
-    ranks[lost].kill()
+    children = psutil.Process(launcher.pid).children()
+    next(child for child in children if child.environ().get("RANK") == str(lost)).kill()
+    return launcher
+
+
+def test_a_lost_process_takes_the_other_with_it(model_folder, tmp_path):
+    """SIGKILL to one of two: the launcher ends with its code, soon, and names the process; no hang."""
+    flags = [*short_run(model_folder("llama")), "--max_epochs", "500", "--eval_steps", "5000", "--logging_steps", "1"]
+    launcher = lose_a_process(flags, tmp_path, 0)
     began = time.monotonic()
-    assert launcher.wait(timeout=60) == 128 + signal.SIGKILL
-    assert time.monotonic() - began < 60
-    log.seek(0)
-    assert f"process {lost} ended with exit code 137" in log.read()
-    assert not any(child.is_running() for child in children)
+    assert launcher.wait(timeout=60) == 128 + signal.SIGKILL and time.monotonic() - began < 60
+    said = (tmp_path / "log").read_text()
+    assert "process 0 ended with exit code 137" in said and "torch/distributed" not in said
+
+
+def test_a_group_that_lost_a_process_restarts_and_ends_as_if_it_had_not(model_folder, tmp_path):
+    """One of two is killed by -9; with a restart allowed the run continues by itself from its newest checkpoint."""
+    flags = [*short_run(model_folder("llama")), "--max_epochs", "4", "--logging_steps", "1"]
+    for name in ("whole", "restarted"):
+        (tmp_path / name).mkdir()
+    done = launch(2, SCRIPT, *flags, "--micro_train_batch_size", "1", "--save_steps", "2",
+                  "--save_path", str(tmp_path / "whole" / "run"))  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    launcher = lose_a_process(flags, tmp_path / "restarted", 1, "--max-restarts", "1")
+    assert launcher.wait(timeout=200) == 0
+    said = (tmp_path / "restarted" / "log").read_text()
+    assert "continuing from" in said and "Traceback" not in said
+    assert rows(tmp_path / "restarted" / "run") == rows(tmp_path / "whole" / "run")
