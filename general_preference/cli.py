@@ -46,6 +46,14 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     parser.exit(2, f"error: {message} (--help lists all flags)\n" if is_main_process() else None)
 
 
+def check_at_least(arguments: object, least: float, *names: str) -> None:
+    """InputError for a flag whose value is below `least` or no finite number; None is no value."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not least <= value < float("inf"):
+            raise InputError(f"--{name} {value} must be {f'at least {least}' if least in (0, 1, 8) else 'above 0'}")
+
+
 def exit_code(work: Callable[[], None], kept: str) -> int:
     """Run `work`; 0 done, 1 the run failed, 2 what was given cannot be used, 130 SIGINT, 143 SIGTERM.
 

@@ -161,8 +161,8 @@ def test_where_the_weight_comes_from(make_sparse, make_model):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--aux_loss_coef", "-1"], "not below 0"),
-        (["--aux_loss_coef", "nan"], "not below 0"),
+        (["--aux_loss_coef", "-1"], "must be at least 0"),
+        (["--aux_loss_coef", "nan"], "must be at least 0"),
         (
             ["--aux_loss_coef", "0.1", "--gradient_checkpointing", "--gradient_checkpointing_use_reentrant"],
             r"no gradient, and --aux_loss_coef is 0\.1",

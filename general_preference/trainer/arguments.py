@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from general_preference.cli import flag, parse_flags
+from general_preference.cli import check_at_least, flag, parse_flags
 from general_preference.errors import InputError
 from general_preference.models.config import HEADS, PreferenceConfig
 from general_preference.models.kernels import CHOICES
@@ -113,11 +113,8 @@ class DataArguments:
             raise InputError("--dataset is missing: name a file, folder or hub dataset of comparisons")
         if not 0 < self.train_split_ratio <= 1:
             raise InputError(f"--train_split_ratio {self.train_split_ratio} must lie above 0 and not exceed 1")
-        for name in ("max_samples", "group_size", "preprocessing_workers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.max_len is not None and self.max_len < 8:
-            raise InputError(f"--max_len {self.max_len} leaves no room for a prompt and a response: use at least 8")
+        check_at_least(self, 1, "max_samples", "group_size", "preprocessing_workers")
+        check_at_least(self, 8, "max_len")  # room for a prompt and a response
         if self.group_size > 1 and self.dataset_probs and self.dataset.count(","):
             raise InputError(
                 "--group_size keeps neighbors together and --dataset_probs draws record by record: drop one"
@@ -156,8 +153,7 @@ class LossArguments:
             )
         if not 0 <= self.ptx_loss_coef <= 1:
             raise InputError(f"--ptx_loss_coef {self.ptx_loss_coef} must lie between 0 and 1")
-        if self.aux_loss_coef is not None and not 0 <= self.aux_loss_coef < float("inf"):
-            raise InputError(f"--aux_loss_coef {self.aux_loss_coef} must be a number not below 0")
+        check_at_least(self, 0, "aux_loss_coef")
         if self.ptx_loss_coef == 1 and self.add_pretrain_loss:
             raise InputError("--ptx_loss_coef 1 leaves no preference loss: use a smaller share")
 
@@ -184,16 +180,12 @@ class OptimizerArguments:
 
     def check(self) -> None:
         """InputError for values out of range."""
-        for name in ("max_epochs", "micro_train_batch_size", "accumulated_gradient"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        check_at_least(self, 1, "max_epochs", "micro_train_batch_size", "accumulated_gradient")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed {self.seed} must be from 0 to 4294967295")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise InputError(f"--adam_betas {self.adam_betas} must be two numbers from 0 to below 1")
-        for name in ("learning_rate", "l2", "max_norm", "warmup_ratio"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"--{name} {getattr(self, name)} must be a number not below 0")
+        check_at_least(self, 0, "learning_rate", "l2", "max_norm", "warmup_ratio")
 
 
 @dataclass
@@ -258,17 +250,11 @@ class OutputArguments:
 
     def check(self) -> None:
         """InputError for values out of range."""
-        if self.logging_steps < 1:
-            raise InputError(f"--logging_steps {self.logging_steps} must be at least 1")
+        check_at_least(self, 1, "logging_steps", "save_best_model", "max_ckpt_num")
+        check_at_least(self, 1e-9, "save_minutes", "max_ckpt_mem")
         for name in ("save_steps", "eval_steps"):
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1, or -1")
-        if self.save_minutes is not None and not self.save_minutes > 0:
-            raise InputError(f"--save_minutes {self.save_minutes} must be above 0")
-        if self.max_ckpt_num < 1 or not self.max_ckpt_mem > 0:
-            raise InputError("--max_ckpt_num and --max_ckpt_mem must leave room for one checkpoint")
-        if self.save_best_model is not None and self.save_best_model < 1:
-            raise InputError(f"--save_best_model {self.save_best_model} must be at least 1")
 
 
 @dataclass
@@ -289,10 +275,9 @@ class Arguments:
         model, engine, output = self.model, self.engine, self.output
         if model.flash_attn and model.attn_implementation not in ("auto", "flash_attention_2"):
             raise InputError(f"--flash_attn and --attn_implementation {model.attn_implementation} disagree: drop one")
-        if model.lora_rank < 0 or model.lora_alpha < 1:
-            raise InputError(
-                f"--lora_rank {model.lora_rank} must be at least 0, and --lora_alpha {model.lora_alpha} at least 1"
-            )
+        check_at_least(model, 0, "lora_rank")
+        check_at_least(model, 1, "lora_alpha")
+        check_at_least(engine, 1, "zpg", "dist_timeout")
         if model.load_in_4bit and model.lora_rank < 1:
             raise InputError("--load_in_4bit freezes the backbone: add --lora_rank to train adapters")
         if model.load_in_4bit and not engine.bf16:
@@ -323,8 +308,6 @@ class Arguments:
             )
         if engine.zpg > 1 and engine.zero_stage != 3:
             raise InputError(f"--zpg {engine.zpg} needs --zero_stage 3, not {engine.zero_stage}")
-        if engine.zpg < 1 or not 1 <= engine.dist_timeout <= 10**8:
-            raise InputError("--zpg must be at least 1, and --dist_timeout from 1 to 100000000 seconds")
         self.check_routing(self.loss.aux_loss_coef)
         if output.save_best_model and not self.data.eval_dataset and self.data.train_split_ratio == 1:
             raise InputError("--save_best_model needs an evaluation: add --eval_dataset or --train_split_ratio below 1")
