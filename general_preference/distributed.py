@@ -1,109 +1,119 @@
-"""The processes of one run: ranks, and the few things they must agree on. No engine, no device.
+"""The processes of one run: ranks, collectives, and work that all of them must agree on. No engine, no device.
 
-How they find each other stands in rendezvous.py. Training joins on its way to DeepSpeed (trainer/deepspeed_engine.py),
-everything else through `DistributedContext.join`.
+Starting, watching and restarting processes is torchrun's work (scripts/launch.py); a run without a launcher is a world
+of one.
 """
 
 import os
-import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from tqdm import tqdm
 
-from general_preference import rendezvous
 from general_preference.errors import InputError, RunError
-from general_preference.heartbeat import Heartbeat
+
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 class DistributedContext:
-    """Ranks and collectives of an initialized process group."""
+    """Ranks and collectives of an initialized process group; objects and CPU tensors always go over gloo."""
 
     def __init__(self):
-        """Read the ranks of the group that the launcher's environment and `torch.distributed` describe."""
+        """Read the ranks of the process group that exists."""
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.is_main = self.rank == 0
-        self.heartbeat: Heartbeat | None = None  # training's, on several nodes
 
     @classmethod
-    def join(
-        cls, backend: str = "gloo", timeout: float = 86400.0, join_timeout: float = 1800.0
-    ) -> "DistributedContext":
-        """Join the other processes.
+    def join(cls, backend: str = "gloo", timeout: float = 86400.0) -> "DistributedContext":
+        """Initialize the process group that the launcher's environment describes; one that exists is used as it is.
+
+        A world of one opens no port. DeepSpeed reads the environment too, so it is completed then.
 
         Args:
-            timeout: seconds a process waits for the others; long because ranks finish at different times.
-            join_timeout: seconds until all must have come.
+            backend: "gloo", or "nccl" for tensors on GPUs.
+            timeout: seconds a process waits for the others, here and in every collective until `set_timeout`.
 
         Raises:
-            InputError: see `rendezvous.join`.
+            InputError: the environment names several processes, but no address to meet at.
         """
-        rendezvous.join(backend, timeout, join_timeout)
+        if dist.is_initialized():
+            return cls()
+        backend = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            for name, value in ALONE.items():
+                os.environ.setdefault(name, value)
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout)
+            )
+            return cls()
+        if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+            raise InputError(
+                "WORLD_SIZE is set, but not RANK and MASTER_ADDR: start with scripts/launch.py or torchrun"
+            )
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         return cls()
 
     def main_process_first(self, work: Callable[[], Any], main_only: bool = False) -> Any:
-        """Run `work` on the first process of each node, then (from its caches) on the others.
-
-        An InputError on any of them is raised on all, so that every process leaves with the same message.
+        """Run `work` on the first process of each node, then (from its caches) on the others. Collective.
 
         Args:
             main_only: only the very first process runs `work`; the others get None.
+
+        Raises:
+            InputError: on every process, if `work` raises one on any.
         """
         goes_first = self.is_main if main_only else self.local_rank == 0
-        result = self._together(work if goes_first else None)
+        result = self.together(work if goes_first else None)
         if main_only:
             return result
-        follows = self._together(None if goes_first else work)
+        follows = self.together(None if goes_first else work)
         return result if goes_first else follows
 
-    def _together(self, work: Callable[[], Any] | None) -> Any:
-        """Run `work` where there is some; an InputError or an error of the disk on any process is raised on all."""
-        result, problem = self._attempt(work)
+    def together(self, work: Callable[[], Any] | None) -> Any:
+        """Run `work` where it is given; an InputError of any process is raised on all. Collective."""
+        result, problem = self._attempt(work, InputError)
         if problem is not None:
-            message, is_input = problem
-            raise InputError(message) if is_input else RunError(message, everywhere=True)
+            raise InputError(problem[0]) from problem[1]
         return result
 
-    def _attempt(self, work: Callable[[], Any] | None) -> tuple[Any, tuple[str, bool] | None]:
-        """(what `work` returned, None), or on all processes (None, the first problem of any and if it was an input)."""
-        result, problem = None, None
+    def write(self, folder: Path, work: Callable[[], Any], main_only: bool = False) -> Any:
+        """Run `work`, which writes into `folder`, on every process or on the main process alone. Collective.
+
+        Raises:
+            RunError: on every process, if the system refuses to write on any; names the folder and the reason.
+        """
+        result, problem = self._attempt(work if self.is_main or not main_only else None, (OSError, SafetensorError))
+        if problem is not None:
+            message = f"cannot write {folder}: {problem[0]}. What was saved before is intact"
+            raise RunError(message, everywhere=True) from problem[1]
+        return result
+
+    def _attempt(self, work: Callable[[], Any] | None, expected) -> tuple[Any, tuple[str, Exception | None] | None]:
+        """(what `work` returned, None), or (None, (message of the first problem of any process, this one's own))."""
+        result, own = None, None
         if work is not None:
             try:
                 result = work()
-            except (InputError, OSError, SafetensorError) as error:
-                problem = str(error).splitlines()[0], isinstance(error, InputError)
-        problems = [found for found in self.gather_objects(problem) if found is not None]
-        return (None, problems[0]) if problems else (result, None)
+            except expected as error:
+                own = error
+        messages = self.gather_objects(None if own is None else str(own).split("\n")[0])
+        first = next((message for message in messages if message is not None), None)
+        return (result, None) if first is None else (None, (first, own))
 
-    def write(self, folder: Path, needed: int, work: Callable[[], Any], main_only: bool = False) -> Any:
-        """Run `work`, which writes into `folder`, on every process or on the first alone. Collective.
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all processes, in place."""
+        dist.all_reduce(tensor)
+        return tensor
 
-        Args:
-            needed: bytes that `work` writes, over all processes; what the main process says counts.
-
-        Raises:
-            RunError: on every process if it fails on any; names the folder, the reason and the bytes needed and free.
-        """
-        result = None
-        needed, reason = self.broadcast((needed, _lacks_space(folder, needed) if self.is_main else None))
-        if reason is None:
-            result, problem = self._attempt(work if self.is_main or not main_only else None)
-            reason = None if problem is None else problem[0]
-        if reason is not None:
-            space = f"; {tqdm.format_sizeof(needed, 'B')} are needed, {_free(folder)} are free" if needed else ""
-            message = f"cannot write {folder}: {reason}{space}. What was saved before is intact"
-            raise RunError(message, everywhere=True)
-        return result
-
-    def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:
-        """Add up a tensor over all processes, in place; the same result on each."""
-        dist.all_reduce(sums)
-        return sums
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest of each element over all processes, in place."""
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
 
     def gather_objects(self, value: Any) -> list:
         """One picklable value of each process, on all of them."""
@@ -112,14 +122,19 @@ class DistributedContext:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's value, on all processes: for decisions that every process must take alike."""
+        """The main process's value, on all processes: for decisions that all of them must make alike."""
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait for all processes."""
         dist.barrier()
+
+    def set_timeout(self, seconds: float) -> None:
+        """From now on a process waits for the others for so long, in every group, whoever made it."""
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def __enter__(self) -> "DistributedContext":
         return self
@@ -129,30 +144,8 @@ class DistributedContext:
 
     def close(self) -> None:
         """Leave the process group."""
-        if self.heartbeat is not None:
-            self.heartbeat.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _lacks_space(folder: Path, needed: int) -> str | None:
-    usage = _usage(folder)
-    # A file system that does not know its size says 0.
-    return "the disk is too full" if needed and usage is not None and usage.total > 0 and usage.free < needed else None
-
-
-def _free(folder: Path) -> str:
-    usage = _usage(folder)
-    return "unknown" if usage is None else tqdm.format_sizeof(usage.free, "B")
-
-
-def _usage(folder: Path):
-    """Disk usage where `folder` is or will be; None if the system does not say."""
-    existing = next((path for path in [folder, *folder.absolute().parents] if path.exists()), None)
-    try:
-        return None if existing is None else shutil.disk_usage(existing)
-    except OSError:
-        return None
 
 
 def is_main_process() -> bool:

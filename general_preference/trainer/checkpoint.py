@@ -59,14 +59,13 @@ class CheckpointStore:
         """Write a checkpoint of `state.step`, make it the latest, prune the others.
 
         Raises:
-            RunError: on every process, when the folder cannot be written; it names the folder and the bytes needed.
+            RunError: on every process, when the folder cannot be written; it names the folder and the reason.
         """
         temporary = self.folder / f".writing_step_{state.step}"
-        needed = self.strategy.share_bytes()
-        self.strategy.write(self.folder, needed, lambda: self._clear(temporary), main_only=True)
+        self.strategy.write(self.folder, lambda: self._clear(temporary), main_only=True)
         try:
-            entries = self.strategy.save_share(temporary, needed)
-            self.strategy.write(self.folder, 0, lambda: self._finish(temporary, state, entries), main_only=True)
+            entries = self.strategy.save_share(temporary)
+            self.strategy.write(self.folder, lambda: self._finish(temporary, state, entries), main_only=True)
         except BaseException:
             if self.strategy.is_main:  # a full disk should get its space back
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -79,7 +78,7 @@ class CheckpointStore:
         Raises:
             InputError: it belongs to a run with another global batch, seed, data or model, or none is whole.
         """
-        self.strategy.write(self.folder, 0, self._finish_rename, main_only=True)
+        self.strategy.write(self.folder, self._finish_rename, main_only=True)
         candidates = self.strategy.broadcast(self._candidates() if self.strategy.is_main else None)
         problems = []
         for folder in candidates:
@@ -243,9 +242,8 @@ def publish_model(strategy: DeepSpeedEngine, tokenizer, folder: Path) -> None:
     """
     state_dict = strategy.full_state_dict()
     temporary = folder / ".writing_model"
-    needed = sum(tensor.nbytes for tensor in state_dict.values())
-    strategy.write(folder, needed, lambda: _write_model(strategy, tokenizer, temporary, state_dict), main_only=True)
-    strategy.write(folder, 0, lambda: _move_model(temporary, folder), main_only=True)
+    strategy.write(folder, lambda: _write_model(strategy, tokenizer, temporary, state_dict), main_only=True)
+    strategy.write(folder, lambda: _move_model(temporary, folder), main_only=True)
 
 
 def _write_model(strategy: DeepSpeedEngine, tokenizer, temporary: Path, state_dict: dict) -> None:
@@ -296,7 +294,7 @@ class BestModels:
             publish_model(self.strategy, self.tokenizer, self.folder / name)
         state.best = ranked
         table = json.dumps([{"loss": value, "model": kept} for value, kept in ranked], indent=2)
-        self.strategy.write(self.folder, 0, lambda: replace_text(self.folder / "best.json", table), main_only=True)
+        self.strategy.write(self.folder, lambda: replace_text(self.folder / "best.json", table), main_only=True)
         self.prune([*ranked, *recorded])
 
     def prune(self, entries: Iterable) -> None:

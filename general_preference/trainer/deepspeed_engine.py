@@ -25,10 +25,8 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from pydantic import ValidationError
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from general_preference import rendezvous
 from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
-from general_preference.heartbeat import Heartbeat
 from general_preference.models.acceleration import checkpoint_activations, compile_layers, use_liger_kernels
 from general_preference.models.device import has_fast_bf16
 from general_preference.models.reward_model import RewardModel
@@ -54,9 +52,8 @@ class DeepSpeedEngine(DistributedContext):
         """
         self.engine_arguments, self.optimizer_arguments = engine, optimizer
         deepspeed.utils.logger.setLevel(logging.WARNING)
-        rendezvous.find_place()
         accelerator = get_accelerator()
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         self.device = torch.device(accelerator.current_device_name())
         if engine.bf16 and not has_fast_bf16(self.device):
             raise InputError(f"--bf16: this {self.device.type} device has no bfloat16 arithmetic: drop the flag (fp32)")
@@ -64,12 +61,10 @@ class DeepSpeedEngine(DistributedContext):
         # compiler, and a build lock that blocks every later run if the compilation is killed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = accelerator.communication_backend_name()
-        rendezvous.join(backend, timeout=engine.dist_timeout, join_timeout=engine.dist_timeout)
+        DistributedContext.join(backend, timeout=engine.dist_timeout)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its progress
             deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes over the group just made
         super().__init__()
-        if rendezvous.spans_nodes() or rendezvous.placed_by_slurm():  # no launcher of this node watches the processes
-            self.heartbeat = Heartbeat(self)
         if self.world_size % engine.zpg:
             raise InputError(
                 f"--zpg {engine.zpg} does not divide the {self.world_size} processes: use the number per node"
@@ -225,11 +220,8 @@ class DeepSpeedEngine(DistributedContext):
                     state[name] = tensor.detach().cpu().clone()
         return state
 
-    def save_share(self, folder: Path, needed: int) -> dict[str, dict]:
+    def save_share(self, folder: Path) -> dict[str, dict]:
         """Write every process's weights, optimizer and random states under `folder`. Collective.
-
-        Args:
-            needed: bytes of all of them, for what is said when there is no room.
 
         Returns:
             {file name: its entry in the manifest} of all processes.
@@ -245,11 +237,7 @@ class DeepSpeedEngine(DistributedContext):
             write_share(file, share, self._random_states())
             return describe_file(file)
 
-        return dict(self.gather_objects((file.name, self.write(folder.parent, needed, work))))
-
-    def share_bytes(self) -> int:
-        """Bytes that a checkpoint takes, over all processes. Collective."""
-        return sum(self.gather_objects(own_share(self.engine, self.rank).bytes))
+        return dict(self.gather_objects((file.name, self.write(folder.parent, work))))
 
     def load_share(self, folder: Path, step: int) -> None:
         """Continue from `step`, as `save_share` wrote it, on any number of processes and ZeRO stage. Collective.
@@ -259,7 +247,7 @@ class DeepSpeedEngine(DistributedContext):
         """
         files = sorted(folder.glob("process_*.safetensors"))
         with filling(self.engine, self.rank, step) as share:
-            self._together(lambda: read_share(files, share))
+            self.together(lambda: read_share(files, share))
         schedule = self.engine.lr_scheduler
         schedule.load_state_dict(schedule.state_dict() | {"last_epoch": step - 1, "_step_count": step + 1})
         schedule.step()  # sets the learning rate of `step`
