@@ -2,7 +2,7 @@
 """Run a preference model over your own comparisons: a score for each, a summary, a picture.
 
     python eval/batch_inference_rm_general_preference.py --pretrain MODEL --dataset FILE --output_path results.jsonl
-    python scripts/launch_node.py --nproc 8 eval/batch_inference_rm_general_preference.py ...    the same on 8 devices
+    python scripts/launch.py --nproc-per-node 8 eval/batch_inference_rm_general_preference.py ...   on 8 devices
 
 Writes OUTPUT (one JSON line per comparison, in the order of the data), OUTPUT's name with .summary.json (accuracy with
 its 95 % interval, loss, calibration, per subset) and .reliability.png. Started again after a stop, it continues where
@@ -15,6 +15,11 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":
+    from general_preference.cli import restart_with_cpu_settings
+
+    restart_with_cpu_settings()
 
 import datasets
 import torch

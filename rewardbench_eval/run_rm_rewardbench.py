@@ -3,7 +3,7 @@
 
     python rewardbench_eval/run_rm_rewardbench.py --model MODEL                          RewardBench 1, from the hub
     python rewardbench_eval/run_rm_rewardbench.py --model MODEL --rewardbench_version 2 --dataset rows.parquet
-    python scripts/launch_node.py --nproc 8 rewardbench_eval/run_rm_rewardbench.py --model MODEL       on 8 devices
+    python scripts/launch.py --nproc-per-node 8 rewardbench_eval/run_rm_rewardbench.py --model MODEL       on 8 devices
 
 Writes into --output_dir, all named after the model: .json (the official layout), .jsonl (one line per row, in their
 order), .summary.json (sections, intervals, and what the run was made with) and .png. Started again after a stop, it
@@ -20,6 +20,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
+
+if __name__ == "__main__":
+    from general_preference.cli import restart_with_cpu_settings
+
+    restart_with_cpu_settings()
 
 import datasets
 import torch
