@@ -1,4 +1,4 @@
-"""scripts/launch.py: exit codes, signals and restarts of torchrun's processes. Starts cost seconds, so each tells much."""
+"""scripts/launch.py: exit codes, signals and restarts. Starts cost seconds, so each test tells much."""
 
 import signal
 import subprocess

@@ -271,7 +271,7 @@ def test_a_lost_process_takes_the_other_with_it(model_folder, tmp_path, lost):
     """SIGKILL to one of two: the launcher ends, non-zero, within a minute, and names the process; no hang."""
     flags = [*short_run(model_folder("llama")), "--max_epochs", "500", "--eval_steps", "5000", "--logging_steps", "1"]
     log = (tmp_path / "log").open("w+")
-    command = [sys.executable, str(ROOT / "scripts" / "launch_node.py"), "--nproc", "2", SCRIPT, *flags]
+    command = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--nproc-per-node", "2", SCRIPT, *flags]
     launcher = subprocess.Popen(
         [*command, "--micro_train_batch_size", "1", "--save_path", str(tmp_path / "run")],
         env=environment(), cwd=ROOT, stdout=log, stderr=log,
@@ -285,5 +285,5 @@ def test_a_lost_process_takes_the_other_with_it(model_folder, tmp_path, lost):
     assert launcher.wait(timeout=60) == 128 + signal.SIGKILL
     assert time.monotonic() - began < 60
     log.seek(0)
-    assert f"process {lost} ended with exit code 137" in log.read()
+    assert f"error: process {lost} was ended by SIGKILL" in log.read()
     assert not any(child.is_running() for child in children)

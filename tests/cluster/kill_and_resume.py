@@ -33,7 +33,7 @@ def command(model: Path, folder: Path, processes: int) -> list[str]:
     data = ROOT / "data"
     start = [sys.executable]
     if processes > 1:
-        start += [str(ROOT / "scripts" / "launch_node.py"), "--nproc", str(processes)]
+        start += [str(ROOT / "scripts" / "launch.py"), "--nproc-per-node", str(processes)]
     return [
         *start, str(ROOT / "scripts" / "train_rm_general_preference.py"), "--pretrain", str(model),
         "--dataset", f"{data}/cyclic/train.jsonl,{data}/transitive/train.jsonl", "--max_samples", "160",
