@@ -15,6 +15,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":
+    from general_preference.cpu_settings import restart_with_cpu_settings
+
+    restart_with_cpu_settings()
+
 import datasets
 import torch
 

@@ -3,15 +3,20 @@
 import argparse
 import contextlib
 import functools
+import json
 import logging
 import os
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import field
+from pathlib import Path
 from typing import NoReturn
 
+import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from general_preference.distributed import is_main_process
@@ -21,29 +26,71 @@ from general_preference.errors import InputError, RunError, Stopped
 EVALUATION = {name: name for name in ("n", "accuracy", "interval", "ties", "loss", "probability", "margin")}
 EVALUATION |= {"calibration_error": "calibration", "cyclic_share": "cyclic share"}
 
+PATIENCE = 10.0  # seconds that the other processes leave the main one to print why all of them end
+
 
 def flag(default, text: str, **metadata):
     """A dataclass field that is a flag: its default, its help text, and `choices` or `aliases`."""
     return field(default=default, metadata={"help": text, **metadata})
 
 
-def parse_flags(groups: tuple[type, ...], argv: list[str] | None, description: str) -> list:
-    """One filled dataclass per group. Unknown flags and values of the wrong type exit with code 2, as argparse does."""
+def parse_flags(
+    groups: tuple[type, ...],
+    argv: list[str] | None,
+    description: str,
+    replaced: Callable[[argparse.Namespace], tuple[str, ...]] = lambda flags: (),
+) -> list:
+    """One filled dataclass per group. Unknown flags and values of the wrong type exit with code 2, as argparse does.
+
+    Args:
+        replaced: from the flags of the command line alone, keys of the --config file that they make meaningless.
+    """
     parser = HfArgumentParser(groups, allow_abbrev=False, description=description)
     parser.error = functools.partial(_refuse, parser)
     for action in parser._actions:
         if action.type is string_to_bool:  # also where the default is None a bare flag means true
             action.nargs, action.const = "?", True
+    parser.add_argument("--config", help="YAML or JSON file of flags, such as a run's arguments.json; flags here win")
     argv = sys.argv[1:] if argv is None else argv
-    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    given, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
-    return parsed
+    if given.config is not None:
+        try:
+            argv = _config_flags(given.config, {action.dest for action in parser._actions}, replaced(given)) + argv
+        except InputError as error:
+            parser.error(str(error))
+    return list(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))[: len(groups)]
+
+
+def _config_flags(path: str, known: set[str], replaced: tuple[str, ...]) -> list[str]:
+    """The keys of a config file as command-line flags; null means the default, and `resolved` is no flag."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"config {path} is not a mapping of flags to values")
+    values.pop("resolved", None)
+    unknown = sorted(str(key) for key in values if key not in known - {"config", "help"})
+    if unknown:
+        raise InputError(f"config {path} has unknown keys: {', '.join(unknown)}")
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, list) and value:
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None and value != [] and name not in replaced:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """One line, from the main process; argparse itself would print the usage, a page long, before it."""
-    parser.exit(2, f"error: {message} (--help lists all flags)\n" if is_main_process() else None)
+    if not is_main_process():
+        time.sleep(PATIENCE)
+        parser.exit(2)
+    parser.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
 def check_at_least(arguments: object, least: float, *names: str) -> None:
@@ -57,26 +104,30 @@ def check_at_least(arguments: object, least: float, *names: str) -> None:
 def exit_code(work: Callable[[], None], kept: str) -> int:
     """Run `work`; 0 done, 1 the run failed, 2 what was given cannot be used, 130 SIGINT, 143 SIGTERM.
 
-    One line says why. A fault in this package is none of these and keeps its traceback.
+    One line says why; with GPM_DEBUG=1 the traceback comes before it. Any other exception is a fault and is raised.
 
     Args:
-        kept: what stays where it is after a signal.
+        kept: what a signal leaves intact.
     """
     try:
         with signals_raise():
             work()
         return 0
     except (InputError, RunError) as error:
+        ended, everywhere = error, error.everywhere
         message, code = f"error: {error}", 2 if isinstance(error, InputError) else 1
-        everywhere = error.everywhere
-    except OSError as error:  # a full disk, a folder that went away; what was written before stays
-        message, code, everywhere = f"error: {str(error).splitlines()[0]}", 1, False
     except (KeyboardInterrupt, Stopped) as stop:
+        ended, everywhere = stop, True
         number = getattr(stop, "signal_number", signal.SIGINT)
         how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-        message, code, everywhere = f"\n{how}; {getattr(stop, 'said', '') or kept}", 128 + number, True
+        message, code = f"\n{how}; {getattr(stop, 'said', '') or kept}", 128 + number
+    if os.environ.get("GPM_DEBUG") == "1":
+        traceback.print_exception(ended)
     if is_main_process() or not everywhere:
         sys.stderr.write(message + "\n")
+        sys.stderr.flush()
+    elif code in (1, 2):  # a launcher ends all processes as soon as one has failed
+        time.sleep(PATIENCE)
     return code
 
 

@@ -1,10 +1,9 @@
-"""The processes of one run: ranks and the few collectives they need. No engine, no device.
+"""The processes of one run: ranks, collectives, and work that all of them must agree on. No engine, no device.
 
-torchrun (scripts/launch.py) starts, watches and restarts processes and tells them their ranks; a process that no
-launcher started is a world of one and needs no port.
+Starting, watching and restarting processes is torchrun's work (scripts/launch.py); a run without a launcher is a world
+of one.
 """
 
-import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,58 +16,56 @@ from safetensors import SafetensorError
 
 from general_preference.errors import InputError, RunError
 
-logger = logging.getLogger(__name__)
-
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 class DistributedContext:
-    """Ranks of this process, and collectives: every process calls them in the same order."""
+    """Ranks and collectives of an initialized process group; objects and CPU tensors always go over gloo."""
 
     def __init__(self):
-        """Read the ranks of the process group that `torch.distributed` is in."""
+        """Read the ranks of the process group that exists."""
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.is_main = self.rank == 0
-        # Python objects and CPU tensors never wait for an accelerator.
         self._host_group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     @classmethod
     def join(cls, backend: str = "gloo", timeout: float = 86400.0) -> "DistributedContext":
-        """Initialize torch's process group with the ranks in the environment; one that exists already is used.
+        """Initialize the process group that the launcher's environment describes; one that exists is used as it is.
+
+        A world of one opens no port. DeepSpeed reads the environment too, so it is completed then.
 
         Args:
-            backend: "gloo" or "nccl".
-            timeout: seconds a process waits for the others, in joining and later, see `set_timeout`.
+            backend: "gloo", or "nccl" for tensors on GPUs.
+            timeout: seconds a process waits for the others, here and in every collective until `set_timeout`.
 
         Raises:
-            InputError: several processes, but no address at which they meet.
+            InputError: the environment names several processes, but no address to meet at.
         """
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            os.environ.update(ALONE)
-        os.environ.setdefault("LOCAL_RANK", "0")
-        if not dist.is_initialized():
-            options: dict[str, Any] = {}
-            if os.environ["WORLD_SIZE"] == "1":
-                options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            try:
-                dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **options)
-            except ValueError as error:  # a variable is missing
-                raise InputError(f"{error}: start several processes by torchrun or scripts/launch.py") from error
+        if dist.is_initialized():
+            return cls()
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            for name, value in ALONE.items():
+                os.environ.setdefault(name, value)
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout)
+            )
+            return cls()
+        if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+            raise InputError(
+                "WORLD_SIZE is set, but not RANK and MASTER_ADDR: start with scripts/launch.py or torchrun"
+            )
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         return cls()
 
-    def set_timeout(self, seconds: float) -> None:
-        """From now on a process waits for the others for so long; then it ends with an error."""
-        for group in dist.distributed_c10d._world.pg_map:  # as torchtitan does it: there is no public call yet
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
-
     def main_process_first(self, work: Callable[[], Any], main_only: bool = False) -> Any:
-        """Run `work` on the first process of each node, then (from its caches) on the others.
-
-        An InputError on any of them is raised on all, so that every process leaves with the same message.
+        """Run `work` on the first process of each node, then (from its caches) on the others. Collective.
 
         Args:
             main_only: only the very first process runs `work`; the others get None.
+
+        Raises:
+            InputError: on every process, if `work` raises one on any.
         """
         goes_first = self.is_main if main_only else self.local_rank == 0
         result = self.together(work if goes_first else None)
@@ -78,46 +75,47 @@ class DistributedContext:
         return result if goes_first else follows
 
     def together(self, work: Callable[[], Any] | None) -> Any:
-        """Run `work` (if given); raise the first InputError of any rank on every rank."""
-        result, error, problem = self._attempt(work, InputError)
+        """Run `work` where it is given; an InputError of any process is raised on all. Collective."""
+        result, problem = self._attempt(work, InputError)
         if problem is not None:
-            raise InputError(problem) from error
+            raise InputError(problem[0]) from problem[1]
         return result
 
     def write(self, folder: Path, work: Callable[[], Any], main_only: bool = False) -> Any:
-        """Run `work`, which writes into `folder`, on every process or on the first alone.
+        """Run `work`, which writes into `folder`, on every process or on the main process alone. Collective.
 
         Raises:
-            RunError: on every process if it fails on any; names the folder and the reason.
+            RunError: on every process, if it fails on any; names the folder and the reason.
         """
-        kinds = (InputError, OSError, SafetensorError)
-        result, error, problem = self._attempt(work if self.is_main or not main_only else None, kinds)
+        result, problem = self._attempt(
+            work if self.is_main or not main_only else None, (InputError, OSError, SafetensorError)
+        )
         if problem is not None:
-            message = f"cannot write {folder}: {problem}. What was saved before is intact"
-            raise RunError(message, everywhere=True) from error
+            message = f"cannot write {folder}: {problem[0]}. What was saved before is intact"
+            raise RunError(message, everywhere=True) from problem[1]
         return result
 
-    def _attempt(self, work: Callable[[], Any] | None, kinds) -> tuple[Any, Exception | None, str | None]:
-        """(what `work` returned, its error here, the first problem of any rank in one line)."""
-        result = error = None
+    def _attempt(self, work: Callable[[], Any] | None, expected) -> tuple[Any, tuple[str, Exception | None] | None]:
+        """(what `work` returned, None), or (None, (message of the first problem of any process, this one's own))."""
+        result, own = None, None
         if work is not None:
             try:
                 result = work()
-            except kinds as found:
-                error = found
-        problem = None if error is None else str(error).splitlines()[0]
-        problems = [found for found in self.gather_objects(problem) if found is not None]
-        return result, error, problems[0] if problems else None
+            except expected as error:
+                own = error
+        messages = self.gather_objects(None if own is None else str(own).split("\n")[0])
+        first = next((message for message in messages if message is not None), None)
+        return (result, None) if first is None else (None, (first, own))
 
-    def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:
-        """Add up a tensor over all processes, in place; the same result on each."""
-        dist.all_reduce(sums, group=self._group_of(sums))
-        return sums
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all processes, in place."""
+        dist.all_reduce(tensor, group=self._group_of(tensor))
+        return tensor
 
-    def all_reduce_max(self, values: torch.Tensor) -> torch.Tensor:
-        """The largest of each value over all processes, in place."""
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group_of(values))
-        return values
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest of each element over all processes, in place."""
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group_of(tensor))
+        return tensor
 
     def _group_of(self, tensor: torch.Tensor):
         return self._host_group if tensor.device.type == "cpu" else None
@@ -129,14 +127,19 @@ class DistributedContext:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's value, on all processes: for decisions that every process must take alike."""
+        """The main process's value, on all processes: for decisions that all of them must make alike."""
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._host_group)
         return values[0]
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait for all processes."""
         dist.barrier(group=self._host_group)
+
+    def set_timeout(self, seconds: float) -> None:
+        """From now on a process waits for the others for so long, in every group, whoever made it."""
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def __enter__(self) -> "DistributedContext":
         return self

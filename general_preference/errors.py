@@ -1,18 +1,18 @@
-"""Exceptions that are messages to people, as opposed to a fault in this package.
+"""Exceptions that are messages to people: one line that says what was found, where, and what to do.
 
-Each message is one line that says what was found, where, and what to do; the scripts print it and exit. `everywhere`
-says that all processes of the run raise the same, so that one of them prints it.
+The scripts print them and exit; any other exception is a fault and keeps its traceback. `everywhere` says that all
+processes of the run raise the same, so that the main process alone prints it.
 """
 
 
 class InputError(ValueError):
     """A path, record, flag or checkpoint that cannot be used as given. Exit code 2; in a notebook a ValueError."""
 
-    everywhere = True  # every process is given the same, see `main_process_first`
+    everywhere = True
 
 
 class RunError(RuntimeError):
-    """A run cannot go on for a reason outside this package: a full disk, a lost process. Exit code 1."""
+    """A run cannot go on for a reason outside this package, such as a full disk. Exit code 1."""
 
     def __init__(self, message: str, everywhere: bool = False):
         super().__init__(message)
@@ -24,10 +24,7 @@ class NonFiniteError(RunError):
 
 
 class Stopped(BaseException):
-    """SIGTERM or SIGINT asked the run to end; no Exception, so that nothing on the way takes it for a fault.
-
-    signal_number: exit code - 128. said: what was saved, if anything was.
-    """
+    """SIGTERM or SIGINT (`signal_number`) ended the run; `said` is what was saved. No Exception: it is no fault."""
 
     everywhere = True
 

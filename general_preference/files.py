@@ -1,37 +1,33 @@
-"""Files and folders that survive a stop: claimed by one run, replaced whole, never half-written."""
+"""Files and folders that survive a stop: locked by one run, replaced whole, never half-written."""
 
 import errno
 import fcntl
-import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from general_preference.errors import InputError
 
-logger = logging.getLogger(__name__)
 
-
-def lock_folder(folder: Path, flag: str):
-    """Make the folder that `flag` names and hold it for this process; the returned file object is the claim.
+def lock_folder(folder: Path, name: str):
+    """Make the folder that the argument `name` gives and lock it; closing the returned file unlocks it.
 
     Raises:
         InputError: the folder cannot be made or written, or another running process holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        claim = (folder / ".lock").open("w")
+        lock = (folder / ".lock").open("w")
     except OSError as error:
-        raise InputError(f"{flag} {folder} cannot be written ({error.strerror}): choose another folder") from error
+        raise InputError(f"{name} {folder} cannot be written ({error.strerror}): choose another folder") from error
     try:
-        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise InputError(
-                f"{flag} {folder} is being written by another run: wait for it, or choose another"
-            ) from None
-        logger.debug("%s does not support locks", folder)
-    return claim
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = f"{name} {folder} is being written by another run: wait for it, or choose another"
+        raise InputError(message) from error
+    except OSError:  # a file system without locks
+        pass
+    return lock
 
 
 def replace_text(path: Path, text: str) -> None:

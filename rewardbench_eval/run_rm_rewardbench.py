@@ -19,6 +19,11 @@ from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path, PurePosixPath
 
+if __name__ == "__main__":
+    from general_preference.cpu_settings import restart_with_cpu_settings
+
+    restart_with_cpu_settings()
+
 import torch
 
 from general_preference import GPMPipeline

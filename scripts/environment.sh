@@ -1,63 +1,48 @@
-# Sourced by the launchers: an environment in which everything can be imported, and what this machine is.
+# Sourced by the launchers: an environment in which everything can be imported, and how to start a script here.
 #
 # Uses the active Python if it has all packages; otherwise makes ROOT/.venv and installs requirements.txt there, once.
-# Sets: PATH (the environment), PYTHONPATH (this checkout), GPUS (their number), NPROC, LAUNCH (the start of a command).
-# Reads: PYTHON (which interpreter makes .venv, default python3), NPROC, ALSO_NEEDED (more packages: deepspeed to train),
-# GPUS_PER_HOST (where the processes will run on other machines than this).
+# Sets: PATH, PYTHONPATH (this checkout), GPUS (their number), NPROC, LAUNCH (the start of a command).
+# Reads: PYTHON (which interpreter makes .venv, default python3), NPROC (processes, default one per GPU), RESTARTS (how
+# often a run whose process died starts again, default 0), ALSO_NEEDED (more packages: deepspeed to train).
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
 has_everything() {
-  local needed=(torch transformers safetensors datasets matplotlib tqdm ${ALSO_NEEDED:-})
-  "$1" - "${needed[@]}" <<'PY' 2>/dev/null
+  python - torch transformers safetensors datasets matplotlib tqdm ${ALSO_NEEDED:-} <<'PY' 2> /dev/null
 import sys
 from importlib.util import find_spec
-sys.exit(any(find_spec(name) is None for name in sys.argv[1:]) or sys.version_info < (3, 10))
+sys.exit(any(find_spec(name) is None for name in sys.argv[1:]) or sys.version_info < (3, 11))
 PY
 }
 
 make_environment() {
-  local python=${PYTHON:-python3} wanted
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-    { echo "error: '$python' is missing or older than Python 3.11; name one with PYTHON=/path/to/python3" >&2; exit 2; }
-  wanted=$(cksum < "$ROOT/requirements.txt")
   exec 9> "$ROOT/.venv.lock"
   flock 9 # a second start waits for the first one's installation
-  if [[ "$(cat "$ROOT/.venv/installed" 2>/dev/null)" != "$wanted" ]]; then
+  if ! cmp -s "$ROOT/requirements.txt" "$ROOT/.venv/installed"; then
     echo "Installing into $ROOT/.venv (once, a few minutes) ..." >&2
-    "$python" -m venv "$ROOT/.venv" ||
-      { echo "error: cannot make $ROOT/.venv; is the venv module installed (Debian: python3-venv)?" >&2; exit 2; }
+    "${PYTHON:-python3}" -m venv "$ROOT/.venv" ||
+      fail "cannot make $ROOT/.venv: name a Python of at least 3.11 with its venv module by PYTHON=/path/to/python3"
     (cd "$ROOT" && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt) ||
-      { echo "error: installing requirements.txt failed; run this again to continue" >&2; exit 2; }
-    echo "$wanted" > "$ROOT/.venv/installed"
-    echo "Installed. To use it in your own shell: source .venv/bin/activate" >&2
+      fail "installing requirements.txt failed; run this again to continue"
+    cp "$ROOT/requirements.txt" "$ROOT/.venv/installed"
   fi
   exec 9>&-
   source "$ROOT/.venv/bin/activate"
 }
 
-if ! { command -v python > /dev/null && has_everything python; }; then
-  make_environment
-fi
+has_everything || make_environment
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-
-GPUS=${GPUS_PER_HOST:-$(python -c 'import torch; print(torch.cuda.device_count())')}
-NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))}
-[[ $NPROC =~ ^[1-9][0-9]*$ ]] || { echo "error: NPROC=$NPROC is no number of processes" >&2; exit 2; }
-if ((GPUS == 0)); then
-  export DS_ACCELERATOR=cpu
-  # glibc gives large temporaries back to the kernel after every operation; keeping them is several times faster.
-  export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
-  # Threads that wait by spinning slow each other down tenfold as soon as something else runs on the machine.
-  # A few microseconds of it, before they sleep, save more than they cost (about a tenth of a step; 4 % when busy).
-  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}
-  if ((NPROC > 1)); then
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NPROC - 1) / NPROC))}
-  fi
-fi
-# In a Slurm step of several tasks a bare process would wait for the other tasks; here each task is a run of its own.
-if ((NPROC > 1)) || [[ ${SLURM_STEP_NUM_TASKS:-1} != 1 ]]; then
-  LAUNCH=(python "$ROOT/scripts/launch_node.py" --nproc "$NPROC")
-else
-  LAUNCH=(python)
+eval "$(python -P "$ROOT/general_preference/cpu_settings.py")" # GPUS, and what libraries read on CPUs
+((GPUS > 0)) || export DS_ACCELERATOR=cpu # keeps DeepSpeed from probing for other devices; the scripts set the rest
+NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))} RESTARTS=${RESTARTS:-0}
+[[ $NPROC =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC is no number of processes"
+[[ $RESTARTS =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS is no number"
+LAUNCH=(python) # one process needs no launcher
+if ((NPROC > 1 || RESTARTS > 0)); then
+  LAUNCH+=("$ROOT/scripts/launch.py" --nproc-per-node "$NPROC" --max-restarts "$RESTARTS")
 fi

@@ -1,44 +1,51 @@
 #!/usr/bin/env python3
-"""torchrun with the exit code of the first worker that failed, and one line instead of a traceback.
+"""torchrun that ends with the exit code of the first process that failed, and without torchrun's own messages.
 
-    python scripts/launch.py --nproc-per-node 8 scripts/train_rm_general_preference.py ...     flags are torchrun's
+    python scripts/launch.py --nproc-per-node 8 scripts/train_rm_general_preference.py ...
 
-A stopped run may take as long as saving takes (--shutdown-timeout). Exit codes: the worker's (2: what was given cannot
-be used), 128 + N for a worker killed by signal N, 143 or 130 after SIGTERM or Ctrl-C, 1 if the nodes do not meet.
+Takes torchrun's options. SIGTERM and SIGINT go to every process, which then may take as long as saving takes; so does a
+second one. A failed process ends the others; with --max-restarts N all of them start again, N times.
+Exit codes: that of the process (2: unusable input), 128 + the number of a signal, 1 where nodes do not meet.
 """
 
 import logging
 import os
+import signal
 import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it, with a paragraph of explanation
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import; torchrun takes over when it starts
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # of this process: no C++ frames when nodes do not meet
 
+from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.run import parse_args, run
 
 
 def main(argv: list[str]) -> int:
-    """Run torchrun in this process; returns the exit code."""
-    logging.disable(logging.CRITICAL)  # of this process, not of the workers
+    """Run, and turn torchrun's exceptions into exit codes."""
+    arguments = run.parse_args(["--shutdown-timeout", "86400", "--monitor-interval", "0.1", *argv])
+    processes, cores = run.determine_local_world_size(arguments.nproc_per_node), len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(-(-cores // processes)))
+    os.environ.pop("TORCH_CPP_LOG_LEVEL", None)
+    logging.disable(logging.ERROR)  # what torchrun says beside its processes
     try:
-        run(parse_args(["--shutdown-timeout=86400", *argv]))
-        return 0
+        run.run(arguments)
+    except ChildFailedError as error:
+        failures = sorted(error.failures.items(), key=lambda failure: failure[1].timestamp)
+        # A killed process makes others fail, and torchrun's SIGTERM to the rest is no reason.
+        killed = [(rank, end) for rank, end in failures if end.exitcode < 0 and end.exitcode != -signal.SIGTERM]
+        rank, end = (killed or failures)[0]
+        if end.exitcode < 0:
+            sys.stderr.write(f"error: process {rank} was ended by {signal.Signals(-end.exitcode).name}\n")
+        return end.exitcode if end.exitcode > 0 else 128 - end.exitcode
     except SignalException as stop:
         return 128 + stop.sigval
-    except ChildFailedError as error:
-        # Whoever was killed is the cause of its peers' errors, and torchrun itself ends the peers by SIGTERM.
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        codes = {rank: code if code > 0 else 128 - code for rank, code in codes.items()}
-        rank = min(codes, key=lambda rank: (codes[rank] == 143, codes[rank] != 137, codes[rank] < 128))
-        code = codes[rank]
-        if code != 2:  # every process refuses its input alike, and the first one says why
-            sys.stderr.write(f"launch.py: process {rank} ended with exit code {code}\n")
-        return code
-    except RendezvousError as error:
-        sys.stderr.write(f"error: the nodes did not meet in time ({error or type(error).__name__}): did all start?\n")
+    except RendezvousError:
+        sys.stderr.write(f"error: the nodes did not meet at {arguments.rdzv_endpoint} in time: did every node start?\n")
         return 1
+    return 0
 
 
 if __name__ == "__main__":

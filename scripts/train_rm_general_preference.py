@@ -2,32 +2,26 @@
 """Train a preference model (Bradley-Terry, GPM or hybrid) on comparisons.
 
     python scripts/train_rm_general_preference.py --pretrain MODEL --dataset FILE --is_general_preference
-    python scripts/launch_node.py --nproc 8 scripts/train_rm_general_preference.py ...       the same on 8 devices
+    python scripts/launch.py --nproc-per-node 8 scripts/train_rm_general_preference.py ...   the same on 8 devices
+    python scripts/train_rm_general_preference.py --config RUN/arguments.json                a run once more
 
-deepspeed and torchrun start it too. The launchers beside this file set it up; `--help` explains every flag. Exit codes:
+torchrun and deepspeed start it too. The launchers beside this file set it up; `--help` explains every flag. Exit codes:
 0 done, 1 the run failed, 2 what was given cannot be used (one line says why), 130 and 143 ended by SIGINT or SIGTERM.
 """
 
 import functools
 import logging
-import os
 import signal
 import sys
 from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
-
-def leave(number: int, _frame) -> None:
-    """Until `main` takes over: what is imported below takes seconds, in which Ctrl-C should not print a traceback."""
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"\nended by {signal.Signals(number).name} before it began\n".encode())
-    os._exit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, leave)
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing takes seconds, in which Ctrl-C should print no traceback
+    from general_preference.cpu_settings import restart_with_cpu_settings
+
+    restart_with_cpu_settings()
 
 from general_preference.cli import exit_code, format_table, quiet_other_libraries
 from general_preference.datasets.preparation import (
@@ -63,6 +57,8 @@ def train(arguments: Arguments) -> None:
 
     engine = DeepSpeedEngine(arguments.engine, arguments.optimizer)
     context = engine.context
+    # A node that joins late knows of no restart, and all must start alike.
+    arguments.output.load_checkpoint = any(context.gather_objects(arguments.output.load_checkpoint))
     try:
         with ExitStack() as held:
             for folder, flag in folders(arguments).items():

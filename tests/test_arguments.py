@@ -114,3 +114,55 @@ def test_only_the_package_is_installed():
     assert "general_preference.models" in packages
     assert "include=[" in (ROOT / "setup.py").read_text()
     assert all(name.split(".")[0] == "general_preference" for name in packages)
+
+
+def test_a_runs_own_arguments_repeat_it(tmp_path):
+    flags = ["--preference_head", "hybrid", "--normalize", "false", "--lora_rank", "4", "--tau", "3e-1", "--bf16"]
+    first = parse(*flags, "--target_modules", "q_proj", "v_proj", "--use_wandb", "online", "--dataset_probs", "0.4,0.6")
+    first.save(tmp_path, world_size=2)
+    assert parse_arguments(["--config", str(tmp_path / "arguments.json")]) == first
+    plain = parse()
+    plain.save(tmp_path)
+    assert parse_arguments(["--config", str(tmp_path / "arguments.json")]) == plain
+    again = parse_arguments(["--seed", "7", "--config", str(tmp_path / "arguments.json"), "--max_len", "64"])
+    assert (again.optimizer.seed, again.data.max_len) == (7, 64), "flags win, before it and after it"
+
+
+def test_a_head_on_the_command_line_replaces_that_of_a_config_file(tmp_path):
+    config = tmp_path / "preset.yaml"
+    config.write_text("is_general_preference: true\nvalue_head_dim: 6\ngeneral_preference_tau: 25e-2\nbf16: true\n")
+
+    def head(*flags):
+        model = parse_arguments(["--config", str(config), *flags]).model
+        return model.is_general_preference, model.value_head_dim, model.general_preference_tau
+
+    assert head() == (True, 6, 0.25)
+    assert head("--value_head_dim", "4") == (True, 4, 0.25)
+    assert head("--preference_head", "gpm") == (False, None, 0.25)
+    assert head("--preference_head", "bt") == (False, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ("- 1", "is not a mapping"),
+        ("learning_rat: 1", "has unknown keys: learning_rat"),
+        ("seed: much", "--seed: invalid int value: 'much'"),
+        ("preference_head: x", "invalid choice: 'x'"),
+    ],
+)
+def test_a_wrong_config_file_is_one_line(tmp_path, capsys, text, said):
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["--config", str(tmp_path / "config.yaml")])
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2 and said in shown and len(shown.splitlines()) == 1
+
+
+def test_a_restarted_run_continues(monkeypatch):
+    assert not parse().output.load_checkpoint
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert parse().output.load_checkpoint

@@ -7,35 +7,69 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """
-import os, sys
-from general_preference.cli import exit_code
-from general_preference.errors import InputError, NonFiniteError
+import sys, time
+from pathlib import Path
+import torch
+from general_preference import cli
+from general_preference.errors import InputError, NonFiniteError, RunError
 from general_preference.distributed import DistributedContext
 
-def fail(processes, kind, rank):
-    if processes.rank == rank:
-        raise kind(f"of process {rank}")
-    return processes.rank
+cli.PATIENCE = 0.1
 
-def fine(processes):
-    assert processes.main_process_first(lambda: processes.rank) == processes.rank
-    assert processes.main_process_first(lambda: "first", main_only=True) == ("first" if processes.is_main else None)
-    assert processes.gather_objects(processes.rank) == [0, 1] and processes.broadcast(processes.rank) == 0
+def fail(context, kind, rank):
+    if context.rank == rank:
+        raise kind(28, "No space left on device") if kind is OSError else kind(f"of process {rank}")
+    return context.rank
 
-with DistributedContext.join() as processes:
+def fine(context):
+    assert context.main_process_first(lambda: context.rank) == context.rank
+    assert context.main_process_first(lambda: "first", main_only=True) == ("first" if context.is_main else None)
+    assert context.gather_objects(context.rank) == [0, 1] and context.broadcast(context.rank) == 0
+    assert context.all_reduce(torch.tensor([1.0, context.rank])).tolist() == [2, 1]
+    assert context.all_reduce_max(torch.tensor([-1, context.rank])).tolist() == [-1, 1]
+    assert context.write(Path("there"), lambda: context.rank) == context.rank
+    context.barrier()
+
+def causes(context):
+    try:
+        context.write(Path("there"), lambda: fail(context, OSError, 1))
+    except RunError as error:
+        assert isinstance(error.__cause__, OSError) == (context.rank == 1)
+        raise
+
+def late(context):
+    group = torch.distributed.new_group()
+    context.set_timeout(1)
+    for each in (group, None):
+        began = time.monotonic()
+        try:
+            if context.is_main:
+                torch.distributed.all_reduce(torch.ones(1), group=each)
+            else:
+                time.sleep(3)
+            assert not context.is_main, "the other did not come"
+        except RuntimeError:
+            assert 0.5 < time.monotonic() - began < 3
+            break
+
+with DistributedContext.join() as context:
     for name, work in {
-        "fine": lambda: fine(processes),
-        "first": lambda: processes.main_process_first(lambda: fail(processes, InputError, 0)),
-        "second": lambda: processes.main_process_first(lambda: fail(processes, InputError, 1)),
-        "alone": lambda: fail(processes, NonFiniteError, 1),
+        "fine": lambda: fine(context),
+        "first": lambda: context.main_process_first(lambda: fail(context, InputError, 0)),
+        "second": lambda: context.together(lambda: fail(context, InputError, 1)),
+        "full": lambda: causes(context),
+        "alone": lambda: fail(context, NonFiniteError, 1),
+        "late": lambda: late(context),
     }.items():
-        print(name, exit_code(work, kept=""), flush=True)
+        print(name, cli.exit_code(work, kept=""), flush=True)
 """
 
 
@@ -56,10 +90,25 @@ def test_every_failure_is_printed_once():
         for rank in "01"
     ]
     (first, said_first), (second, said_second) = (process.communicate(timeout=150) for process in started)
-    assert first.split("\n")[:4] == ["fine 0", "first 2", "second 2", "alone 0"]
-    assert second.split("\n")[:4] == ["fine 0", "first 2", "second 2", "alone 1"]
-    errors = [[line for line in said.splitlines() if "error" in line] for said in (said_first, said_second)]
-    assert errors == [["error: of process 0", "error: of process 1"], ["error: of process 1"]]
+    assert first.split("\n")[:6] == ["fine 0", "first 2", "second 2", "full 1", "alone 0", "late 0"], said_first
+    assert second.split("\n")[:6] == ["fine 0", "first 2", "second 2", "full 1", "alone 1", "late 0"], said_second
+    errors = [[line for line in said.splitlines() if line.startswith("error")] for said in (said_first, said_second)]
+    full = "error: cannot write there: [Errno 28] No space left on device. What was saved before is intact"
+    assert errors == [["error: of process 0", "error: of process 1", full], ["error: of process 1"]]
+
+
+def test_a_world_of_one_needs_no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with DistributedContext.join() as context:
+        assert context.is_main and context.world_size == 1 and context.local_rank == 0
+        assert context.gather_objects("x") == ["x"] and context.broadcast("x") == "x"
+        assert context.all_reduce(torch.ones(2)).tolist() == [1, 1]
+        context.set_timeout(10)
+        with pytest.raises(OSError, match="missing"):  # a fault of ours, not of the disk
+            context.main_process_first(lambda: Path("/missing").read_text())
+        assert os.environ["WORLD_SIZE"] == "1"
+    assert not dist.is_initialized()
 
 
 def test_ranks_without_an_address_are_refused(monkeypatch):

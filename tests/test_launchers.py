@@ -1,4 +1,4 @@
-"""The launchers up to the command that they run: python, deepspeed, srun, ssh and others are fakes that print it."""
+"""The launchers up to the command that they run: python, deepspeed, srun and scontrol are fakes that print it."""
 
 import os
 import subprocess
@@ -6,29 +6,22 @@ from pathlib import Path
 
 import pytest
 
+from general_preference.trainer.arguments import parse_arguments
 from scripts.make_tiny_model import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 MULTI = ROOT / "scripts" / "run_train_rm_general_preference_multi.sh"
 SINGLE = ROOT / "scripts" / "run_train_rm_general_preference_single.sh"
-SET_BY_USERS = (
-    "HOSTFILE NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC MICRO_BATCH GLOBAL_BATCH PRETRAIN DATASET SAVE_PATH"
-)
+SET_BY_USERS = """HOSTFILE NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC MICRO_BATCH GLOBAL_BATCH PRETRAIN DATASET
+SAVE_PATH RESTARTS JOIN_TIMEOUT LOCAL_ADDR"""
 FAKES = {
     "python": 'case $1 in -) cat > /dev/null ;; -c) echo 0 ;; *) printf "%s\\n" "$*" ;; esac',
-    "deepspeed": 'printf "%s\\n" "$@"; echo "told $(cat "$DS_ENV_FILE")"',
-    "pdsh": "exit 9",
-    "ssh": 'if [[ " $* " == *" away "* ]]; then echo "no route" >&2; exit 255; fi; bash -c "${@: -1}"',
-    "hostname": "echo 10.0.0.7 fe80::1",
-    "nvidia-smi": "exit 1",
+    "deepspeed": 'echo "deepspeed $*"',
     "scontrol": '[[ "$*" == "show hostnames n[5-6]" ]] && printf "n5\\nn6\\n"',
     "srun": """
 echo "srun $*"
 while [[ $1 == --* ]]; do shift; done
-for node in 0 1; do
-  SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=2 SLURM_STEP_NODELIST='n[5-6]' SLURM_NODEID=$node \\
-    SLURM_PROCID=$node "$@"
-done""",
+for node in 0 1; do SLURM_NODEID=$node "$@"; done""",
 }
 
 
@@ -60,15 +53,21 @@ def option(command: str, name: str) -> str:
     return words[words.index(name) + 1]
 
 
+def flags_of(command: str):
+    """What the training script makes of the flags in a command line."""
+    return parse_arguments(command.split("train_rm_general_preference.py ")[1].split())
+
+
 TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+JOIN = "--rdzv-backend c10d --rdzv-endpoint 10.0.0.1:29500 --rdzv-id gpm --rdzv-conf join_timeout=600,read_timeout=600"
 
 
 def test_each_node_is_started_by_its_numbers(start):
-    done = start(MULTI, "--seed", "7", NPROC="2", PRETRAIN="base", DATASET="my.jsonl", GLOBAL_BATCH="32", **TWO)
+    settings = {"NPROC": "2", "PRETRAIN": "base", "DATASET": "my.jsonl", "GLOBAL_BATCH": "32", "RESTARTS": "3"}
+    done = start(MULTI, "--seed", "7", **settings, **TWO)
     assert done.returncode == 0, done.stderr
     command = done.stdout.splitlines()[-1]
-    place = "--nproc 2 --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500"
-    assert f"launch_node.py {place} {ROOT}/scripts/train_rm_general_preference.py --pretrain base" in command
+    assert f"launch.py --nproc-per-node 2 --max-restarts 3 --nnodes 2 {JOIN},is_host=0 {ROOT}/scripts/train" in command
     # 2 nodes of 2 processes of 2 comparisons: 4 accumulated make 32
     assert option(command, "--micro_train_batch_size") == "2" and option(command, "--accumulated_gradient") == "4"
     assert command.endswith("--seed 7")
@@ -79,84 +78,76 @@ def test_one_node_and_several_share_their_settings(start):
     single = start(SINGLE, "--seed", "7", **settings).stdout.splitlines()[-1]
     multi = start(MULTI, "--seed", "7", **settings | {"NPROC": "2"}, **TWO).stdout.splitlines()[-1]
     assert single.split("train_rm_general_preference.py ")[1] == multi.split("train_rm_general_preference.py ")[1]
-    assert "--nproc 4" in single
+    assert "launch.py --nproc-per-node 4 --max-restarts 0 " in single
+    alone = {"PRETRAIN": "base", "NPROC": "1"}
+    assert start(SINGLE, **alone).stdout.startswith(f"{ROOT}/scripts/train"), "one process needs no launcher"
+    assert "launch.py --nproc-per-node 1 --max-restarts 2 " in start(SINGLE, **alone, RESTARTS="2").stdout
+
+
+def test_presets_are_the_tiny_runs_and_the_papers_settings(start):
+    tiny = flags_of(start(SINGLE).stdout.splitlines()[-1])
+    model, optimizer, output = tiny.model, tiny.optimizer, tiny.output
+    assert (model.is_general_preference, model.value_head_dim, model.add_prompt_head) == (True, 4, True)
+    assert (model.preference_head, model.general_preference_tau, tiny.data.max_len) == (None, 0.25, 256)
+    assert (optimizer.learning_rate, optimizer.max_epochs, optimizer.micro_train_batch_size) == (3e-3, 8, 16)
+    assert (output.logging_steps, output.eval_steps, output.save_path) == (10, 152, f"{ROOT}/checkpoint/rm-tiny")
+    assert not tiny.engine.bf16 and not tiny.engine.gradient_checkpointing
+    bt = flags_of(start(SINGLE, "--preference_head", "bt").stdout.splitlines()[-1])
+    assert (bt.model.is_general_preference, bt.model.value_head_dim, bt.model.add_prompt_head) == (False, None, False)
+    assert bt.model.general_preference_tau is None and bt.optimizer == optimizer
+    paper = flags_of(start(SINGLE, "--learning_rate", "2e-6", PRETRAIN="a/b").stdout.splitlines()[-1])
+    assert (paper.model.value_head_dim, paper.model.add_prompt_head, paper.model.general_preference_tau) == (
+        6,
+        True,
+        None,
+    )
+    assert (paper.optimizer.learning_rate, paper.optimizer.max_epochs, paper.data.max_len) == (2e-6, 2, 2048)
+    assert (paper.optimizer.micro_train_batch_size, paper.optimizer.accumulated_gradient) == (2, 16)
+    assert paper.engine.gradient_checkpointing and paper.output.save_path == f"{ROOT}/checkpoint/rm-b"
 
 
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ({}, "HOSTFILE, or NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT"),
-        ({"NNODES": "2"}, "NODE_RANK is not set"),
-        ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, "NNODES is not set"),
-        (TWO | {"NODE_RANK": "2"}, "NODE_RANK=2 must be from 0 to NNODES - 1 = 1"),
-        (TWO | {"NNODES": "two"}, "NNODES=two is no number"),
-        (TWO | {"MASTER_PORT": "ssh"}, "MASTER_PORT=ssh is no number"),
-        (TWO | {"HOSTFILE": "hosts"}, "choose one way"),
+        ({}, "NNODES is not set"),
+        ({"NNODES": "2"}, "MASTER_ADDR is not set"),
+        (TWO | {"NODE_RANK": "2"}, "NNODES=2 and NODE_RANK=2 do not fit"),
+        (TWO | {"NNODES": "two"}, "NNODES=two"),
+        (TWO | {"RESTARTS": "often"}, "RESTARTS=often is no number"),
         (TWO | {"NPROC": "2", "GLOBAL_BATCH": "6", "PRETRAIN": "p"}, "6 is no multiple of MICRO_BATCH=2 times 4"),
+        ({"HOSTFILE": "hosts"}, "no line like 'host slots=8'"),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_named(start, extra, said):
+def test_what_is_missing_is_named(start, tmp_path, extra, said):
+    (tmp_path / "hosts").write_text("# none\n")
     done = start(MULTI, **extra)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: ") and said in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (None, "cannot be read"),
-        ("\n# nobody\n", "names no host"),
-        ("a slots=2\nb\n", "line 2 is not 'host slots=NUMBER': b"),
-        ("a slots=2\na slots=2\n", "line 2: a comes twice"),
-        ("a slots=1\naway slots=1\n", "host away cannot be reached by ssh without a password: no route"),
-    ],
-)
-def test_an_unusable_hostfile_is_named(start, tmp_path, text, said):
-    if text is not None:
-        (tmp_path / "hosts").write_text(text)
-    done = start(MULTI, HOSTFILE="hosts")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
-
-
-def test_a_hostfile_goes_to_deepspeed_with_what_the_hosts_must_know(start, tmp_path):
+def test_a_hostfile_goes_to_deepspeed(start, tmp_path):
     (tmp_path / "hosts").write_text("# two\na slots=2\nb slots=2")
-    (tmp_path / ".deepspeed_env").write_text("OWN=1")
-    environment = {"OMP_NUM_THREADS": "3", "HF_TOKEN": "secret", "GLOO_SOCKET_IFNAME": "eth7"}
-    done = start(
-        MULTI, "--input_template", "a $x", "--wandb_group", "(g)", HOSTFILE="hosts", PRETRAIN="p", **environment
-    )
+    done = start(MULTI, "--seed", "7", HOSTFILE="hosts", PRETRAIN="p", MASTER_PORT="29501", SSH_PORT="23")
     assert done.returncode == 0, done.stderr
-    words = done.stdout.split("told ")[0].splitlines()
-    for name, value in {"--hostfile": "hosts", "--launcher": "pdsh", "--master_addr": "10.0.0.7"}.items():
-        assert words[words.index(name) + 1] == value
-    assert words[words.index("--accumulated_gradient") + 1] == "4"
-    assert words[words.index("--input_template") + 1] == "a \\$x" and words[-1] == "\\(g\\)"
-    told = done.stdout.split("told ")[1].splitlines()
-    assert {"OWN=1", "OMP_NUM_THREADS=3", "GLOO_SOCKET_IFNAME=eth7", "DS_ACCELERATOR=cpu"} <= set(told)
-    assert "secret" not in done.stdout and all("=" in line for line in told)
+    options = "--hostfile hosts --master_port 29501 --ssh_port 23"
+    assert done.stdout.startswith(f"deepspeed {options} {ROOT}/scripts/train_rm_general_preference.py ")
+    assert option(done.stdout, "--accumulated_gradient") == "4" and done.stdout.endswith("--seed 7\n")
 
 
 def test_a_slurm_allocation_starts_every_node(start):
     allocation = {
         "SLURM_JOB_ID": "123456",
         "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_NTASKS": "16",
+        "SLURM_JOB_NODELIST": "n[5-6]",
         "SLURM_CPUS_ON_NODE": "64",
     }
     done = start(MULTI, "--seed", "7", NPROC="8", PRETRAIN="base", DATASET="my.jsonl", **allocation)
     assert done.returncode == 0, done.stderr
     srun, first, second = done.stdout.splitlines()
-    options = "--nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 --cpus-per-task=64"
-    assert srun.startswith(f"srun {options} bash {MULTI}")
+    assert srun.startswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 --cpus-per-task=64 bash")
     for rank, command in enumerate((first, second)):
-        assert f"--nproc 8 --nnodes 2 --node_rank {rank} --master_addr n5 --master_port 13456" in command
-        assert command.endswith("--seed 7")
-
-
-def test_a_slurm_step_with_a_task_per_device_is_refused(start):
-    step = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2"}
-    done = start(MULTI, **step)
-    assert done.returncode == 2 and "16 tasks on 2 nodes" in done.stderr
+        assert "--nproc-per-node 8 --max-restarts 0 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint n5:13456" in command
+        assert f"is_host={1 - rank}" in command and command.endswith("--seed 7")
 
 
 def test_the_tiny_model_is_left_alone_when_built_again(tmp_path):

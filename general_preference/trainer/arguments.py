@@ -229,8 +229,9 @@ class OutputArguments:
     max_ckpt_num: int = flag(3, "resumable checkpoints to keep, newest first")
     max_ckpt_mem: float = flag(1000, "GB that resumable checkpoints may take together; the newest always stays")
     load_checkpoint: bool = flag(
-        False, "continue from the newest whole checkpoint in --ckpt_path, on any number of processes and ZeRO stage"
-    )
+        False, "continue from the newest whole checkpoint in --ckpt_path, on any number of processes and ZeRO stage; "
+        "implied when torchrun starts the processes again"
+    )  # fmt: skip
     logging_steps: int = flag(1, "log every so many steps")
     eval_steps: int = flag(-1, "evaluate every so many steps; -1 after each epoch")
     save_best_model: int | None = flag(None, "keep the N models with the lowest evaluation loss under SAVE_PATH/best")
@@ -336,8 +337,17 @@ class Arguments:
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """Read the command line. Unknown flags and values of the wrong type end the program with code 2, as argparse does."""
     groups = (ModelArguments, DataArguments, LossArguments, OptimizerArguments, EngineArguments, OutputArguments)
-    parsed = parse_flags(groups, argv, "Train a preference model. Every flag: --help.")
-    arguments = Arguments(*parsed)
+    arguments = Arguments(*parse_flags(groups, argv, "Train a preference model. Every flag: --help.", _replaced))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        arguments.output.load_checkpoint = True
     targets = arguments.model.target_modules
     arguments.model.target_modules = targets[0] if targets == ["all-linear"] else targets
     return arguments
+
+
+def _replaced(flags) -> tuple[str, ...]:
+    """Keys of a --config file that a head on the command line replaces: it is chosen as a whole."""
+    if flags.preference_head is None:
+        return ()
+    head = ("is_general_preference", "value_head_dim", "add_prompt_head")
+    return (*head, "general_preference_tau") if flags.preference_head == "bt" else head
