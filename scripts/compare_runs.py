@@ -35,7 +35,7 @@ def first_cycle(folder: Path, name: str, file: Path) -> EmbeddedCycle | None:
     model, tokenizer = RewardModel.from_pretrained(str(folder)), load_tokenizer(str(folder))
     encoder = ComparisonTokenizer(tokenizer, model.preference.max_length, model.preference.input_format)
     comparisons = Comparisons(load_tokenized([Source(name, str(file))], encoder)[0][0])
-    collate = Collator(tokenizer.pad_token_id, model.row_layout)
+    collate = Collator(tokenizer.pad_token_id, model.layout_on())
     batches = (collate([comparisons[index, 1.0]]) for index in range(len(comparisons)))
     with torch.no_grad():
         found = (embedded_cycle(name, batch, model(**batch.model_inputs()), tokenizer) for batch in batches)

@@ -264,6 +264,8 @@ def _copy_heads(model: RewardModel, path: str, names) -> None:
         found, needed = (
             None if part is None else tuple(part.shape) for part in (tensors.get(name), head and head.weight)
         )
+        if found is None and needed is not None:
+            raise InputError(f"{path} has no {name}, which its configuration describes")
         if found != needed:
             raise InputError(f"{path}: {name} has shape {found}, but its configuration describes {needed}")
         if head is not None:
