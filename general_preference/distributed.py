@@ -55,7 +55,11 @@ class DistributedContext:
             raise InputError(
                 "WORLD_SIZE is set, but not RANK and MASTER_ADDR: start with scripts/launch.py or torchrun"
             )
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        # torchrun keeps its store over restarts, and with it the addresses of processes that are gone.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        options = {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **options)
         return cls()
 
     def main_process_first(self, work: Callable[[], Any], main_only: bool = False) -> Any:

