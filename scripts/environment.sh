@@ -16,7 +16,7 @@ has_everything() {
   python - torch transformers safetensors datasets matplotlib tqdm ${ALSO_NEEDED:-} <<'PY' 2> /dev/null
 import sys
 from importlib.util import find_spec
-sys.exit(any(find_spec(name) is None for name in sys.argv[1:]) or sys.version_info < (3, 11))
+sys.exit(any(find_spec(name) is None for name in sys.argv[1:]) or sys.version_info < (3, 10))
 PY
 }
 

@@ -4,8 +4,8 @@
     python scripts/launch.py --nproc-per-node 8 scripts/train_rm_general_preference.py ...
 
 Takes torchrun's options. SIGTERM and SIGINT go to every process, which then may take as long as saving takes; so does a
-second one. A failed process ends the others; with --max-restarts N all of them start again, N times.
-Exit codes: that of the process (2: unusable input), 128 + the number of a signal, 1 where nodes do not meet.
+second one. A failed process ends the others; with --max-restarts N all start again, N times, except after refused input
+or a signal. Exit codes: the process's own (2: refused input), 128 + a signal's number, 1 where nodes do not meet.
 """
 
 import logging
@@ -18,9 +18,23 @@ if __name__ == "__main__":
     os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # of this process: no C++ frames when nodes do not meet
 
 from torch.distributed import run
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.launcher import api
+
+FINAL = {2, 128 + signal.SIGINT, 128 + signal.SIGTERM}  # exit codes after which nothing starts again
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's, which knows what a new start cannot change."""
+
+    def _monitor_workers(self, worker_group):
+        result = super()._monitor_workers(worker_group)
+        if FINAL & {failure.exitcode for failure in result.failures.values()}:
+            self._remaining_restarts = 0
+        return result
 
 
 def main(argv: list[str]) -> int:
@@ -29,6 +43,7 @@ def main(argv: list[str]) -> int:
     processes, cores = run.determine_local_world_size(arguments.nproc_per_node), len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(-(-cores // processes)))
     os.environ.pop("TORCH_CPP_LOG_LEVEL", None)
+    api.LocalElasticAgent = Agent
     logging.disable(logging.ERROR)  # what torchrun says beside its processes
     try:
         run.run(arguments)

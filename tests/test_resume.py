@@ -287,3 +287,21 @@ def test_a_lost_process_takes_the_other_with_it(model_folder, tmp_path, lost):
     log.seek(0)
     assert f"error: process {lost} was ended by SIGKILL" in log.read()
     assert not any(child.is_running() for child in children)
+
+
+def test_a_killed_process_starts_again_and_continues(whole, model_folder, tmp_path):
+    """Under --max-restarts, SIGKILL after a checkpoint changes nothing; checkpoints of an earlier run are refused."""
+    folder = tmp_path / "run"
+    flags = [*short_run(model_folder("llama")), "--save_steps", "2", "--save_path", str(folder)]
+    start = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--nproc-per-node", "1", "--max-restarts", "1"]
+    options = {"env": environment(), "cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen([*start, SCRIPT, *flags], **options)
+    while launcher.poll() is None and not (folder / "checkpoint" / "latest").exists():
+        time.sleep(0.01)
+    (worker,) = psutil.Process(launcher.pid).children()
+    worker.kill()
+    said = launcher.communicate(timeout=120)[1]
+    assert launcher.returncode == 0 and "continuing from" in said, said
+    assert rows(folder) == rows(whole)
+    again = subprocess.run([*start, SCRIPT, *flags], **options, timeout=120)
+    assert again.returncode == 2 and "holds checkpoints of an earlier run" in again.stderr

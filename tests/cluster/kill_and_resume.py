@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 from safetensors.torch import load_file
 
 from general_preference.trainer.metrics import MEASURED, read_metrics
@@ -77,7 +78,10 @@ def end(process: subprocess.Popen, folder: Path, number: int, chance: random.Ran
         time.sleep(chance.uniform(0, 0.01))
         hit = "during a save" if list((folder / "checkpoint").glob(".writing_step_*")) else "after a save"
     if process.poll() is None:
-        (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
+        # torchrun's processes have sessions of their own and outlive it.
+        workers = psutil.Process(process.pid).children(recursive=True) if number == signal.SIGKILL else []
+        for each in (process, *workers):
+            each.send_signal(number)
     process.wait()
     return f"{hit}, exit code {process.returncode}, newest checkpoint {newest(folder)}"
 
