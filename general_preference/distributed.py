@@ -91,9 +91,8 @@ class DistributedContext:
         Raises:
             RunError: on every process, if it fails on any; names the folder and the reason.
         """
-        result, problem = self._attempt(
-            work if self.is_main or not main_only else None, (InputError, OSError, SafetensorError)
-        )
+        here = self.is_main or not main_only
+        result, problem = self._attempt(work if here else None, (InputError, OSError, SafetensorError, RunError))
         if problem is not None:
             message = f"cannot write {folder}: {problem[0]}. What was saved before is intact"
             raise RunError(message, everywhere=True) from problem[1]
@@ -106,7 +105,7 @@ class DistributedContext:
             try:
                 result = work()
             except expected as error:
-                own = error
+                own = error.__cause__ if isinstance(error, RunError) and error.__cause__ else error
         messages = self.gather_objects(None if own is None else str(own).split("\n")[0])
         first = next((message for message in messages if message is not None), None)
         return (result, None) if first is None else (None, (first, own))

@@ -1,12 +1,13 @@
 """Files and folders that survive a stop: locked by one run, replaced whole, never half-written."""
 
+import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from general_preference.errors import InputError
+from general_preference.errors import InputError, RunError
 
 
 def lock_folder(folder: Path, name: str):
@@ -30,20 +31,34 @@ def lock_folder(folder: Path, name: str):
     return lock
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes `path`: an OSError becomes a RunError that names it and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new one, never a part."""
     replace_lines(path, [text])
 
 
 def replace_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a file line by line (without their line ends) so that a reader sees all of it or nothing new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file line by line (without their line ends) so that a reader sees all of it or nothing new.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def flush_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ has_everything() {
   python - torch transformers safetensors datasets matplotlib tqdm ${ALSO_NEEDED:-} <<'PY' 2> /dev/null
 import sys
 from importlib.util import find_spec
-sys.exit(any(find_spec(name) is None for name in sys.argv[1:]) or sys.version_info < (3, 11))
+sys.exit(any(find_spec(name) is None for name in sys.argv[1:]) or sys.version_info < (3, 10))
 PY
 }
 
@@ -42,6 +42,9 @@ eval "$(python -P "$ROOT/general_preference/cpu_settings.py")" # GPUS, and what 
 NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 1))} RESTARTS=${RESTARTS:-0}
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC is no number of processes"
 [[ $RESTARTS =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS is no number"
+if ((GPUS == 0 && NPROC > 1)); then
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + NPROC - 1) / NPROC))}
+fi
 LAUNCH=(python) # one process needs no launcher
 if ((NPROC > 1 || RESTARTS > 0)); then
   LAUNCH+=("$ROOT/scripts/launch.py" --nproc-per-node "$NPROC" --max-restarts "$RESTARTS")

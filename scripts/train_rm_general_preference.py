@@ -11,6 +11,7 @@ torchrun and deepspeed start it too. The launchers beside this file set it up; `
 
 import functools
 import logging
+import os
 import signal
 import sys
 from contextlib import ExitStack, nullcontext
@@ -89,6 +90,7 @@ def run(arguments: Arguments, engine) -> None:
     folder = Path(arguments.output.save_path)
     if (folder / "config.json").is_file() and not arguments.output.load_checkpoint:
         logger.warning("%s holds a finished run; its files are replaced as this one writes its own", folder)
+    context.main_process_first(lambda: check_restarts(arguments), main_only=True)
     preference = context.main_process_first(lambda: resolve_preference(arguments))
     tokenizer = context.main_process_first(lambda: make_tokenizer(arguments))
     encoder = ComparisonTokenizer(tokenizer, preference.max_length, preference.input_format)
@@ -119,6 +121,17 @@ def run(arguments: Arguments, engine) -> None:
         if results:
             print(f"\nHeld-out comparisons\n{format_table(results)}")
         print(f"\nModel, metrics and pictures: {folder}")
+
+
+def check_restarts(arguments: Arguments) -> None:
+    """Refuse checkpoints of an earlier run, from which a restarted one would continue instead of starting over."""
+    folder = arguments.output.checkpoint_folder
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and not arguments.output.load_checkpoint and (folder / "latest").exists():
+        raise InputError(
+            f"--ckpt_path {folder} holds checkpoints of an earlier run, which a restart would continue: remove them, "
+            "add --load_checkpoint, or allow no restarts"
+        )
 
 
 def resolve_preference(arguments: Arguments) -> PreferenceConfig:

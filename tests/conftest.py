@@ -25,9 +25,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from general_preference.cpu_settings import CPU_SETTINGS
 from general_preference.models.config import PreferenceConfig
 from general_preference.models.reward_model import get_reward_model
 from scripts.make_tiny_model import train_tokenizer
+
+os.environ.update(CPU_SETTINGS | os.environ)  # scripts started by tests need not start again with them
 
 TEXTS = ["Which throw wins? Name one. The rock, the paper, the scissors; a system prompt äöü 你好."] * 4
 HIDDEN, WINDOW = 32, 6

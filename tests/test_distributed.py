@@ -10,8 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from general_preference.cli import exit_code
+from general_preference.cpu_settings import CPU_SETTINGS
 from general_preference.distributed import DistributedContext
-from general_preference.errors import InputError
+from general_preference.errors import InputError, RunError
+from general_preference.files import lock_folder, replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """
@@ -119,3 +122,52 @@ def test_ranks_without_an_address_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(InputError, match="MASTER_ADDR"):
         DistributedContext.join()
+
+
+def test_what_cannot_be_written_is_named_with_its_cause(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot write .*/file/x.json: (Not a directory|File exists)") as raised:
+        replace_text(tmp_path / "file" / "x.json", "text")
+    assert isinstance(raised.value.__cause__, OSError)
+    replace_text(tmp_path / "new" / "x.json", "text")
+    assert (tmp_path / "new" / "x.json").read_text() == "text\n"
+
+
+def test_a_folder_is_one_runs(tmp_path):
+    lock = lock_folder(tmp_path / "run", "save_path")
+    with pytest.raises(InputError, match=r"save_path .* is being written by another run"):
+        lock_folder(tmp_path / "run", "save_path")
+    lock.close()
+    lock_folder(tmp_path / "run", "save_path").close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"save_path .* cannot be written"):
+        lock_folder(tmp_path / "file", "save_path")
+
+
+def test_debugging_shows_the_causes(monkeypatch, capsys):
+    def work():
+        try:
+            raise KeyError("the cause")
+        except KeyError as error:
+            raise InputError("one line") from error
+
+    assert exit_code(work, kept="") == 2 and capsys.readouterr().err == "error: one line\n"
+    monkeypatch.setenv("GPM_DEBUG", "1")
+    assert exit_code(work, kept="") == 2
+    shown = capsys.readouterr().err
+    assert "KeyError: 'the cause'" in shown and shown.endswith("\nerror: one line\n")
+    with pytest.raises(FileNotFoundError):  # a fault of ours keeps its traceback
+        exit_code(lambda: Path("/missing").read_text(), kept="")
+
+
+def test_cpu_settings_hold_however_a_script_is_started():
+    code = (
+        "import os, sys; from general_preference.cli import restart_with_cpu_settings; restart_with_cpu_settings();"
+        "print(os.getpid(), sys.argv[1:], os.environ['MALLOC_MMAP_THRESHOLD_'], os.environ['GOMP_SPINCOUNT'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in CPU_SETTINGS}
+    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "GOMP_SPINCOUNT": "7"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "a b", ""], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.communicate()[0] == f"{process.pid} ['a b', ''] 4294967296 7\n"

@@ -101,6 +101,13 @@ sys.exit(1 if again == "0" else 7)
     assert [(tmp_path / f"start{rank}").read_text() for rank in range(2)] == ["01", "01"]
 
 
+@pytest.mark.parametrize("code", [2, 143])
+def test_what_a_restart_cannot_change_is_final(tmp_path, code):
+    lines = f"(here / f'start{{again}}').write_text(''); sys.exit({code})"
+    process = start(tmp_path, lines, "--nproc-per-node", "2", "--max-restarts", "3")
+    assert process.wait(50) == code and not (tmp_path / "start1").exists()
+
+
 @pytest.mark.parametrize("is_host", ["true", "false"])
 def test_a_node_that_never_comes_ends_the_others(tmp_path, is_host):
     meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29631", "--rdzv-id", "x"]

@@ -298,3 +298,11 @@ def test_a_group_that_lost_a_process_restarts_and_ends_as_if_it_had_not(model_fo
     said = (tmp_path / "restarted" / "log").read_text()
     assert "continuing from" in said
     assert rows(tmp_path / "restarted" / "run") == rows(tmp_path / "whole" / "run")
+
+
+def test_a_restart_needs_a_folder_without_an_earlier_runs_checkpoints(whole, model_folder):
+    """Refused input is not started again: the second start would take those checkpoints for its own."""
+    start = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--nproc-per-node", "1", "--max-restarts", "1"]
+    command = [*start, SCRIPT, *short_run(model_folder("llama")), "--save_path", str(whole)]
+    again = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 2 and again.stderr.count("holds checkpoints of an earlier run") == 1

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from general_preference.cli import check_at_least, flag, parse_flags
 from general_preference.errors import InputError
+from general_preference.files import replace_text
 from general_preference.models.config import HEADS, PreferenceConfig
 from general_preference.models.kernels import CHOICES
 from general_preference.models.losses import LanguageModelLossKind, PreferenceLossKind
@@ -331,7 +332,7 @@ class Arguments:
     def save(self, folder: Path, **resolved) -> None:
         """Write arguments.json, `resolved` being what the run found out (world size, steps, versions)."""
         text = json.dumps(self.to_dict() | {"resolved": resolved}, indent=2, sort_keys=True)
-        (folder / "arguments.json").write_text(text + "\n", encoding="utf-8")
+        replace_text(folder / "arguments.json", text)
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:

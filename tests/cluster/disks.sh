@@ -44,7 +44,7 @@ train "$BASE/full"
 tail -n 1 "$BASE/full.log"
 check "full disk: exit code 1" test "$CODE" == 1
 check "full disk: the error names the folder" said "$BASE/full" "cannot write $BASE/full/checkpoint: "
-check "full disk: and the bytes" said "$BASE/full" "B are needed"
+check "full disk: and the reason" said "$BASE/full" "No space left on device"
 check "full disk: no traceback" bash -c "! grep -q Traceback $BASE/full.log"
 check "full disk: two checkpoints stand, nothing half-written" \
   test "$(cd "$BASE/full/checkpoint" && echo $(ls -A))" == "latest step_2 step_4"
