@@ -162,7 +162,7 @@ def test_debugging_shows_the_causes(monkeypatch, capsys):
 
 def test_cpu_settings_hold_however_a_script_is_started():
     code = (
-        "import os, sys; from general_preference.cli import restart_with_cpu_settings; restart_with_cpu_settings();"
+        "import os, sys; from general_preference.cpu_settings import restart_with_cpu_settings as restart; restart();"
         "print(os.getpid(), sys.argv[1:], os.environ['MALLOC_MMAP_THRESHOLD_'], os.environ['GOMP_SPINCOUNT'])"
     )
     environment = {name: value for name, value in os.environ.items() if name not in CPU_SETTINGS}
