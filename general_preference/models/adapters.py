@@ -10,10 +10,9 @@ from general_preference.models.config import ADAPTER_CONFIG, first_line, reason,
 
 
 def add_lora(backbone, rank: int, alpha: int, target_modules, dropout: float, seed: int):
-    """New adapters on a causal LM whose own weights are frozen; the same values for the same seed on every process.
+    """New adapters on a frozen causal LM; the same values for the same seed on every process.
 
-    A backbone in 4 bits keeps the dtypes it was loaded with: norms that are raised to fp32, as peft's preparation for
-    4-bit training does, would be made bf16 again by the engine.
+    peft's preparation for 4-bit training is not used: the engine would make its fp32 norms bf16 again.
 
     Raises:
         InputError: peft is not installed, or the modules named are not there.
@@ -71,10 +70,7 @@ def merge_adapter(model) -> None:
 
 
 def four_bit_options() -> dict:
-    """What `from_pretrained` takes to load a backbone in 4 bits: NF4 with double quantization, computing in bf16.
-
-    Source: arXiv 2305.14314.
-    """
+    """`from_pretrained` options for 4 bits: NF4, double quantization, bf16 compute (QLoRA, arXiv 2305.14314)."""
     from transformers import BitsAndBytesConfig
 
     options = BitsAndBytesConfig(

@@ -1,8 +1,4 @@
-"""How good a set of scores is: sums over comparisons that add up across micro-batches and processes.
-
-Every number is kept as a sum (float64) so that a mean over any number of processes is exact: add the sums, then call
-`preference_statistics`. Nothing here averages averages.
-"""
+"""Accuracy, loss and calibration of scores, as float64 sums that add up exactly across micro-batches and processes."""
 
 import math
 
@@ -65,8 +61,7 @@ def preference_statistics(sums: torch.Tensor) -> dict[str, float]:
     An empty set has n = 0 and no other numbers.
     """
     values = dict(zip(_FIELDS, sums[: len(_FIELDS)].tolist(), strict=True))
-    n = int(values["n"])
-    if n == 0:
+    if (n := int(values["n"])) == 0:
         return {"n": 0}
     _counts, confidence, outcome = sums[len(_FIELDS) :].view(3, CALIBRATION_BINS)
     return {
@@ -89,7 +84,7 @@ def calibration_bins(sums: torch.Tensor) -> list[tuple[float, float, int]]:
 def wilson_interval(share: float, count: int, deviations: float = 1.959964) -> tuple[float, float]:
     """Confidence interval of a share of `count` independent trials; 1.96 standard deviations are 95 %.
 
-    Source: Wilson 1927. Unlike share +- 1.96 * error it stays in [0, 1] and holds for few trials and shares near 1.
+    Source: Wilson 1927; holds for few trials and shares near 0 or 1.
     """
     square = deviations**2
     center = share + square / (2 * count)
