@@ -26,8 +26,8 @@ from general_preference.models.losses import token_log_probs
 
 logger = logging.getLogger(__name__)
 
-# Parts in which token log-probs are computed where the LM head is not one whole matrix. A fixed number, not a fixed
-# size, because under ZeRO-3 every use of the LM head is a collective that all processes must join.
+# Parts in which token log-probs are computed where the LM head is not one whole matrix: a fixed number, because under
+# ZeRO-3 every use of the LM head is a collective.
 LOG_PROB_PARTS = 16
 
 
@@ -69,10 +69,7 @@ class PackedBackbone(nn.Module):
         return None if rotary else getattr(self.config, "max_position_embeddings", None)
 
     def layout_on(self, device: torch.device | None = None) -> RowLayout:
-        """Choose the attention kernel for `device` (default: the model's), in this dtype and mode (training or not).
-
-        Returns:
-            the row layout that the kernel needs: what the `Collator` of the batches is given.
+        """Choose the attention kernel for `device` (default: the model's), dtype and mode; return its row layout.
 
         Raises:
             InputError: the kernel that was asked for cannot run there.
@@ -107,12 +104,12 @@ class PackedBackbone(nn.Module):
         Raises:
             RuntimeError: rows packed for another kernel, or an architecture that drops `sequences`.
         """
-        # Plain right-padded rows count their own positions; some architectures (ALiBi) take no position_ids at all.
+        # Plain right-padded rows count their own positions; ALiBi models take no position_ids.
         options = {"position_ids": position_ids} if shared else {}
         if sequences is not None:
             if self.config._attn_implementation not in KERNELS:
                 raise RuntimeError("rows were packed for another kernel: collate with what layout_on returns now")
-            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # unused; None would make one
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # unused, but None would make one
             options["sequences"] = sequences
         elif shared and self.config._attn_implementation == FLEX:
             mask = block_mask(segments, position_ids)
@@ -160,11 +157,9 @@ class PackedBackbone(nn.Module):
 
     @torch.no_grad()
     def verify_shared_prompts(self) -> float:
-        """Compare one shared-prompt row with separate rows; turn sharing off if they disagree.
+        """Compare one shared-prompt row with separate rows; turn sharing off above 1e-4 (half precision: 1e-2).
 
-        Returns:
-            the largest difference relative to the largest hidden state. Sharing is kept up to 1e-2 in half precision
-            and 1e-4 in fp32.
+        Returns the largest difference, relative to the largest hidden state.
         """
         lengths = (7, 5, 9)  # prompt, first and second response
         prompt, first, second = (torch.arange(n, device=self.device) * 37 % self.config.vocab_size for n in lengths)
@@ -173,13 +168,9 @@ class PackedBackbone(nn.Module):
         mask = attention_mask(self.config, segments, positions, self.dtype, True)
         alone = torch.cat([prompt, second])[None]
         training, run = self.training, self.eval().language_model.base_model
-        shared = run(
-            input_ids=torch.cat([prompt, first, second])[None],
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-        ).last_hidden_state
-        plain = run(input_ids=alone, attention_mask=torch.ones_like(alone), use_cache=False).last_hidden_state
+        together = torch.cat([prompt, first, second])[None]
+        shared = run(together, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        plain = run(alone, attention_mask=torch.ones_like(alone), use_cache=False).last_hidden_state
         self.train(training)
         difference = ((shared[0, 12:] - plain[0, 7:]).abs().max() / plain.abs().max()).item()
         limit = 1e-4 if self.dtype in (torch.float32, torch.float64) else 1e-2

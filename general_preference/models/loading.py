@@ -38,15 +38,9 @@ def load_backbone(
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # heads are "unexpected" to a causal LM; missing weights are checked
     try:
+        options |= {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": trust_remote_code}
         model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=asked,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
+            path, config=config, dtype=dtype, attn_implementation=asked, **options
         )
     except torch.OutOfMemoryError:
         raise
@@ -54,12 +48,9 @@ def load_backbone(
         raise InputError(f"cannot load the model {path}: {reason(path, error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    # Of another kind are tensors that the architecture itself says to leave out, and the heads.
-    beyond = [name for name in info["unexpected_keys"] if "layers." in name]
-    if beyond:
+    if beyond := [name for name in info["unexpected_keys"] if "layers." in name]:  # the heads are none
         raise InputError(f"{path} holds weights that its configuration has no place for, the first {sorted(beyond)[0]}")
-    missing = [name for name in info["missing_keys"] if "lm_head" not in name and "embed_out" not in name]
-    if missing:
+    if missing := [name for name in info["missing_keys"] if "lm_head" not in name and "embed_out" not in name]:
         raise InputError(f"{path} lacks {len(missing)} weights of its architecture, the first {sorted(missing)[0]}")
     if model.get_output_embeddings() is None:
         raise InputError(f"{path} is a {config.model_type} model without a language-model head: use a decoder-only LM")
