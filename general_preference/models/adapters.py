@@ -1,4 +1,4 @@
-"""LoRA adapters on a backbone, and backbones in 4 bits under them (QLoRA, arXiv 2305.14314). Only this needs peft."""
+"""LoRA adapters on a backbone. Only this file needs peft."""
 
 from pathlib import Path
 
@@ -67,16 +67,3 @@ def merge_adapter(model) -> None:
         model.backbone = model.backbone.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise InputError(f"the adapter cannot be folded in: {first_line(error)}") from error
-
-
-def four_bit_options() -> dict:
-    """`from_pretrained` options for 4 bits: NF4, double quantization, bf16 compute (QLoRA, arXiv 2305.14314)."""
-    from transformers import BitsAndBytesConfig
-
-    options = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return {"quantization_config": options}

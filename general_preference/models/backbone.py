@@ -161,10 +161,9 @@ class PackedBackbone(nn.Module):
 
         Returns the largest difference, relative to the largest hidden state.
         """
-        lengths = (7, 5, 9)  # prompt, first and second response
-        prompt, first, second = (torch.arange(n, device=self.device) * 37 % self.config.vocab_size for n in lengths)
-        positions = torch.cat([torch.arange(7), torch.arange(7, 12), torch.arange(7, 16)])[None].to(self.device)
-        segments = torch.arange(3).repeat_interleave(torch.tensor(lengths))[None].to(self.device)
+        prompt, first, second = (torch.arange(n, device=self.device) * 37 % self.config.vocab_size for n in (7, 5, 9))
+        positions = torch.tensor([[*range(7), *range(7, 12), *range(7, 16)]], device=self.device)
+        segments = torch.tensor([[0] * 7 + [1] * 5 + [2] * 9], device=self.device)
         mask = attention_mask(self.config, segments, positions, self.dtype, True)
         alone = torch.cat([prompt, second])[None]
         training, run = self.training, self.eval().language_model.base_model
@@ -178,13 +177,12 @@ class PackedBackbone(nn.Module):
         return difference
 
     def check_sharing(self, can_run: bool = True) -> None:
-        """Decide whether prompts are shared for an architecture outside `attention.VERIFIED`: where the layers can run
-        now, by `verify_shared_prompts`; else (partitioned weights) they are not shared."""
-        compared = "no exact shared-prompt mask"
+        """Verify shared prompts for an architecture outside `attention.VERIFIED`; where the layers cannot run now
+        (partitioned weights), they are not shared."""
+        reason = "no exact shared-prompt mask"
         if self.shares_prompts and self.config.model_type not in VERIFIED:
-            self.shares_prompts, compared = can_run, "not verified"
-            if can_run:
-                compared = f"shared prompts differ by {self.verify_shared_prompts():.1e}"
-                logger.info("%s: %s", self.config.model_type, compared)
+            self.shares_prompts = can_run
+            reason = f"shared prompts differ by {self.verify_shared_prompts():.1e}" if can_run else "not verified"
+            logger.info("%s: %s", self.config.model_type, reason)
         if not self.shares_prompts:
-            logger.info("%s: responses are run as separate sequences (%s)", self.config.model_type, compared)
+            logger.info("%s: responses are run as separate sequences (%s)", self.config.model_type, reason)

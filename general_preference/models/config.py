@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -71,10 +71,6 @@ class PreferenceConfig:
         """Number of planes P = D // 2."""
         return self.dim // 2
 
-    def to_dict(self) -> dict:
-        """The object that is written into config.json."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict) -> "PreferenceConfig":
         """Read the object back; a field this version does not know is an error, never silently dropped."""
@@ -91,10 +87,7 @@ class PreferenceConfig:
                 raise InputError(f"config.json: preference has a value of the wrong kind ({name} is {value!r})")
         if (values.get("max_length") or MIN_LENGTH) < MIN_LENGTH:
             raise InputError(f"config.json: max_length is {values['max_length']}, expected at least {MIN_LENGTH}")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise InputError(f"config.json: preference has a value of the wrong kind ({error})") from error
+        return cls(**values)
 
     @classmethod
     def from_shapes(cls, value_head: tuple[int, ...], prompt_head: tuple[int, ...] | None) -> "PreferenceConfig":
@@ -123,13 +116,12 @@ HEAD_NAMES = ("value_head.weight", "prompt_head.weight")
 
 def saved_preference(path: str, trust_remote_code: bool = False) -> PreferenceConfig | None:
     """What the checkpoint at `path` says about its head; None for a plain language model."""
-    config = load_config(path, trust_remote_code)
-    if getattr(config, "preference", None) is not None:
-        return PreferenceConfig.from_dict(config.preference)
+    recorded = getattr(load_config(path, trust_remote_code), "preference", None)
+    if recorded is not None:
+        return PreferenceConfig.from_dict(recorded)
     shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(path, HEAD_NAMES).items()}
-    if "value_head.weight" not in shapes:
-        return None
-    return PreferenceConfig.from_shapes(shapes["value_head.weight"], shapes.get("prompt_head.weight"))
+    value_head, prompt_head = map(shapes.get, HEAD_NAMES)
+    return None if value_head is None else PreferenceConfig.from_shapes(value_head, prompt_head)
 
 
 def trained_preference(
@@ -146,10 +138,10 @@ def trained_preference(
             raise InputError(f"{path} holds pickle ({pickles[0]}), which is never loaded: convert it to safetensors")
         raise InputError(f"{path} is a plain language model without value_head: train it first, or pass a trained one")
     recorded = getattr(load_config(path, trust_remote_code), "preference", None) is not None
-    if recorded or temperature is None:
-        preference.check(str(path), temperature=temperature)
-        return preference
-    return dataclasses.replace(preference, temperature=temperature)
+    if temperature is not None and not recorded:
+        return dataclasses.replace(preference, temperature=temperature)
+    preference.check(str(path), temperature=temperature)
+    return preference
 
 
 def load_config(path: str, trust_remote_code: bool = False):

@@ -22,7 +22,7 @@ def choose_device(wanted: str | torch.device = "auto", index: int = 0) -> torch.
     try:
         device = torch.device(wanted)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"device {wanted!r} is unknown: use auto, cuda, cuda:N, mps or cpu") from error
+        raise InputError(f"device {wanted!r} is none: use auto, cuda, cuda:N, mps or cpu") from error
     if device == torch.device("cuda"):
         device = torch.device("cuda", index % max(gpus, 1))
     if (device.index or 0) >= counts.get(device.type, 0):

@@ -112,13 +112,11 @@ def kernel_error(config, kernel: str, device: torch.device, dtype: torch.dtype, 
     def by_kernel(query, key, value):
         if kernel != FLEX:
             return attention.packed_attention(module, query, key, value, None, sequences=sequences)[0]
-        starts = [prompt if number else 0 for prompt, some in lengths for number in range(len(some) + 1)]
-        segments = torch.cat(
-            [torch.full((count,), number) for number, count in [*parts, (attention.PADDING, length - total)]]
-        )
-        positions = torch.cat([torch.arange(count) + start for start, (_, count) in zip(starts, parts, strict=True)])
-        positions = F.pad(positions, (0, length - total))
-        mask = attention.block_mask(segments[None].to(device), positions[None].to(device))
+        padding = length - total
+        segments = [number for number, count in parts for _ in range(count)] + [attention.PADDING] * padding
+        spans = [span for prompt, some in lengths for span in [(0, prompt), *((prompt, prompt + n) for n in some)]]
+        positions = [position for span in spans for position in range(*span)] + [0] * padding
+        mask = attention.block_mask(*(torch.tensor([row], device=device) for row in (segments, positions)))
         return flex_attention_forward(module, query, key, value, mask)[0][:, :total]
 
     def one_by_one(*tensors):

@@ -5,13 +5,17 @@ Heads are added by reward_model.py; what a folder says without loading a model i
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import is_accelerate_available
 
 from general_preference.errors import InputError
-from general_preference.models.adapters import four_bit_options, load_adapter
+from general_preference.models.adapters import load_adapter
 from general_preference.models.config import adapter_base, load_config, reason
 from general_preference.models.kernels import asked_of_transformers
+
+# NF4 with double quantization, computing in bf16 (QLoRA, arXiv 2305.14314).
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+FOUR_BITS |= {"bnb_4bit_compute_dtype": torch.bfloat16}
 
 
 def load_backbone(
@@ -31,7 +35,7 @@ def load_backbone(
         except InputError as error:
             raise InputError(f"{path} is an adapter, and its base model cannot be used: {error}") from error
         return load_adapter(model, path)
-    options = four_bit_options() if load_in_4bit else {}
+    options = {"quantization_config": BitsAndBytesConfig(**FOUR_BITS)} if load_in_4bit else {}
     if device is not None and is_accelerate_available():
         options["device_map"] = device
     asked = asked_of_transformers(attn_implementation)

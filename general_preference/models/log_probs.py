@@ -46,7 +46,7 @@ class _LinearLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         hidden, weight, tokens, sums = ctx.saved_tensors
-        for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for_hidden = torch.empty_like(hidden)
         # Summed over chunks in fp32: half precision would round every further chunk.
         for_weight = torch.zeros_like(weight, dtype=sums.dtype) if ctx.needs_input_grad[1] else None
         for part in _chunks(len(tokens), weight):
@@ -58,8 +58,7 @@ class _LinearLogProbs(torch.autograd.Function):
             # The negative of d log p(token) / d logits = onehot(token) - softmax(logits); in fp32, since half precision
             # has no 1 - p of a token that is nearly certain.
             slopes = slopes.scatter_add_(1, tokens[part, None], -torch.ones_like(above)).to(hidden.dtype)
-            if for_hidden is not None:
-                for_hidden[part] = (-above * (slopes @ weight)).to(hidden.dtype)
+            for_hidden[part] = (-above * (slopes @ weight)).to(hidden.dtype)
             if for_weight is not None:
                 scaled = (hidden[part] * above).to(hidden.dtype)
                 if for_weight.dtype == hidden.dtype:

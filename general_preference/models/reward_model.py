@@ -37,7 +37,7 @@ class Fp32Linear(nn.Linear):
 
 
 class Temperature(nn.Module):
-    """A learnable tau > 0, kept as its logarithm so that it stays positive."""
+    """A learnable tau > 0, stored as its logarithm."""
 
     def __init__(self, value: float):
         super().__init__()
@@ -68,13 +68,7 @@ class RewardModel(PackedBackbone):
         """A trained preference model from a folder or hub name; see `load_reward_model`."""
         return load_reward_model(path, **options)
 
-    def save_pretrained(self, path: str, state_dict: dict | None = None, **options) -> None:
-        """Write a folder that loads with its path alone; see `saving.save_reward_model`."""
-        save_reward_model(self, path, state_dict, **options)
-
-    def push_to_hub(self, repo_id: str, **options):
-        """Upload the model and its card to the hub, as transformers' models do; see `saving.push_reward_model`."""
-        return push_reward_model(self, repo_id, **options)
+    save_pretrained, push_to_hub = save_reward_model, push_reward_model
 
     def initialize_heads(self, seed: int) -> None:
         """Fill the heads with N(0, 1 / hidden), the same values for the same seed on every process and ZeRO stage."""
@@ -105,9 +99,8 @@ class RewardModel(PackedBackbone):
             log_probs, counts: (N + G,) summed log-prob in nats and tokens per sequence, only with `targets`.
             aux_loss: scalar, see `experts.load_balancing_loss`, only with `counted`.
         """
-        hidden, router_logits = self.hidden_states(
-            input_ids, position_ids, segments, shared, sequences, counted is not None
-        )
+        rows, routed = (input_ids, position_ids, segments, shared, sequences), counted is not None
+        hidden, router_logits = self.hidden_states(*rows, routed)
         embeddings = self.value_head(hidden[response_ends])
         if self.preference.normalize:
             embeddings = normalize_embedding(embeddings)
@@ -159,10 +152,8 @@ def get_reward_model(
 
     Args:
         bf16: load the backbone in bfloat16, else in fp32.
-        is_general_preference, value_head_dim, add_prompt_head: the head if `preference` is not given; D = 2 by default,
-            1 for Bradley-Terry.
-        ds_config: a DeepSpeed configuration. With ZeRO stage 3 no process ever holds the whole backbone, except in 4
-            bits: then the engine partitions it later.
+        is_general_preference, value_head_dim (default 2), add_prompt_head: the head if `preference` is not given.
+        ds_config: a DeepSpeed configuration; with ZeRO stage 3 no process holds the whole backbone (except in 4 bits).
         load_in_4bit: the backbone in 4 bits (bitsandbytes), frozen under adapters.
         attn_implementation: one of `kernels.CHOICES`; the kernel is chosen where the model runs.
 
@@ -233,6 +224,7 @@ def _copy_heads(model: RewardModel, path: str, names) -> None:
             part if part is None else tuple(part.shape) for part in (tensors.get(name), head and head.weight)
         )
         if found != needed:
-            raise InputError(f"{path}: {name} has shape {found}, but its configuration describes {needed}")
+            problem = f"has no {name}" if found is None else f"has {name} of shape {found}"
+            raise InputError(f"{path} {problem}, but its configuration describes {needed}")
         if head is not None:
             head.weight.data.copy_(tensors[name])

@@ -16,9 +16,7 @@ from yaml import YAMLError
 from general_preference.models.config import HEAD_NAMES, HEADS_FILE, PreferenceConfig
 
 
-def save_reward_model(
-    model, path: str, state_dict: dict | None = None, *, max_shard_size: int | str = "50GB", tags: list | None = None
-) -> None:
+def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_shard_size="50GB", tags=None) -> None:
     """Write `model` to the folder `path`: config.json, safetensors or the LoRA adapter with heads, and `model.card`.
 
     state_dict: the full tensors where the module does not hold them (ZeRO-3). max_shard_size: bytes, or as in "5GB".
@@ -34,7 +32,7 @@ def save_reward_model(
         preference = dataclasses.replace(preference, temperature=learned)
 
     language_model = model.language_model
-    language_model.config.preference = preference.to_dict()
+    language_model.config.preference = dataclasses.asdict(preference)
     # Generation settings are unused, and inconsistent ones would refuse to be saved.
     language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
     if language_model is model.backbone:

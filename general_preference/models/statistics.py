@@ -3,18 +3,15 @@
 import math
 
 import torch
+from torch import Tensor
 
 CALIBRATION_BINS = 15
 _FIELDS = ("n", "loss", "correct", "ties", "probability", "margin")
 
 
 def preference_sums(
-    score: torch.Tensor,
-    label: torch.Tensor,
-    loss: torch.Tensor,
-    temperature: float | torch.Tensor,
-    counted: torch.Tensor | None = None,
-) -> torch.Tensor:
+    score: Tensor, label: Tensor, loss: Tensor, temperature: float | Tensor, counted: Tensor | None = None
+) -> Tensor:
     """Sums that describe M scored preferences. Never waits for an accelerator.
 
     Args:
@@ -28,7 +25,7 @@ def preference_sums(
     """
     score, label, loss = (tensor.detach().double() for tensor in (score, label, loss))
     counted = torch.ones_like(score) if counted is None else counted.double()
-    tau = temperature.detach().double() if isinstance(temperature, torch.Tensor) else temperature
+    tau = temperature.detach().double() if isinstance(temperature, Tensor) else temperature
     tie = (score == 0).double()
     wins = torch.where(score > 0, label, 1 - label)
     outcome = torch.where(score == 0, torch.full_like(label, 0.5), wins)
@@ -46,7 +43,7 @@ def preference_sums(
     return torch.cat([head, per_bin.flatten()])
 
 
-def preference_statistics(sums: torch.Tensor) -> dict[str, float]:
+def preference_statistics(sums: Tensor) -> dict[str, float]:
     """Turn added-up `preference_sums` into the numbers people read.
 
     Returns:
@@ -75,7 +72,7 @@ def preference_statistics(sums: torch.Tensor) -> dict[str, float]:
     }
 
 
-def calibration_bins(sums: torch.Tensor) -> list[tuple[float, float, int]]:
+def calibration_bins(sums: Tensor) -> list[tuple[float, float, int]]:
     """(mean confidence, share that came out so, count) of every bin that holds something, from `preference_sums`."""
     bins = sums[len(_FIELDS) :].view(3, CALIBRATION_BINS).T.tolist()
     return [(confidence / count, outcome / count, int(count)) for count, confidence, outcome in bins if count]
@@ -93,6 +90,6 @@ def wilson_interval(share: float, count: int, deviations: float = 1.959964) -> t
     return max(0.0, low), min(1.0, high)
 
 
-def empty_sums(device: torch.device | str = "cpu") -> torch.Tensor:
+def empty_sums(device: torch.device | str = "cpu") -> Tensor:
     """The sums of no preferences at all: where adding starts."""
     return torch.zeros(len(_FIELDS) + 3 * CALIBRATION_BINS, dtype=torch.float64, device=device)
