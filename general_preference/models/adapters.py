@@ -32,11 +32,7 @@ def add_lora(backbone, rank: int, alpha: int, target_modules, dropout: float, se
 
 
 def load_adapter(model, path: str):
-    """The adapter at `path` on its base `model`, its weights trainable.
-
-    Raises:
-        InputError: peft is not installed, or the adapter's weights cannot be read.
-    """
+    """The adapter at `path` on its base `model`, trainable; InputError without peft or readable weights."""
     weights = resolve(path, "adapter_model.safetensors")
     if weights is None:
         raise InputError(f"{path} has no adapter_model.safetensors: adapters in other formats are not loaded")
@@ -52,10 +48,10 @@ def load_adapter(model, path: str):
 
 
 def merge_adapter(model) -> None:
-    """Fold the adapters of a preference model into its backbone, in place: W becomes W + alpha / rank * B A.
+    """Fold a preference model's adapters into its backbone, in place: W becomes W + alpha / rank * B A.
 
     Raises:
-        InputError: the model has no adapter, or one on embeddings that are the LM head too, or the sum is not finite.
+        InputError: no adapter, an adapter on embeddings tied to the LM head, or a sum that is not finite.
     """
     if not hasattr(model.backbone, "peft_config"):
         raise InputError(f"this model has no adapter to fold in: there is no {ADAPTER_CONFIG}")

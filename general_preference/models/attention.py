@@ -31,9 +31,9 @@ FLEX_VERIFIED = {"llama", "qwen2", "qwen3", "gemma", "gpt_neox", "phi3", "olmo2"
 class RowLayout:
     """How responses lie in the rows of a batch.
 
-    shared:  behind one copy of their prompt; else each is a row of its own.
-    packed:  all comparisons in one row, end to end; else a row for each, padded to the longest.
-    rounded: a packed row gets padding at its end, so that compiled kernels meet few different lengths.
+    shared:  behind one copy of their prompt; else one response per row.
+    packed:  all comparisons in one row, end to end; else one comparison per row, padded to the longest.
+    rounded: a packed row is padded at its end, so that compiled kernels meet few lengths.
     """
 
     shared: bool = True
@@ -91,10 +91,8 @@ def attention_mask(config, segments: torch.Tensor, positions: torch.Tensor, dtyp
     visible |= torch.eye(len(ones), dtype=torch.bool, device=segments.device)  # padding must not see nothing
 
     def for_kernel(visible: torch.Tensor) -> torch.Tensor:
-        visible = visible[:, None]
-        if config._attn_implementation != "eager":
-            return visible
-        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        eager = config._attn_implementation == "eager"
+        return (visible.logical_not().to(dtype) * torch.finfo(dtype).min if eager else visible)[:, None]
 
     layers = _layer_types(config)
     if layers == {"full_attention"}:
@@ -153,7 +151,7 @@ class PackedSequences:
 
     def map(self, move) -> "PackedSequences":
         """A fresh copy with `move` applied to its tensors."""
-        tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        tensors = {name: move(getattr(self, name)) for name in ("key_index", "query_ends", "key_ends")}
         return replace(self, **tensors, calls=0, _masks=None)
 
     def masks(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
@@ -219,7 +217,7 @@ def by_sdpa(query, key, value, sequences: PackedSequences, scale: float | None, 
 
 
 def by_varlen(query, key, value, sequences: PackedSequences, scale: float | None, dropout: float) -> torch.Tensor:
-    """All sequences in one call of torch's variable-length attention; same shapes as `by_sdpa`."""
+    """All sequences in one call of torch's variable-length attention; shapes as in `by_sdpa`."""
     from torch.nn.attention.varlen import varlen_attn
 
     if dropout:

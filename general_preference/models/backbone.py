@@ -1,7 +1,4 @@
-"""A causal language model over packed rows (datasets/packing.py): its kernel, hidden states and token log-probs.
-
-It has no heads: `RewardModel` adds them, and a policy uses it as it is.
-"""
+"""A causal language model over packed rows (datasets/packing.py): its kernel, hidden states and token log-probs."""
 
 import logging
 
@@ -35,7 +32,7 @@ class PackedBackbone(nn.Module):
     """A causal LM that is run over rows of prompts and responses. `backbone` is the LM, or an adapter around it."""
 
     def __init__(self, backbone: nn.Module, attention: str = "auto"):
-        """attention: one of `kernels.CHOICES`; `layout_on` chooses the kernel itself."""
+        """attention: one of `kernels.CHOICES`."""
         super().__init__()
         self.backbone = backbone
         self.attention, self._loaded_kernel = attention, self.config._attn_implementation
@@ -82,9 +79,8 @@ class PackedBackbone(nn.Module):
 
     def freeze_unused(self, language_model_head: bool) -> None:
         """Freeze the LM head when no regularizer uses it (a tied one is the embedding and stays)."""
-        head = self.language_model.get_output_embeddings()
-        tied = head is None or head.weight is self.language_model.get_input_embeddings().weight
-        if not language_model_head and not tied:
+        head, embedding = self.language_model.get_output_embeddings(), self.language_model.get_input_embeddings()
+        if not language_model_head and head is not None and head.weight is not embedding.weight:
             head.requires_grad_(False)
 
     def hidden_states(
@@ -129,8 +125,8 @@ class PackedBackbone(nn.Module):
 
         Args:
             hidden: (R * L, hidden) as `hidden_states` returns them.
-            targets: (predict_positions, target_ids, sequence_index), each (T,): the hidden state at flat position
-                `predict_positions[t]` predicts token `target_ids[t]` of sequence `sequence_index[t]`.
+            targets: (predict_positions, target_ids, sequence_index), each (T,): hidden state `predict_positions[t]`
+                predicts token `target_ids[t]` of sequence `sequence_index[t]`.
 
         Returns:
             log-probs in nats and token counts, each (count,) in fp32 or better.

@@ -110,7 +110,7 @@ class PreferenceConfig:
 HEADS_FILE = "preference_heads.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-SAMPLE = 1 << 16  # bytes of a weight file, three times, that its checksum is taken of
+SAMPLE = 1 << 16  # bytes at the start, middle and end of a weight file that its checksum covers
 HEAD_NAMES = ("value_head.weight", "prompt_head.weight")
 
 
@@ -130,7 +130,7 @@ def trained_preference(
     """The head of a trained model; `temperature` is used where the checkpoint records none (published weights).
 
     Raises:
-        InputError: no such model, a plain language model without heads, or another temperature is recorded.
+        InputError: no such model, no heads, or another temperature is recorded.
     """
     preference = saved_preference(path, trust_remote_code)
     if preference is None:

@@ -1,7 +1,6 @@
-"""Mixture-of-experts backbones: the loss that keeps their experts evenly used.
+"""Load balancing of mixture-of-experts backbones (Switch Transformer, arXiv 2101.03961, equations 4 to 6).
 
-Source: Switch Transformer, arXiv 2101.03961, equations 4 to 6. The forward of transformers' causal LMs adds this loss;
-here only the layers below the LM head are run, so it is computed here.
+transformers' causal LMs add this loss in their forward, of which only the layers below the LM head are run here.
 """
 
 import torch

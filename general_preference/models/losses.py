@@ -27,8 +27,7 @@ def preference_loss(
     regression: q * 0.5 * (score / temperature - target)^2 + (1 - q) * 0.5 * (-score / temperature - target)^2
 
     Args:
-        score: (...,) score of first against second, any real number.
-        temperature: > 0, the tau of P = sigmoid(score / tau); a tensor when it is learned.
+        score: (...,) score of first against second. temperature: tau > 0 of P = sigmoid(score / tau).
         margin: >= 0, in units of the score: how much `first` should win by. Logistic only.
         target: wanted score / temperature of a certain preference. Regression only.
         label: q in [0, 1], the probability that `first` is preferred; 0.5 is a tie.
@@ -119,6 +118,6 @@ def token_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 
 def _sequence_log_probs(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor):
-    counted = mask[:, 1:].to(torch.promote_types(logits.dtype, torch.float32))
-    targets = labels[:, 1:].clamp(min=0)
-    return (token_log_probs(logits[:, :-1], targets) * counted).sum(dim=1), counted.sum(dim=1)
+    log_probs = token_log_probs(logits[:, :-1], labels[:, 1:].clamp(min=0))
+    counted = mask[:, 1:].to(log_probs.dtype)
+    return (log_probs * counted).sum(dim=1), counted.sum(dim=1)

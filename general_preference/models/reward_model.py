@@ -196,8 +196,7 @@ def load_reward_model(
 ) -> RewardModel:
     """Load a trained preference model (full, sharded or LoRA adapter) from a folder or hub name, in eval mode.
 
-    preference: the head, if the caller has read it already. device: where the weights go, straight from the files if
-    accelerate is installed.
+    preference: the head, if read already. device: where the weights go (directly if accelerate is installed).
 
     Raises:
         InputError: no such model, a plain language model without heads, or weights that cannot be read.

@@ -115,9 +115,8 @@ class CardFacts:
 
 def model_card(preference: PreferenceConfig, facts: CardFacts, tags: list[str] | None = None) -> ModelCard:
     """The card of a model with this head; `tags` are added to its own."""
-    title, gate = _HEADS[preference.head], ", prompt gate" if preference.prompt_gate else ""
-    if preference.head != "bt":
-        title += f" (D = {preference.dim}{gate})"
+    gate = ", prompt gate" if preference.prompt_gate else ""
+    title = _HEADS[preference.head] + (f" (D = {preference.dim}{gate})" if preference.planes else "")
     results = [
         EvalResult("text-classification", name, name, metric, row[metric], task_name="Preference prediction")
         for name, row in facts.results.items()
@@ -155,11 +154,11 @@ def read_card_facts(readme: str | Path | None) -> CardFacts:
         data = None  # someone else's README.md
     if data is None or data.library_name != LIBRARY:
         return CardFacts()
-    results: dict[str, dict[str, float]] = {}
-    for result in data.eval_results or []:
-        results.setdefault(result.dataset_name, {})[result.metric_type] = result.metric_value
     datasets = [data.datasets] if isinstance(data.datasets, str) else data.datasets or []
-    return CardFacts(data.base_model, datasets, results)
+    facts = CardFacts(data.base_model, datasets)
+    for result in data.eval_results or []:
+        facts.results.setdefault(result.dataset_name, {})[result.metric_type] = result.metric_value
+    return facts
 
 
 def _on_hub(name: str | None) -> str | None:
