@@ -3,9 +3,8 @@
 
     python scripts/merge_lora.py ADAPTER OUTPUT [--dtype auto|float32|bfloat16|float16]
 
-The sum is made in fp32 and scores as the adapter does; a half-precision dtype then rounds it. An adapter trained with
---load_in_4bit is added to the base as it was before quantization. Exit codes: 0 done, 1 failed, 2 what was given cannot
-be used (one line says why), 130 interrupted.
+Merging runs in fp32, a half-precision dtype then rounds the weights. An adapter trained with --load_in_4bit is merged
+into the unquantized base. Exit codes: 0 done, 1 failed, 2 unusable input, 130 interrupted.
 """
 
 import argparse
@@ -37,11 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def merge(adapter: str, output: Path, dtype: str = "auto", trust_remote_code: bool = False) -> None:
-    """Write the merged model to `output`, all files or none visible at a time.
-
-    Raises:
-        InputError: no adapter there, its base model is missing, or `output` holds something.
-    """
+    """Write the merged model to `output` at once; InputError without adapter or base, or if `output` is not empty."""
     load_config(adapter, trust_remote_code)
     base = adapter_base(adapter)
     if base is None:
@@ -50,9 +45,8 @@ def merge(adapter: str, output: Path, dtype: str = "auto", trust_remote_code: bo
         raise InputError(f"{output} exists and is not empty: choose another folder, or remove it")
     output = output.resolve()
     model = load_reward_model(adapter, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(
-        adapter if resolve(adapter, "tokenizer_config.json") else base, trust_remote_code=trust_remote_code
-    )
+    of_tokenizer = adapter if resolve(adapter, "tokenizer_config.json") else base
+    tokenizer = load_tokenizer(of_tokenizer, trust_remote_code=trust_remote_code)
     merge_adapter(model)
     stored = getattr(load_config(base, trust_remote_code), "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     model.backbone.to(stored or torch.float32)
@@ -64,7 +58,7 @@ def merge(adapter: str, output: Path, dtype: str = "auto", trust_remote_code: bo
     model.save_pretrained(str(temporary))
     tokenizer.save_pretrained(str(temporary))
     card = resolve(adapter, "README.md")
-    if card is not None:  # what it says of head, data and results is true of the merged model
+    if card is not None:  # head, data and results are those of the merged model too
         shutil.copyfile(card, temporary / "README.md")
     if output.is_dir():
         output.rmdir()

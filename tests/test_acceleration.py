@@ -77,7 +77,7 @@ def test_compiled_layers_change_no_gradient(make_model):
 
 
 def test_what_cannot_run_here_is_refused(make_model):
-    with pytest.raises(InputError, match="--use_liger_kernel needs a GPU, and this runs on cpu"):
+    with pytest.raises(InputError, match="use_liger_kernel needs a GPU, and this runs on cpu"):
         use_liger_kernels(make_model("llama").language_model, torch.device("cpu"))
     if find_spec("liger_kernel") is None:
         with pytest.raises(InputError, match="pip install liger-kernel"):

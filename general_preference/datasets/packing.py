@@ -1,10 +1,8 @@
 """Comparisons -> a batch in which all responses of a prompt share one copy of that prompt.
 
-A row is [prompt][response 1][response 2]... Positions of every response continue from the prompt's end, so a prompt's
-tokens are computed once; `models/attention.py` turns `segments` into the mask that makes this exact. Kernels for packed
-rows take all comparisons of a batch end to end in one row without padding. For an architecture that supports neither,
-every response gets a row with its own copy of the prompt. `models.attention.RowLayout` says which of the three it is;
-everything else about the batch (what is read where, who is compared with whom) is the same.
+A row is [prompt][response 1][response 2]... with positions that continue from the prompt's end in every response;
+`models/attention.py` makes this exact. By `RowLayout` a row holds one comparison, all of the batch end to end without
+padding, or (for architectures that support neither) a single response.
 """
 
 from dataclasses import dataclass, fields
@@ -80,9 +78,8 @@ class Collator:
     """Turns tokenized comparisons into a `Batch`.
 
     pad_id:      any token id; padding is never attended to nor read.
-    layout:      what the model's kernel wants (`layout_on` of the model). Unpacked rows that hold one response each are
-                 plain sequences even if prompts could be shared: no mask of length times length is made for them.
-    regularized: whose tokens get log-probs: "" none, "chosen", or "both" (reference_free compares them).
+    layout:      what `layout_on` of the model returns. Rows of one response are plain sequences without an (L, L) mask.
+    regularized: whose tokens get log-probs: "" none, "chosen", or "both" (for reference_free).
     balanced:    experts are balanced, so the batch says which tokens count.
     """
 
@@ -101,9 +98,8 @@ class Collator:
         for comparison in comparisons:
             first_blocks.append(len(blocks))
             responses = comparison["response_ids"]
-            blocks += [
-                (comparison["prompt_ids"], some) for some in ([responses] if shared else [[r] for r in responses])
-            ]
+            groups = [responses] if shared else [[response] for response in responses]
+            blocks += [(comparison["prompt_ids"], group) for group in groups]
             real += [comparison.get("weight", 1.0) != 0] * (len(blocks) - len(real))
         rows = [blocks] if packed else [[block] for block in blocks]
         length = self.layout.row_length(max(sum(map(_tokens, row)) for row in rows))
@@ -205,14 +201,10 @@ def _preferences(comparisons: list[dict]) -> dict[str, torch.Tensor]:
         margin += [comparison["margin"]] * count
         weight += [comparison.get("weight", 1.0) / max(count, 1)] * count
         offset += len(comparison["response_ids"])
-    return {
-        "first": torch.tensor(first, dtype=torch.long),
-        "second": torch.tensor(second, dtype=torch.long),
-        "comparison_index": torch.tensor(comparison_index, dtype=torch.long),
-        "label": torch.tensor(label, dtype=torch.float32),
-        "margin": torch.tensor(margin, dtype=torch.float32),
-        "weight": torch.tensor(weight, dtype=torch.float32),
-    }
+    indices = {"first": first, "second": second, "comparison_index": comparison_index}
+    numbers = {"label": label, "margin": margin, "weight": weight}
+    tensors = {name: torch.tensor(values, dtype=torch.long) for name, values in indices.items()}
+    return tensors | {name: torch.tensor(values, dtype=torch.float32) for name, values in numbers.items()}
 
 
 class Comparisons(torch.utils.data.Dataset):

@@ -61,14 +61,10 @@ class Summary:
         return json.dumps(asdict(self))
 
     def __str__(self) -> str:
-        notes = [
-            f"{value} {name.replace('_', ' ')}" for name, value in asdict(self).items() if name in _NOTES and value
-        ]
+        values = {name: getattr(self, name) for name in ("left_out", *COUNTS, "seen_prompts")}
+        notes = [f"{value} {name.replace('_', ' ')}" for name, value in values.items() if value]
         text = f"{self.name}: {self.comparisons} comparisons, {self.preferences} preferences, {self.tokens} tokens"
         return f"{text} (longest {self.longest})" + (f"; {', '.join(notes)}" if notes else "")
-
-
-_NOTES = ("left_out", *COUNTS, "seen_prompts")
 
 
 def tokenize(
@@ -118,10 +114,7 @@ def _encode_rows(rows: dict, indices: list[int], encoder: ComparisonTokenizer) -
     contents = [[[message["content"] for message in response] for response in some] for some in rows["responses"]]
     return {
         **{name: rows[name] for name in ("id", "subset", "first", "second", "label", "margin")},
-        **{
-            name: [row[name] for row in encoded]
-            for name in ("prompt_ids", "response_ids", "prompt_cut", "response_cut")
-        },
+        **{name: [row[name] for row in encoded] for name in encoded[0]},
         "prompt_key": [stable_hash(prompt) for prompt in rows["prompt"]],
         "length": [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in encoded],
         "empty": [any(not "".join(response).strip() for response in some) for some in contents],
@@ -170,8 +163,8 @@ def split_and_blend(
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """(training table, held-out table): split all sets by prompt together, then blend what is trained on.
 
-    In this order a set that the blend repeats is not repeated in the held-out table. With `group_size` > 1 the tables
-    get a column `group`: which rows of a set were neighbors and must stay together.
+    So the held-out table repeats nothing. With `group_size` > 1 the tables get a column `group`: neighbors that must
+    stay together.
     """
     whole = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
     groups = None
@@ -235,9 +228,8 @@ def split_by_prompt(
         side = train if len(train) + len(unit) / 2 <= train_ratio * total or train_ratio == 1 else held_out
         side.extend(unit)
     if not train:
-        raise InputError(
-            f"no comparison is left to train on (max_samples {max_samples}, train_split_ratio {train_ratio})"
-        )
+        limits = f"max_samples {max_samples}, train_split_ratio {train_ratio}"
+        raise InputError(f"no comparison is left to train on ({limits})")
     return train, held_out
 
 

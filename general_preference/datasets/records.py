@@ -24,8 +24,7 @@ class Comparison:
 
     prompt:      the messages every response answers, at least one
     responses:   K >= 2 continuations, each a list of at least one message
-    preferences: (first, second, probability): indices into `responses`; `first` is the preferred side, with
-                 probability in [0.5, 1] (0.5 is a tie)
+    preferences: (first, second, probability in [0.5, 1] that first is preferred): indices into `responses`; 0.5: a tie
     margin:      how much the preferred side should win by, in units of the score
     id, subset:  names for people: which record it is, and which part of the set it belongs to
     """
@@ -80,9 +79,7 @@ def _parse_pair(record: dict) -> tuple[list[Message], list[list[Message]]]:
         prompt = parse_prompt(record["prompt"], "prompt")
         return prompt, [parse_response(chosen, "chosen", prompt), parse_response(rejected, other, prompt)]
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise InputError(
-            "'chosen' and 'rejected' are text without a 'prompt': expected the key 'prompt', or lists of messages"
-        )
+        raise InputError("'chosen' and 'rejected' are text without a 'prompt': expected that key, or lists of messages")
     chosen, rejected = parse_messages(chosen, "chosen"), parse_messages(rejected, "rejected")
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:

@@ -1,9 +1,8 @@
 """Which process sees which comparison at which step: shuffled, balanced by length, resumable at any step.
 
-A global batch is fixed by (seed, epoch, step) alone, so neither the number of processes nor the micro-batch size
-changes what a step learns from. Inside a step comparisons are assigned by length: to micro-batches of similar length
-if rows are padded, of equally many tokens if rows are packed. Micro-batches that run at the same time on different
-processes, which wait for each other, have about equal cost.
+A global batch depends on (seed, epoch, step) alone, not on processes and micro-batches. Inside a step comparisons
+are assigned by length: to micro-batches of similar length if rows are padded, of equally many tokens if packed.
+Micro-batches that run at the same time on different processes have about equal cost.
 """
 
 import heapq
@@ -21,8 +20,7 @@ class StepSampler:
     """Yields the micro-batches of one process, in order, for the rest of a run.
 
     A comparison's weight is (world_size * accumulation) / (comparisons in the step): averaged over accumulation and
-    processes this is the mean over the global batch, also in the smaller last step of an epoch, which is filled up
-    with repeats of weight 0.
+    processes this is the mean over the global batch; an epoch's last step is filled up with repeats of weight 0.
     """
 
     def __init__(
@@ -76,11 +74,7 @@ class StepSampler:
         return [index for block in sorted(shuffled, key=len, reverse=True) for index in block]
 
     def imbalance(self, steps: int = 1000) -> float:
-        """How much longer the busiest process of a micro-batch works than the average one, over the first steps.
-
-        Returns:
-            mean over micro-batches of (tokens of the fullest, padding included) / (mean over processes) - 1; 0 is even.
-        """
+        """Mean over the first steps' micro-batches of (most tokens on a process, with padding) / (mean) - 1."""
         order, excess = self.order(0), []
         for step in range(min(steps, self.steps_per_epoch)):
             batches = self._micro_batches(order, step)
@@ -121,10 +115,7 @@ class StepSampler:
 def evaluation_batches(
     lengths: list[int], *, micro_batch_size: int, world_size: int = 1, rank: int = 0
 ) -> list[list[Item]]:
-    """The micro-batches of one process that together cover every comparison exactly once.
-
-    Every process gets the same number of micro-batches (a collective engine needs that); repeats have weight 0.
-    """
+    """The micro-batches of one process, equally many on each, that cover every comparison once; repeats weigh 0."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     items = [(index, 1.0) for index in order]
     items += [(order[-1], 0.0)] * (-len(items) % (world_size * micro_batch_size))

@@ -1,7 +1,6 @@
 """Reads comparisons from files, folders and the hub, record by record, into a cached Arrow table.
 
-A row of that table is a `Comparison` or, in its column `problem`, the reason why a record is none. The cache key holds
-path, size and modification time of each file, so an edited file is read again.
+A row is a `Comparison`, or its column `problem` says why not. Edited files (size or modification time) are read again.
 """
 
 import csv
@@ -93,9 +92,8 @@ def load_source(
     """All comparisons of a source as an Arrow table on disk (columns of `ROW` without `problem`).
 
     Args:
-        custom: require the custom format (`is_custom_dataset`).
-        skip_bad: leave out records that do not fit instead of refusing the source.
-        remedy: what the message about a bad record advises.
+        custom: require the custom format (`is_custom_dataset`). remedy: what the message about a bad record advises.
+        skip_bad: leave out (and count) records that do not fit instead of refusing the source.
 
     Returns:
         the table and the number of records left out.
@@ -218,7 +216,7 @@ def _json_records(file: Path) -> Iterator[tuple[str, object]]:
 def _csv_records(file: Path) -> Iterator[tuple[str, object]]:
     """Rows of a CSV file with a header; margin and chosen_probability are numbers, empty cells are absent."""
     csv.field_size_limit(2**31 - 1)
-    # With surrogateescape a byte that is not UTF-8 costs its own record (`_row` refuses it), not the rest of the file.
+    # surrogateescape: a byte that is not UTF-8 costs its own record (`_row` refuses it), not the rest of the file.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.DictReader(lines)
         for row in reader:

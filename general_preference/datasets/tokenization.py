@@ -2,11 +2,10 @@
 
 Two input formats, saved with the model:
 
-chat      the prompt is rendered by the tokenizer's chat template with the generation prompt and tokenized on its own,
-          so its ids are a true prefix of every response; the end token is appended to each response; exactly one BOS
-          where the tokenizer or its template wants one.
-released  what the published GPM checkpoints were trained with: template text tokenized with special tokens again, the
-          last token overwritten by the end token, the prompt (for the gate) being the first message alone.
+chat      the prompt, rendered with the generation prompt, is tokenized separately, so its ids are a true prefix of
+          each response; the end token is appended; exactly one BOS where the tokenizer or its template wants one.
+released  as the published GPM checkpoints were trained: template text tokenized with special tokens again, the last
+          token overwritten by the end token, the first message being the prompt (for the gate).
 """
 
 import hashlib
@@ -101,8 +100,7 @@ class ComparisonTokenizer:
             prompts: B lists of messages. responses: for each prompt, K lists of messages.
 
         Returns:
-            B dicts: prompt_ids (list), response_ids (K lists, each ending in the end token), and the booleans
-            `prompt_cut`, `response_cut`.
+            B dicts: prompt_ids, response_ids (K lists that end in the end token), booleans prompt_cut and response_cut.
 
         Raises:
             InputError: the chat template refuses these messages.
@@ -183,7 +181,7 @@ class ComparisonTokenizer:
         gate = min(gate, min(len(ids) for ids in whole) - 1)
         if any(ids[:gate] != whole[0][:gate] for ids in whole):
             raise InputError(
-                "the released input format needs a template whose first message stays the same in every response"
+                "input_format released needs a template that renders the first message alike for responses"
             )
         responses = [[*ids[gate:-1], self.eos] for ids in whole]
         return {"prompt_ids": whole[0][:gate], "response_ids": responses, "prompt_cut": False, "response_cut": cut}

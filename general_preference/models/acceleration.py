@@ -29,10 +29,8 @@ _EXPENSIVE = (
 def checkpoint_activations(language_model, *, reentrant: bool, selective: bool) -> None:
     """Recompute each layer's activations in backward instead of keeping them.
 
-    Args:
-        reentrant: the older kind of `torch.utils.checkpoint`.
-        selective: keep the results of matrix products and attention, recompute the cheap rest. FlexAttention, which is
-            compiled as a whole, is recomputed too.
+    reentrant: the older kind of `torch.utils.checkpoint`. selective: keep the results of matrix products and attention
+    (FlexAttention excepted: it is compiled as a whole), recompute the cheap rest.
     """
     options: dict[str, bool | Callable] = {"use_reentrant": reentrant}
     if selective:
@@ -55,16 +53,14 @@ def use_liger_kernels(language_model, device: torch.device) -> None:
     """
     kind = language_model.config.model_type
     if device.type != "cuda":
-        raise InputError(f"--use_liger_kernel needs a GPU, and this runs on {device.type}: drop the flag")
+        raise InputError(f"use_liger_kernel needs a GPU, and this runs on {device.type}: turn it off")
     if not is_liger_kernel_available():
-        raise InputError(
-            "--use_liger_kernel needs the package liger-kernel: pip install liger-kernel, or drop the flag"
-        )
+        raise InputError("use_liger_kernel needs the package liger-kernel: pip install liger-kernel, or turn it off")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     from transformers.integrations.liger import apply_liger_kernel
 
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise InputError(f"--use_liger_kernel: liger-kernel does not know {kind}: drop the flag")
+        raise InputError(f"use_liger_kernel: liger-kernel does not know {kind}: turn it off")
     # Its cross-entropies would patch the causal LM's own loss, which is not used here.
     apply_liger_kernel(language_model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
@@ -77,6 +73,6 @@ def compile_layers(language_model: nn.Module) -> None:
     """
     layers = [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise InputError(f"--torch_compile: {language_model.config.model_type} has no layers that are known here")
+        raise InputError(f"torch_compile: {language_model.config.model_type} has no layers that are known here")
     for layer in layers:
         layer.compile()

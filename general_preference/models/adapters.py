@@ -1,4 +1,4 @@
-"""LoRA adapters on a backbone, and backbones in 4 bits under them (QLoRA, arXiv 2305.14314). Only this needs peft."""
+"""LoRA adapters on a backbone. Only this file needs peft."""
 
 from pathlib import Path
 
@@ -10,10 +10,9 @@ from general_preference.models.config import ADAPTER_CONFIG, first_line, reason,
 
 
 def add_lora(backbone, rank: int, alpha: int, target_modules, dropout: float, seed: int):
-    """New adapters on a causal LM whose own weights are frozen; the same values for the same seed on every process.
+    """New adapters on a frozen causal LM; the same values for the same seed on every process.
 
-    A backbone in 4 bits keeps the dtypes it was loaded with: norms that are raised to fp32, as peft's preparation for
-    4-bit training does, would be made bf16 again by the engine.
+    peft's preparation for 4-bit training is not used: the engine would make its fp32 norms bf16 again.
 
     Raises:
         InputError: peft is not installed, or the modules named are not there.
@@ -33,11 +32,7 @@ def add_lora(backbone, rank: int, alpha: int, target_modules, dropout: float, se
 
 
 def load_adapter(model, path: str):
-    """The adapter at `path` on its base `model`, its weights trainable.
-
-    Raises:
-        InputError: peft is not installed, or the adapter's weights cannot be read.
-    """
+    """The adapter at `path` on its base `model`, trainable; InputError without peft or readable weights."""
     weights = resolve(path, "adapter_model.safetensors")
     if weights is None:
         raise InputError(f"{path} has no adapter_model.safetensors: adapters in other formats are not loaded")
@@ -53,10 +48,10 @@ def load_adapter(model, path: str):
 
 
 def merge_adapter(model) -> None:
-    """Fold the adapters of a preference model into its backbone, in place: W becomes W + alpha / rank * B A.
+    """Fold a preference model's adapters into its backbone, in place: W becomes W + alpha / rank * B A.
 
     Raises:
-        InputError: the model has no adapter, or one on embeddings that are the LM head too, or the sum is not finite.
+        InputError: no adapter, an adapter on embeddings tied to the LM head, or a sum that is not finite.
     """
     if not hasattr(model.backbone, "peft_config"):
         raise InputError(f"this model has no adapter to fold in: there is no {ADAPTER_CONFIG}")
@@ -68,19 +63,3 @@ def merge_adapter(model) -> None:
         model.backbone = model.backbone.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise InputError(f"the adapter cannot be folded in: {first_line(error)}") from error
-
-
-def four_bit_options() -> dict:
-    """What `from_pretrained` takes to load a backbone in 4 bits: NF4 with double quantization, computing in bf16.
-
-    Source: arXiv 2305.14314.
-    """
-    from transformers import BitsAndBytesConfig
-
-    options = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return {"quantization_config": options}

@@ -1,12 +1,11 @@
 """Which tokens see which when several responses are behind one copy of their prompt: masks, packed rows, kernels.
 
-A row of a batch is described by two integers per token: its `position` in its own sequence and its `segment`
-(-1 padding, 0 prompt, 1.. one number per response). A token sees the prompt and its own response up to itself, which
-equals running every response as a sequence of its own.
+A row has two integers per token: its `position` in its sequence and its `segment` (-1 padding, 0 prompt, 1.. one per
+response). A token sees the prompt and its own response up to itself, as if every response were run separately.
 
 Plain full attention and sliding windows get an exact mask; everything else (recurrent layers, ALiBi, chunked attention)
-runs separate sequences with a padding mask (`shares_prompts`). Architectures whose layers all are plain full attention
-run comparisons end to end in one row without padding (`RowLayout.packed`), by the kernels below or FlexAttention.
+runs separate sequences with a padding mask (`shares_prompts`). Architectures with plain full attention only run
+comparisons end to end in one row without padding (`RowLayout.packed`), by the kernels below or FlexAttention.
 """
 
 from dataclasses import dataclass, replace
@@ -21,11 +20,10 @@ from transformers.masking_utils import sdpa_mask
 PADDING, PROMPT = -1, 0
 FLEX = "flex_attention"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-# Architectures whose shared-prompt scores are compared with separate sequences in tests/test_packing.py; others are
-# checked once at run time by `RewardModel.verify_shared_prompts`.
+# Compared with separate sequences in tests/test_packing.py; others are checked by `PackedBackbone.check_sharing`.
 VERIFIED = {"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi3", "olmo2", "mixtral"}
 VERIFIED |= {"opt", "mistral"}
-# Those of them that take FlexAttention's masks (GPT-2 and OPT look into theirs), compared in the same place.
+# Those that take FlexAttention's masks (GPT-2 and OPT look into theirs).
 FLEX_VERIFIED = {"llama", "qwen2", "qwen3", "gemma", "gpt_neox", "phi3", "olmo2", "mixtral"}
 
 
@@ -33,9 +31,9 @@ FLEX_VERIFIED = {"llama", "qwen2", "qwen3", "gemma", "gpt_neox", "phi3", "olmo2"
 class RowLayout:
     """How responses lie in the rows of a batch.
 
-    shared:  behind one copy of their prompt; else each is a row of its own.
-    packed:  all comparisons in one row, end to end; else a row for each, padded to the longest.
-    rounded: a packed row gets padding at its end, so that compiled kernels meet few different lengths.
+    shared:  behind one copy of their prompt; else one response per row.
+    packed:  all comparisons in one row, end to end; else one comparison per row, padded to the longest.
+    rounded: a packed row is padded at its end, so that compiled kernels meet few lengths.
     """
 
     shared: bool = True
@@ -43,7 +41,7 @@ class RowLayout:
     rounded: bool = False
 
     def row_length(self, tokens: int) -> int:
-        """Length of a row that holds so many tokens: rounded, at most 1/8 longer (below 1,024 to a multiple of 128)."""
+        """Length of a row for so many tokens: if rounded, a multiple of 128 and at most 1/8 longer above 1,024."""
         if not self.rounded:
             return tokens
         grain = max(128, 2 ** (tokens - 1).bit_length() // 16)
@@ -62,7 +60,7 @@ def shares_prompts(config) -> bool:
 
 
 def packs_rows(config) -> bool:
-    """Whether all layers are plain full attention, in an architecture that was compared: its rows may be packed."""
+    """Whether rows may be packed: plain full attention in every layer, and a verified architecture."""
     plain = _layer_types(config) == {"full_attention"} and not getattr(config, "attn_logit_softcapping", None)
     return plain and config.model_type in VERIFIED
 
@@ -78,8 +76,7 @@ def attention_mask(config, segments: torch.Tensor, positions: torch.Tensor, dtyp
     """What to pass to the backbone as `attention_mask`.
 
     Args:
-        segments, positions: (R, L) integers as described above.
-        dtype: the backbone's; eager kernels add the mask to their logits.
+        segments, positions: (R, L) integers as described above. dtype: the backbone's.
         shared: rows hold several responses. If not, rows are plain right-padded sequences.
 
     Returns:
@@ -94,15 +91,13 @@ def attention_mask(config, segments: torch.Tensor, positions: torch.Tensor, dtyp
     visible |= torch.eye(len(ones), dtype=torch.bool, device=segments.device)  # padding must not see nothing
 
     def for_kernel(visible: torch.Tensor) -> torch.Tensor:
-        visible = visible[:, None]
-        if config._attn_implementation != "eager":
-            return visible
-        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        eager = config._attn_implementation == "eager"
+        return (visible.logical_not().to(dtype) * torch.finfo(dtype).min if eager else visible)[:, None]
 
     layers = _layer_types(config)
     if layers == {"full_attention"}:
         return for_kernel(visible)
-    # The window counts positions in the response's own sequence: in the row, other responses may lie in between.
+    # The window counts logical positions: in the row, other responses may lie in between.
     windowed = for_kernel(visible & (positions[:, :, None] - positions[:, None, :] < config.sliding_window))
     if layers == {"sliding_attention"}:
         return windowed
@@ -110,11 +105,8 @@ def attention_mask(config, segments: torch.Tensor, positions: torch.Tensor, dtyp
 
 
 def block_mask(segments: torch.Tensor, positions: torch.Tensor) -> BlockMask:
-    """FlexAttention's mask of packed rows (R, L): blocks in which nothing is seen are never computed.
-
-    Padding, which stands at the end, sees padding alone.
-    """
-    # Positions restart at 0 with every prompt and nowhere else, so counting zeros numbers the comparisons.
+    """FlexAttention's mask of packed rows (R, L), in which padding at the end sees padding alone."""
+    # Positions restart at 0 with every prompt only, so counting zeros numbers the comparisons.
     comparisons = ((positions == 0) & (segments == PROMPT)).cumsum(dim=1)
     comparisons = comparisons.masked_fill(segments == PADDING, 0)
 
@@ -124,15 +116,14 @@ def block_mask(segments: torch.Tensor, positions: torch.Tensor) -> BlockMask:
         return (key <= query) & same & (own | (segments[row, key] == PROMPT))
 
     rows, length = segments.shape
-    compiled = segments.device.type == "cuda"  # else the whole (L, L) mask exists for a moment
+    compiled = segments.device.type == "cuda"  # else the whole (L, L) mask is materialized
     return create_block_mask(visible, rows, None, length, length, device=segments.device, _compile=compiled)
 
 
 def _layer_types(config) -> set[str]:
     """The kinds of attention layer of a model: its own list, or what its window setting says."""
-    layers = getattr(config, "layer_types", None)
-    if layers is not None:
-        return set(layers)
+    if getattr(config, "layer_types", None) is not None:
+        return set(config.layer_types)
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return {"sliding_attention"}
     if getattr(config, "attention_chunk_size", None) or getattr(config, "layers_block_type", None):
@@ -144,10 +135,10 @@ def _layer_types(config) -> set[str]:
 class PackedSequences:
     """The S sequences of a row of T tokens.
 
-    queries, keys:           S lengths each; the queries, in order, are the row's first sum(queries) tokens
-    key_index:               (sum of keys,) where in the row each key is
-    query_ends, key_ends:    (S + 1,) int32 cumulative lengths from 0, as variable-length kernels take them
-    calls:                   layers that used this, so that an architecture that drops it is noticed
+    queries, keys:         S lengths each; the queries, in order, are the row's first sum(queries) tokens
+    key_index:             (sum of keys,) where in the row each key is
+    query_ends, key_ends:  (S + 1,) int32 cumulative lengths from 0, as variable-length kernels take them
+    calls:                 layers that used this, so that an architecture that drops it is noticed
     """
 
     queries: list[int]
@@ -159,8 +150,8 @@ class PackedSequences:
     _masks: list[torch.Tensor | None] | None = None
 
     def map(self, move) -> "PackedSequences":
-        """A copy with `move` applied to its tensors, not used yet."""
-        tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        """A fresh copy with `move` applied to its tensors."""
+        tensors = {name: move(getattr(self, name)) for name in ("key_index", "query_ends", "key_ends")}
         return replace(self, **tensors, calls=0, _masks=None)
 
     def masks(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
@@ -188,17 +179,12 @@ def pack_sequences(lengths: list[tuple[int, list[int]]]) -> PackedSequences:
     return PackedSequences(queries, keys, torch.cat(index), *ends)
 
 
-@torch.compiler.disable  # one Python call per sequence: a compiled layer stops before it and goes on behind it
+@torch.compiler.disable  # one Python call per sequence: a compiled layer breaks its graph here
 def packed_attention(module, query, key, value, attention_mask, *, sequences: PackedSequences | None = None, **options):
     """Attention of a row that `sequences` describe; of anything else, transformers' sdpa attention.
 
-    Args:
-        query: (1, heads, T, head size). key, value: (1, key-value heads, T, head size).
-        attention_mask: used only without `sequences`.
-        options: `scaling` and `dropout` as attention layers pass them.
-
-    Returns:
-        ((1, T, heads, head size), None).
+    query: (1, heads, T, head size). key, value: (1, key-value heads, T, head size). options: `scaling`, `dropout`.
+    Returns ((1, T, heads, head size), None).
     """
     if sequences is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -212,10 +198,8 @@ def packed_attention(module, query, key, value, attention_mask, *, sequences: Pa
 
 def by_sdpa(query, key, value, sequences: PackedSequences, scale: float | None, dropout: float) -> torch.Tensor:
     """One call per sequence: (T, heads, head size) queries, (K, key-value heads, head size) keys -> queries' shape."""
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-    # Splitting, unlike slicing, makes one tensor in backward and not one of the whole row's size for each sequence.
+    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    # Slicing instead would make a gradient of the whole row's size for each sequence.
     parts = zip(
         query.transpose(0, 1).split(sequences.queries, dim=1),
         key.transpose(0, 1).split(sequences.keys, dim=1),
@@ -233,7 +217,7 @@ def by_sdpa(query, key, value, sequences: PackedSequences, scale: float | None, 
 
 
 def by_varlen(query, key, value, sequences: PackedSequences, scale: float | None, dropout: float) -> torch.Tensor:
-    """All sequences in one call of torch's variable-length attention; same shapes as `by_sdpa`."""
+    """All sequences in one call of torch's variable-length attention; shapes as in `by_sdpa`."""
     from torch.nn.attention.varlen import varlen_attn
 
     if dropout:
@@ -251,7 +235,7 @@ def by_flash(query, key, value, sequences: PackedSequences, scale: float | None,
 
 
 def _in_half(kernel, query, key, value, sequences: PackedSequences, **options) -> torch.Tensor:
-    """Call a half-precision kernel; a half-precision model may upcast its norms (4-bit training does)."""
+    """Call a half-precision kernel; inputs may be fp32 where a model upcasts its norms."""
     half = (t.contiguous() if t.dtype in HALF else t.to(torch.bfloat16).contiguous() for t in (query, key, value))
     longest = max(sequences.queries), max(sequences.keys)
     return kernel(*half, sequences.query_ends, sequences.key_ends, *longest, **options).to(query.dtype)

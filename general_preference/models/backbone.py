@@ -1,7 +1,4 @@
-"""A causal language model over packed rows (datasets/packing.py): its kernel, hidden states and token log-probs.
-
-It has no heads: `RewardModel` adds them, and a policy uses it as it is.
-"""
+"""A causal language model over packed rows (datasets/packing.py): its kernel, hidden states and token log-probs."""
 
 import logging
 
@@ -26,8 +23,8 @@ from general_preference.models.losses import token_log_probs
 
 logger = logging.getLogger(__name__)
 
-# Parts in which token log-probs are computed where the LM head is not one whole matrix. A fixed number, not a fixed
-# size, because under ZeRO-3 every use of the LM head is a collective that all processes must join.
+# Parts in which token log-probs are computed where the LM head is not one whole matrix: a fixed number, because under
+# ZeRO-3 every use of the LM head is a collective.
 LOG_PROB_PARTS = 16
 
 
@@ -35,7 +32,7 @@ class PackedBackbone(nn.Module):
     """A causal LM that is run over rows of prompts and responses. `backbone` is the LM, or an adapter around it."""
 
     def __init__(self, backbone: nn.Module, attention: str = "auto"):
-        """attention: one of `kernels.CHOICES`; `layout_on` chooses the kernel itself."""
+        """attention: one of `kernels.CHOICES`."""
         super().__init__()
         self.backbone = backbone
         self.attention, self._loaded_kernel = attention, self.config._attn_implementation
@@ -69,10 +66,7 @@ class PackedBackbone(nn.Module):
         return None if rotary else getattr(self.config, "max_position_embeddings", None)
 
     def layout_on(self, device: torch.device | None = None) -> RowLayout:
-        """Choose the attention kernel for `device` (default: the model's), in this dtype and mode (training or not).
-
-        Returns:
-            the row layout that the kernel needs: what the `Collator` of the batches is given.
+        """Choose the attention kernel for `device` (default: the model's), dtype and mode; return its row layout.
 
         Raises:
             InputError: the kernel that was asked for cannot run there.
@@ -85,9 +79,8 @@ class PackedBackbone(nn.Module):
 
     def freeze_unused(self, language_model_head: bool) -> None:
         """Freeze the LM head when no regularizer uses it (a tied one is the embedding and stays)."""
-        head = self.language_model.get_output_embeddings()
-        tied = head is None or head.weight is self.language_model.get_input_embeddings().weight
-        if not language_model_head and not tied:
+        head, embedding = self.language_model.get_output_embeddings(), self.language_model.get_input_embeddings()
+        if not language_model_head and head is not None and head.weight is not embedding.weight:
             head.requires_grad_(False)
 
     def hidden_states(
@@ -107,12 +100,12 @@ class PackedBackbone(nn.Module):
         Raises:
             RuntimeError: rows packed for another kernel, or an architecture that drops `sequences`.
         """
-        # Plain right-padded rows count their own positions; some architectures (ALiBi) take no position_ids at all.
+        # Plain right-padded rows count their own positions; ALiBi models take no position_ids.
         options = {"position_ids": position_ids} if shared else {}
         if sequences is not None:
             if self.config._attn_implementation not in KERNELS:
                 raise RuntimeError("rows were packed for another kernel: collate with what layout_on returns now")
-            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # unused; None would make one
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # unused, but None would make one
             options["sequences"] = sequences
         elif shared and self.config._attn_implementation == FLEX:
             mask = block_mask(segments, position_ids)
@@ -132,8 +125,8 @@ class PackedBackbone(nn.Module):
 
         Args:
             hidden: (R * L, hidden) as `hidden_states` returns them.
-            targets: (predict_positions, target_ids, sequence_index), each (T,): the hidden state at flat position
-                `predict_positions[t]` predicts token `target_ids[t]` of sequence `sequence_index[t]`.
+            targets: (predict_positions, target_ids, sequence_index), each (T,): hidden state `predict_positions[t]`
+                predicts token `target_ids[t]` of sequence `sequence_index[t]`.
 
         Returns:
             log-probs in nats and token counts, each (count,) in fp32 or better.
@@ -160,26 +153,19 @@ class PackedBackbone(nn.Module):
 
     @torch.no_grad()
     def verify_shared_prompts(self) -> float:
-        """Compare one shared-prompt row with separate rows; turn sharing off if they disagree.
+        """Compare one shared-prompt row with separate rows; turn sharing off above 1e-4 (half precision: 1e-2).
 
-        Returns:
-            the largest difference relative to the largest hidden state. Sharing is kept up to 1e-2 in half precision
-            and 1e-4 in fp32.
+        Returns the largest difference, relative to the largest hidden state.
         """
-        lengths = (7, 5, 9)  # prompt, first and second response
-        prompt, first, second = (torch.arange(n, device=self.device) * 37 % self.config.vocab_size for n in lengths)
-        positions = torch.cat([torch.arange(7), torch.arange(7, 12), torch.arange(7, 16)])[None].to(self.device)
-        segments = torch.arange(3).repeat_interleave(torch.tensor(lengths))[None].to(self.device)
+        prompt, first, second = (torch.arange(n, device=self.device) * 37 % self.config.vocab_size for n in (7, 5, 9))
+        positions = torch.tensor([[*range(7), *range(7, 12), *range(7, 16)]], device=self.device)
+        segments = torch.tensor([[0] * 7 + [1] * 5 + [2] * 9], device=self.device)
         mask = attention_mask(self.config, segments, positions, self.dtype, True)
         alone = torch.cat([prompt, second])[None]
         training, run = self.training, self.eval().language_model.base_model
-        shared = run(
-            input_ids=torch.cat([prompt, first, second])[None],
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-        ).last_hidden_state
-        plain = run(input_ids=alone, attention_mask=torch.ones_like(alone), use_cache=False).last_hidden_state
+        together = torch.cat([prompt, first, second])[None]
+        shared = run(together, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        plain = run(alone, attention_mask=torch.ones_like(alone), use_cache=False).last_hidden_state
         self.train(training)
         difference = ((shared[0, 12:] - plain[0, 7:]).abs().max() / plain.abs().max()).item()
         limit = 1e-4 if self.dtype in (torch.float32, torch.float64) else 1e-2
@@ -187,13 +173,12 @@ class PackedBackbone(nn.Module):
         return difference
 
     def check_sharing(self, can_run: bool = True) -> None:
-        """Decide whether prompts are shared for an architecture outside `attention.VERIFIED`: where the layers can run
-        now, by `verify_shared_prompts`; else (partitioned weights) they are not shared."""
-        compared = "no exact shared-prompt mask"
+        """Verify shared prompts for an architecture outside `attention.VERIFIED`; where the layers cannot run now
+        (partitioned weights), they are not shared."""
+        reason = "no exact shared-prompt mask"
         if self.shares_prompts and self.config.model_type not in VERIFIED:
-            self.shares_prompts, compared = can_run, "not verified"
-            if can_run:
-                compared = f"shared prompts differ by {self.verify_shared_prompts():.1e}"
-                logger.info("%s: %s", self.config.model_type, compared)
+            self.shares_prompts = can_run
+            reason = f"shared prompts differ by {self.verify_shared_prompts():.1e}" if can_run else "not verified"
+            logger.info("%s: %s", self.config.model_type, reason)
         if not self.shares_prompts:
-            logger.info("%s: responses are run as separate sequences (%s)", self.config.model_type, compared)
+            logger.info("%s: responses are run as separate sequences (%s)", self.config.model_type, reason)

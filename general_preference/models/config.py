@@ -1,14 +1,14 @@
-"""What a checkpoint says about its preference head, so that loading needs the path and nothing else.
+"""What a model folder or hub repository says about itself: its preference head, tensors, adapter and identity.
 
-The `preference` object of a saved config.json is a `PreferenceConfig`. Checkpoints without one (published GPM weights,
-the paper's own code) are described from the shapes of their head tensors.
+The `preference` object of a saved config.json is a `PreferenceConfig`; checkpoints without one (published GPM weights,
+the paper's own code) are described from the shapes of their head tensors. Loading needs the path and nothing else.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,11 @@ from general_preference.errors import InputError
 
 MIN_LENGTH = 8  # tokens that leave room for a prompt and a response
 HEADS = ("bt", "gpm", "hybrid")
+_DIMENSIONS = {  # the least D (even heads are even), and how a message says it
+    "bt": (1, "a Bradley-Terry head has dimension 1"),
+    "gpm": (2, "a GPM head needs an even value_head_dim >= 2"),
+    "hybrid": (3, "a hybrid head needs an odd value_head_dim >= 3"),
+}
 
 
 @dataclass
@@ -49,24 +54,15 @@ class PreferenceConfig:
     max_length: int | None = None
 
     def __post_init__(self):
-        if self.head not in HEADS:
-            raise InputError(f"unknown preference head {self.head!r}: choose one of {', '.join(HEADS)}")
-        if self.head == "bt" and self.dim != 1:
-            raise InputError(
-                f"a Bradley-Terry head has dimension 1, not {self.dim}: drop value_head_dim or choose head gpm"
-            )
-        if self.head == "gpm" and (self.dim < 2 or self.dim % 2):
-            raise InputError(f"a GPM head needs an even value_head_dim >= 2, not {self.dim}: an odd one is head hybrid")
-        if self.head == "hybrid" and (self.dim < 3 or self.dim % 2 == 0):
-            raise InputError(f"a hybrid head needs an odd value_head_dim >= 3, not {self.dim}: an even one is head gpm")
+        kinds = {"head": HEADS, "gate": ("softmax", "scaled_softmax"), "input_format": ("chat", "released")}
+        for name, known in kinds.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"unknown preference {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        least, rule = _DIMENSIONS[self.head]
+        if self.dim < least or (self.head == "bt" and self.dim > 1) or self.dim % 2 != least % 2:
+            raise InputError(f"{rule}, not {self.dim}")
         if self.head == "bt" and self.prompt_gate:
-            raise InputError(
-                "add_prompt_head weighs planes, and a Bradley-Terry head has none: drop it or choose head gpm"
-            )
-        if self.gate not in ("softmax", "scaled_softmax"):
-            raise InputError(f"unknown gate {self.gate!r}: choose softmax or scaled_softmax")
-        if self.input_format not in ("chat", "released"):
-            raise InputError(f"unknown input format {self.input_format!r}: choose chat or released")
+            raise InputError("add_prompt_head weighs planes, and a Bradley-Terry head has none: choose head gpm")
         if not 0 < self.temperature < math.inf:
             raise InputError(f"temperature must be positive and finite, not {self.temperature}")
 
@@ -75,10 +71,6 @@ class PreferenceConfig:
         """Number of planes P = D // 2."""
         return self.dim // 2
 
-    def to_dict(self) -> dict:
-        """The object that is written into config.json."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict) -> "PreferenceConfig":
         """Read the object back; a field this version does not know is an error, never silently dropped."""
@@ -86,64 +78,50 @@ class PreferenceConfig:
             raise InputError(f"config.json: preference is {values!r}, expected an object")
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
-            raise InputError(
-                f"config.json has unknown preference fields {sorted(unknown)}: written by a newer version?"
-            )
+            raise InputError(f"config.json has unknown preference fields {sorted(unknown)}: is it of a newer version?")
         kinds = {"dim": int, "max_length": int | None, "temperature": int | float}
         kinds |= dict.fromkeys(("prompt_gate", "normalize", "learnable_temperature"), bool)
         for name, kind in kinds.items():
             value = values.get(name, getattr(cls, name))
             if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
                 raise InputError(f"config.json: preference has a value of the wrong kind ({name} is {value!r})")
-        if values.get("max_length") is not None and values["max_length"] < MIN_LENGTH:
+        if (values.get("max_length") or MIN_LENGTH) < MIN_LENGTH:
             raise InputError(f"config.json: max_length is {values['max_length']}, expected at least {MIN_LENGTH}")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise InputError(f"config.json: preference has a value of the wrong kind ({error})") from error
+        return cls(**values)
 
     @classmethod
     def from_shapes(cls, value_head: tuple[int, ...], prompt_head: tuple[int, ...] | None) -> "PreferenceConfig":
-        """Describe a checkpoint that has head tensors but no `preference` object: the published weights.
-
-        Args:
-            value_head: shape (D, hidden) of value_head.weight. prompt_head: (P, hidden) of prompt_head.weight, or None.
-        """
-        dim = value_head[0]
-        head = "bt" if dim == 1 else ("gpm" if dim % 2 == 0 else "hybrid")
-        if prompt_head is not None and prompt_head[0] != dim // 2:
+        """The published weights: head tensors of shapes (D, hidden) and (P, hidden) without a `preference` object."""
+        dim, gated = value_head[0], prompt_head is not None
+        if gated and prompt_head[0] != dim // 2:
             raise InputError(f"prompt_head has {prompt_head[0]} rows, but value_head has {dim // 2} planes")
-        if head == "bt":
+        if dim == 1:
             return cls(input_format="released")
-        gated = prompt_head is not None
-        return cls(head, dim, gated, "softmax", True, 0.1, input_format="released")
+        return cls("hybrid" if dim % 2 else "gpm", dim, gated, "softmax", True, 0.1, input_format="released")
 
     def check(self, path: str, **asked) -> None:
         """Refuse what contradicts the checkpoint at `path`; None means "not asked for"."""
         for name, value in asked.items():
             if value is not None and value != getattr(self, name):
-                raise InputError(
-                    f"{path} was saved with {name} = {getattr(self, name)!r}, but {value!r} was asked for: "
-                    f"drop the setting, or start from the base model"
-                )
+                found = f"{path} was saved with {name} = {getattr(self, name)!r}, but {value!r} was asked for"
+                raise InputError(f"{found}: drop the setting, or start from the base model")
 
 
 HEADS_FILE = "preference_heads.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-SAMPLE = 1 << 16  # bytes of a weight file, three times, that its checksum is taken of
+SAMPLE = 1 << 16  # bytes at the start, middle and end of a weight file that its checksum covers
 HEAD_NAMES = ("value_head.weight", "prompt_head.weight")
 
 
 def saved_preference(path: str, trust_remote_code: bool = False) -> PreferenceConfig | None:
     """What the checkpoint at `path` says about its head; None for a plain language model."""
-    config = load_config(path, trust_remote_code)
-    if getattr(config, "preference", None) is not None:
-        return PreferenceConfig.from_dict(config.preference)
+    recorded = getattr(load_config(path, trust_remote_code), "preference", None)
+    if recorded is not None:
+        return PreferenceConfig.from_dict(recorded)
     shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(path, HEAD_NAMES).items()}
-    if "value_head.weight" not in shapes:
-        return None
-    return PreferenceConfig.from_shapes(shapes["value_head.weight"], shapes.get("prompt_head.weight"))
+    value_head, prompt_head = map(shapes.get, HEAD_NAMES)
+    return None if value_head is None else PreferenceConfig.from_shapes(value_head, prompt_head)
 
 
 def trained_preference(
@@ -152,23 +130,18 @@ def trained_preference(
     """The head of a trained model; `temperature` is used where the checkpoint records none (published weights).
 
     Raises:
-        InputError: no such model, a plain language model without heads, or another temperature is recorded.
+        InputError: no such model, no heads, or another temperature is recorded.
     """
     preference = saved_preference(path, trust_remote_code)
     if preference is None:
-        pickles = [name for name in PICKLES if resolve(path, name)]
-        if pickles:
-            raise InputError(
-                f"{path} holds its weights as pickle ({pickles[0]}), which is never loaded: convert it to safetensors"
-            )
-        raise InputError(
-            f"{path} has no value_head: it is a plain language model. Train it first, or pass a trained folder"
-        )
+        if pickles := [name for name in PICKLES if resolve(path, name)]:
+            raise InputError(f"{path} holds pickle ({pickles[0]}), which is never loaded: convert it to safetensors")
+        raise InputError(f"{path} is a plain language model without value_head: train it first, or pass a trained one")
     recorded = getattr(load_config(path, trust_remote_code), "preference", None) is not None
-    if recorded or temperature is None:
-        preference.check(str(path), temperature=temperature)
-        return preference
-    return dataclasses.replace(preference, temperature=temperature)
+    if temperature is not None and not recorded:
+        return dataclasses.replace(preference, temperature=temperature)
+    preference.check(str(path), temperature=temperature)
+    return preference
 
 
 def load_config(path: str, trust_remote_code: bool = False):
@@ -187,10 +160,7 @@ def load_config(path: str, trust_remote_code: bool = False):
 
 
 def checkpoint_identity(path: str) -> list:
-    """What changes when the checkpoint at `path` does: names, sizes and times of its files, or its hub snapshot.
-
-    Of an adapter, also what changes when its base model does.
-    """
+    """Names, sizes and times of the files at `path`, or its hub snapshot; of an adapter, also its base model's."""
     base = adapter_base(path)
     of_base = checkpoint_identity(base) if base else []
     if not Path(path).is_dir():
@@ -202,30 +172,21 @@ def checkpoint_identity(path: str) -> list:
 
 
 def weights_digest(path: str) -> str:
-    """A checksum of samples of the weights at `path`, its adapter's base included: the same wherever a copy lies."""
+    """A checksum of samples of the weights at `path` and of its adapter's base; copies have the same."""
     digest = hashlib.blake2b(digest_size=8)
-    index = resolve(path, "model.safetensors.index.json")
-    names = {"model.safetensors", "adapter_model.safetensors", HEADS_FILE}
-    if index is not None:
-        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    for name in sorted(names):
-        file = resolve(path, name)
-        if file is not None:
-            with open(file, "rb") as weights:
-                size = weights.seek(0, 2)
-                for start in (0, size // 2, max(size - SAMPLE, 0)):
-                    weights.seek(start)
-                    digest.update(weights.read(SAMPLE))
+    names = set(_weight_map(path).values()) or {"model.safetensors", "adapter_model.safetensors", HEADS_FILE}
+    for file in filter(None, (resolve(path, name) for name in sorted(names))):
+        with open(file, "rb") as weights:
+            size = weights.seek(0, 2)
+            for start in (0, size // 2, max(size - SAMPLE, 0)):
+                weights.seek(start)
+                digest.update(weights.read(SAMPLE))
     base = adapter_base(path)
     return digest.hexdigest() + (f" on {weights_digest(base)}" if base is not None else "")
 
 
 def adapter_base(path: str) -> str | None:
-    """Folder or hub name of the model under the adapter at `path`; None if `path` holds no adapter.
-
-    Raises:
-        InputError: an adapter that does not say.
-    """
+    """Folder or hub name of the model under the adapter at `path`; None if `path` holds no adapter."""
     file = resolve(path, ADAPTER_CONFIG)
     if file is None:
         return None
@@ -237,11 +198,13 @@ def adapter_base(path: str) -> str | None:
 
 def read_tensors(path: str, names) -> dict[str, torch.Tensor]:
     """The named tensors of a checkpoint that are there, read without touching the others."""
+    found, single = {}, resolve(path, HEADS_FILE)
     try:
-        files = _files_of(path, names)
-        found = {}
-        for name, file in files.items():
-            with safe_open(file, framework="pt") as tensors:
+        weight_map = {} if single else _weight_map(path)
+        if not weight_map and (single := single or resolve(path, "model.safetensors")):
+            weight_map = dict.fromkeys(names, single)
+        for name in set(names) & set(weight_map):
+            with safe_open(single or resolve(path, weight_map[name]), framework="pt") as tensors:
                 if name in tensors.keys():  # noqa: SIM118 (a file handle, not a dict)
                     found[name] = tensors.get_tensor(name)
         return found
@@ -249,17 +212,10 @@ def read_tensors(path: str, names) -> dict[str, torch.Tensor]:
         raise InputError(f"cannot read the weights of {path}: {reason(path, error)}") from error
 
 
-def _files_of(path: str, names) -> dict[str, str]:
-    """Which file holds each of the named tensors, as far as the checkpoint says."""
-    heads = resolve(path, HEADS_FILE)
-    if heads is not None:
-        return dict.fromkeys(names, heads)
+def _weight_map(path: str) -> dict[str, str]:
+    """Which file holds each tensor of a sharded checkpoint; {} if it is not sharded."""
     index = resolve(path, "model.safetensors.index.json")
-    if index is not None:
-        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        return {name: resolve(path, weight_map[name]) for name in names if name in weight_map}
-    single = resolve(path, "model.safetensors")
-    return {} if single is None else dict.fromkeys(names, single)
+    return {} if index is None else json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
 
 
 def resolve(path: str, file: str) -> str | None:

@@ -16,31 +16,30 @@ def choose_device(wanted: str | torch.device = "auto", index: int = 0) -> torch.
         InputError: no such device here.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {"cuda": gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if wanted == "auto":
-        wanted = "cuda" if gpus else ("mps" if torch.backends.mps.is_available() else "cpu")
+        wanted = next(kind for kind, count in counts.items() if count)
     try:
         device = torch.device(wanted)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"device {wanted!r} is none: use auto, cuda, cuda:N, mps or cpu") from error
     if device == torch.device("cuda"):
         device = torch.device("cuda", index % max(gpus, 1))
-    there = {"cpu": True, "cuda": (device.index or 0) < gpus, "mps": torch.backends.mps.is_available()}
-    if not there.get(device.type, False):
+    if (device.index or 0) >= counts.get(device.type, 0):
         raise InputError(f"this machine has no device {wanted} ({gpus} GPUs): use auto, cuda, cuda:N, mps or cpu")
     return device
 
 
 def use_device(device: torch.device) -> torch.device:
-    """Make `device` the process's current one, for kernels that ask for no other; returns it."""
+    """Make `device` the process's current one and return it."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16, and does not emulate it many times slower than fp32."""
-    if device.type == "cuda":
-        # Asked of this device: torch.cuda.is_bf16_supported looks at the current one.
+    """Whether the device computes in bfloat16 natively; emulation is many times slower than fp32."""
+    if device.type == "cuda":  # torch.cuda.is_bf16_supported looks at the current device only
         return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -48,10 +47,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def inference_dtype(device: torch.device, bf16: bool | None) -> torch.dtype:
-    """The backbone's dtype: as asked for, else bfloat16 on GPUs that are fast at it, and fp32 elsewhere.
-
-    On CPUs the default stays fp32 even where bfloat16 instructions exist: scores are then the same on every machine.
-    """
+    """The backbone's dtype: as asked for, else bfloat16 on GPUs that are fast at it; on CPUs fp32, for equal scores."""
     if bf16 is None:
         bf16 = device.type == "cuda" and has_fast_bf16(device)
     return torch.bfloat16 if bf16 else torch.float32

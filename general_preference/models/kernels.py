@@ -4,8 +4,8 @@
     GPU, fp32             FlexAttention (training), else sdpa with a mask over the row
     CPU                   sdpa, sequence by sequence, without padding
 
-A GPU kernel is compared, forward and backward, with plain attention of each response by itself on the device where it
-will run (`kernel_error`). Models with other layers than plain full attention keep what transformers gives them.
+A GPU kernel is first compared with plain attention on the device where it will run (`kernel_error`). Models with other
+layers than plain full attention keep transformers' kernel.
 """
 
 import logging
@@ -16,28 +16,20 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from general_preference.errors import InputError
-from general_preference.models.attention import (
-    FLEX,
-    FLEX_VERIFIED,
-    HALF,
-    PADDING,
-    block_mask,
-    pack_sequences,
-    packed_attention,
-    packs_rows,
-)
+from general_preference.models import attention
+from general_preference.models.attention import FLEX, HALF, packs_rows
 from general_preference.models.config import first_line
 
 logger = logging.getLogger(__name__)
 
 CHOICES = ["auto", "sdpa", "eager", "varlen", "flash_attention_2", FLEX]
 _KERNEL = {"varlen": "packed_varlen", "flash_attention_2": "packed_flash", FLEX: FLEX}
-# Largest error of an output or gradient, relative to the largest value: several times what rounding makes of it.
+# Largest error of an output or gradient, relative to the largest value: several times the rounding error.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def asked_of_transformers(wanted: str) -> str | None:
-    """What a model is loaded with, for the kernel that a user names; None: the best that transformers knows for it.
+    """The `attn_implementation` to load a model with; None lets transformers choose.
 
     Raises:
         InputError: no such kernel, or flash-attn is not installed.
@@ -54,36 +46,30 @@ def choose_kernel(config, wanted: str, loaded: str, device: torch.device, dtype:
 
     Args:
         wanted: one of `CHOICES`. loaded: the kernel with which transformers loaded the model.
-        training: gradients are needed, dropout may be on, and a minute of compilation is worth it.
+        training: gradients and dropout are needed, and a minute of compilation is worth it.
 
     Raises:
         InputError: `wanted` is a kernel that this model or device cannot run exactly.
     """
-    packs = packs_rows(config)
-    if wanted in ("varlen", FLEX) and not packs:
-        raise InputError(f"attn_implementation {wanted} is not known to be exact for {config.model_type}: use auto")
-    if packs and wanted == "auto" and loaded == "sdpa":
-        return _fastest(config, device, dtype, training)
-    if packs and wanted == "sdpa":
-        return "packed_sdpa" if device.type == "cpu" else "sdpa"
-    if packs and wanted in _KERNEL:
+    if not packs_rows(config):
+        if wanted in ("varlen", FLEX):
+            raise InputError(f"attn_implementation {wanted} is not known to be exact for {config.model_type}: use auto")
+        return loaded
+    if wanted in _KERNEL:
         problem = kernel_problem(config, _KERNEL[wanted], device, dtype, training)
         if problem:
             raise InputError(f"attn_implementation {wanted}: {problem}: use auto")
         return _KERNEL[wanted]
-    return loaded
-
-
-def _fastest(config, device: torch.device, dtype: torch.dtype, training: bool) -> str:
-    if device.type == "cpu":
-        return "packed_sdpa"
-    if device.type == "cuda":
-        for kernel in ("packed_varlen", "packed_flash", *((FLEX,) if training else ())):
+    if wanted == "eager" or (wanted == "auto" and loaded != "sdpa"):
+        return loaded
+    if wanted == "auto" and device.type == "cuda":
+        for kernel in ("packed_varlen", "packed_flash", FLEX)[: 3 if training else 2]:
             problem = kernel_problem(config, kernel, device, dtype, training)
             if problem is None:
                 return kernel
             logger.info("attention kernel %s is not used: %s", kernel, problem)
-    return "sdpa"  # one call per sequence costs an accelerator more than the mask over the row
+    # One call per sequence costs an accelerator more than the mask over the row.
+    return "packed_sdpa" if device.type == "cpu" else "sdpa"
 
 
 def kernel_problem(config, kernel: str, device: torch.device, dtype: torch.dtype, training: bool) -> str | None:
@@ -92,7 +78,7 @@ def kernel_problem(config, kernel: str, device: torch.device, dtype: torch.dtype
         return f"it needs a GPU, and this runs on {device.type}"
     if kernel != FLEX and dtype not in HALF:
         return f"it computes in half precision, and this model is {dtype}".replace("torch.", "")
-    if kernel == FLEX and config.model_type not in FLEX_VERIFIED:
+    if kernel == FLEX and config.model_type not in attention.FLEX_VERIFIED:
         return f"it is not known to be exact for {config.model_type}"
     dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None)
     if training and dropout and kernel != "packed_flash":
@@ -100,22 +86,19 @@ def kernel_problem(config, kernel: str, device: torch.device, dtype: torch.dtype
     try:
         error = kernel_error(config, kernel, device, dtype, training)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # after which the device is of no use to any other kernel either
+        raise  # no other kernel would run after these
     except Exception as failure:  # the kernel is not installed or too old, or whatever a compiler raises
         return f"it failed here ({type(failure).__name__}: {first_line(failure)})"
     return None if error <= TOLERANCE[dtype] else f"it is off by {error:.1e} here"
 
 
 def kernel_error(config, kernel: str, device: torch.device, dtype: torch.dtype, gradients: bool = True) -> float:
-    """Largest error of `kernel`, with its gradients if asked for, on a packed row of random content.
-
-    The reference is plain fp32 attention of each response alone; errors are relative to a tensor's largest value.
-    """
+    """Largest relative error of `kernel` (and its gradients) on a random row, against fp32 attention per response."""
     lengths = [(70, [33, 50, 1]), (20, [9]), (3, [140, 17])]
     heads = config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    # Padded to blocks of 128, which FlexAttention's mask needs; padding sees itself alone and is cut off again.
+    # Padded to FlexAttention's blocks of 128; padding sees itself alone and is cut off again.
     parts = [(number, count) for prompt, responses in lengths for number, count in enumerate([prompt, *responses])]
     total = sum(count for _, count in parts)
     length = total + (-total % 128 if kernel == FLEX else 0)
@@ -124,16 +107,16 @@ def kernel_error(config, kernel: str, device: torch.device, dtype: torch.dtype, 
     query, key, value, weight = (torch.randn(shape, generator=generator).to(dtype).to(device) for shape in shapes)
     module = torch.nn.Module().train(gradients)
     module.config = type("Config", (), {"_attn_implementation": kernel})
-    sequences = pack_sequences(lengths).map(lambda tensor: tensor.to(device))
+    sequences = attention.pack_sequences(lengths).map(lambda tensor: tensor.to(device))
 
     def by_kernel(query, key, value):
         if kernel != FLEX:
-            return packed_attention(module, query, key, value, None, sequences=sequences)[0]
-        starts = [prompt if number else 0 for prompt, some in lengths for number in range(len(some) + 1)]
-        segments = torch.cat([torch.full((count,), number) for number, count in [*parts, (PADDING, length - total)]])
-        positions = torch.cat([torch.arange(count) + start for start, (_, count) in zip(starts, parts, strict=True)])
-        positions = F.pad(positions, (0, length - total))
-        mask = block_mask(segments[None].to(device), positions[None].to(device))
+            return attention.packed_attention(module, query, key, value, None, sequences=sequences)[0]
+        padding = length - total
+        segments = [number for number, count in parts for _ in range(count)] + [attention.PADDING] * padding
+        spans = [span for prompt, some in lengths for span in [(0, prompt), *((prompt, prompt + n) for n in some)]]
+        positions = [position for span in spans for position in range(*span)] + [0] * padding
+        mask = attention.block_mask(*(torch.tensor([row], device=device) for row in (segments, positions)))
         return flex_attention_forward(module, query, key, value, mask)[0][:, :total]
 
     def one_by_one(*tensors):

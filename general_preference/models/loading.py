@@ -5,13 +5,17 @@ Heads are added by reward_model.py; what a folder says without loading a model i
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import is_accelerate_available
 
 from general_preference.errors import InputError
-from general_preference.models.adapters import four_bit_options, load_adapter
+from general_preference.models.adapters import load_adapter
 from general_preference.models.config import adapter_base, load_config, reason
 from general_preference.models.kernels import asked_of_transformers
+
+# NF4 with double quantization, computing in bf16 (QLoRA, arXiv 2305.14314).
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+FOUR_BITS |= {"bnb_4bit_compute_dtype": torch.bfloat16}
 
 
 def load_backbone(
@@ -31,22 +35,16 @@ def load_backbone(
         except InputError as error:
             raise InputError(f"{path} is an adapter, and its base model cannot be used: {error}") from error
         return load_adapter(model, path)
-    options = four_bit_options() if load_in_4bit else {}
+    options = {"quantization_config": BitsAndBytesConfig(**FOUR_BITS)} if load_in_4bit else {}
     if device is not None and is_accelerate_available():
         options["device_map"] = device
     asked = asked_of_transformers(attn_implementation)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # heads are "unexpected" to a causal LM; missing weights are checked
     try:
+        options |= {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": trust_remote_code}
         model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=asked,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
+            path, config=config, dtype=dtype, attn_implementation=asked, **options
         )
     except torch.OutOfMemoryError:
         raise
@@ -54,12 +52,9 @@ def load_backbone(
         raise InputError(f"cannot load the model {path}: {reason(path, error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    # Of another kind are tensors that the architecture itself says to leave out, and the heads.
-    beyond = [name for name in info["unexpected_keys"] if "layers." in name]
-    if beyond:
+    if beyond := [name for name in info["unexpected_keys"] if "layers." in name]:  # the heads are none
         raise InputError(f"{path} holds weights that its configuration has no place for, the first {sorted(beyond)[0]}")
-    missing = [name for name in info["missing_keys"] if "lm_head" not in name and "embed_out" not in name]
-    if missing:
+    if missing := [name for name in info["missing_keys"] if "lm_head" not in name and "embed_out" not in name]:
         raise InputError(f"{path} lacks {len(missing)} weights of its architecture, the first {sorted(missing)[0]}")
     if model.get_output_embeddings() is None:
         raise InputError(f"{path} is a {config.model_type} model without a language-model head: use a decoder-only LM")

@@ -1,6 +1,6 @@
-"""What is minimized: the preference loss on scores, and the language-model regularizers on chosen responses.
+"""The preference loss on scores and the language-model regularizers on chosen responses, as pure functions.
 
-Pure functions, tensors in and tensors out. The trainer combines them as (1 - c) * preference + c * regularizer.
+The trainer minimizes (1 - c) * preference + c * regularizer.
 """
 
 from typing import Literal
@@ -27,14 +27,13 @@ def preference_loss(
     regression: q * 0.5 * (score / temperature - target)^2 + (1 - q) * 0.5 * (-score / temperature - target)^2
 
     Args:
-        score: (...,) score of first against second, any real number.
-        temperature: > 0, the tau of P = sigmoid(score / tau); a tensor when it is learned.
+        score: (...,) score of first against second. temperature: tau > 0 of P = sigmoid(score / tau).
         margin: >= 0, in units of the score: how much `first` should win by. Logistic only.
         target: wanted score / temperature of a certain preference. Regression only.
         label: q in [0, 1], the probability that `first` is preferred; 0.5 is a tie.
 
     Returns:
-        (...,) losses in nats (logistic) or squared logits (regression), fp32 or better, not reduced.
+        (...,) losses in nats (logistic) or squared logits (regression), fp32 or better.
 
     Raises:
         ValueError: unknown `kind`, or a margin with the regression loss (it has a target instead).
@@ -65,15 +64,13 @@ def language_model_loss(
 ) -> torch.Tensor:
     """Mean regularizer of a batch of chosen sequences, a scalar in nats.
 
+    The trainer gets the same value without (B, L, V) logits, from `regularizer` on summed log-probs.
+
     Args:
         logits: (B, L, V), logits[:, t] predicts token t + 1 (as a causal LM returns them).
         labels: (B, L) the token ids themselves; the shift by one happens here, as in transformers.
-        mask: (B, L), 1 for the tokens of `labels` that count; the first token is never predicted and never counts.
-        kind, beta, margin: see `regularizer`.
-        rejected: (logits, labels, mask) of the rejected sequences; needed by `reference_free` alone.
-
-    Returns:
-        scalar. The trainer reaches the same value without (B, L, V) logits, from `regularizer` on summed log-probs.
+        mask: (B, L), 1 for the tokens of `labels` that count; the first token never counts.
+        kind, beta, margin: see `regularizer`. rejected: (logits, labels, mask), for `reference_free` alone.
 
     Raises:
         ValueError: unknown `kind`, or `reference_free` without `rejected`.
@@ -98,10 +95,7 @@ def regularizer(
     sum:            -logsigmoid(beta * summed log-prob)
     reference_free: -logsigmoid(beta * (mean chosen - mean rejected) - margin)    (SimPO, arXiv 2405.14734)
 
-    Returns:
-        (B,) in nats. A sequence without counted tokens has mean log-prob 0.
-
-    Source: arXiv 2406.10216 (generalisable reward models by regularizing hidden states).
+    Returns (B,) in nats; a sequence without counted tokens has mean log-prob 0. Source: arXiv 2406.10216.
     """
     mean = chosen[0] / chosen[1].clamp(min=1)
     if kind == "vanilla":
@@ -124,6 +118,6 @@ def token_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 
 def _sequence_log_probs(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor):
-    counted = mask[:, 1:].to(torch.promote_types(logits.dtype, torch.float32))
-    targets = labels[:, 1:].clamp(min=0)
-    return (token_log_probs(logits[:, :-1], targets) * counted).sum(dim=1), counted.sum(dim=1)
+    log_probs = token_log_probs(logits[:, :-1], labels[:, 1:].clamp(min=0))
+    counted = mask[:, 1:].to(log_probs.dtype)
+    return (log_probs * counted).sum(dim=1), counted.sum(dim=1)

@@ -1,7 +1,6 @@
-"""The model that is learned: a causal LM over packed rows, an embedding head on responses, and a gate on prompts.
+"""The preference model: a causal LM over packed rows, an embedding head on responses, and a gate on prompts.
 
-`get_reward_model` makes one to train, `load_reward_model` loads a trained one. Backbones are loaded in loading.py,
-folders written in saving.py.
+`get_reward_model` makes one to train, `load_reward_model` loads a trained one.
 """
 
 import math
@@ -31,9 +30,6 @@ from general_preference.models.score import normalize_embedding
 class Fp32Linear(nn.Linear):
     """A bias-free linear layer that computes in fp32 (or better) whatever dtype its weight is stored in."""
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in_features) of any float dtype -> (..., out_features) in fp32 or better."""
         dtype = torch.promote_types(input.dtype, torch.float32)
@@ -41,7 +37,7 @@ class Fp32Linear(nn.Linear):
 
 
 class Temperature(nn.Module):
-    """A learnable tau > 0, kept as its logarithm so that it stays positive."""
+    """A learnable tau > 0, stored as its logarithm."""
 
     def __init__(self, value: float):
         super().__init__()
@@ -53,20 +49,18 @@ class Temperature(nn.Module):
 
 
 class RewardModel(PackedBackbone):
-    """Causal LM backbone + embedding head + prompt gate.
+    """Causal LM `backbone` + embedding head + prompt gate. Heads and gate run in fp32 whatever the backbone's dtype.
 
-    `backbone` is the whole causal LM, so its LM head serves the language-model regularizers. `preference` is the
-    `PreferenceConfig` that is saved with the weights. Heads and gate run in fp32 whatever the backbone's dtype.
+    `preference` is saved with the weights; `card` is what the saved README.md says besides.
     """
 
     def __init__(self, backbone: nn.Module, preference: PreferenceConfig, attention: str = "auto"):
-        """attention: one of `kernels.CHOICES`; `layout_on` chooses the kernel itself."""
         super().__init__(backbone, attention)
         self.preference = preference
-        self.card = CardFacts()  # what the saved README.md says beside the head
+        self.card = CardFacts()
         hidden = self.config.hidden_size
-        self.value_head = Fp32Linear(hidden, preference.dim)
-        self.prompt_head = Fp32Linear(hidden, preference.planes) if preference.prompt_gate else None
+        self.value_head = Fp32Linear(hidden, preference.dim, bias=False)
+        self.prompt_head = Fp32Linear(hidden, preference.planes, bias=False) if preference.prompt_gate else None
         self.temperature = Temperature(preference.temperature) if preference.learnable_temperature else None
 
     @classmethod
@@ -74,22 +68,13 @@ class RewardModel(PackedBackbone):
         """A trained preference model from a folder or hub name; see `load_reward_model`."""
         return load_reward_model(path, **options)
 
-    def save_pretrained(self, path: str, state_dict: dict | None = None, **options) -> None:
-        """Write a folder that loads with its path alone; see `saving.save_reward_model`."""
-        save_reward_model(self, path, state_dict, **options)
-
-    def push_to_hub(self, repo_id: str, **options):
-        """Upload the model and its card to the hub, as transformers' models do; see `saving.push_reward_model`."""
-        return push_reward_model(self, repo_id, **options)
+    save_pretrained, push_to_hub = save_reward_model, push_reward_model
 
     def initialize_heads(self, seed: int) -> None:
         """Fill the heads with N(0, 1 / hidden), the same values for the same seed on every process and ZeRO stage."""
-        generator = torch.Generator().manual_seed(seed)
-        for head in (self.value_head, self.prompt_head):
-            if head is not None:
-                std = 1 / math.sqrt(self.config.hidden_size)
-                values = torch.empty(head.weight.shape).normal_(0.0, std, generator=generator)
-                head.weight.data.copy_(values)
+        generator, std = torch.Generator().manual_seed(seed), 1 / math.sqrt(self.config.hidden_size)
+        for head in filter(None, (self.value_head, self.prompt_head)):
+            head.weight.data.copy_(torch.empty(head.weight.shape).normal_(0.0, std, generator=generator))
 
     def forward(
         self,
@@ -105,15 +90,8 @@ class RewardModel(PackedBackbone):
     ) -> dict[str, torch.Tensor]:
         """Embed every response and gate every prompt of a batch in one pass.
 
-        Args:
-            input_ids, position_ids, segments: (R, L) rows as `packing.Batch` describes them.
-            shared: whether rows hold several responses behind one prompt.
-            response_ends: (N,) where each response's last token is in the flattened rows.
-            prompt_ends: (G,) where each prompt's last token is.
-            sequences: how a packed row attends, for `attention.KERNELS`; else the mask is made here.
-            targets: (predict_positions, target_ids, sequence_index), each (T,), see `sequence_log_probs`; sequences
-                are the N responses, then the G prompts. None: no regularizer.
-            counted: (R, L) booleans, the tokens over which experts are balanced. None: no load-balancing loss.
+        Args: the fields of `packing.Batch`: rows (R, L) of G prompts and N responses; `targets` and `counted` may be
+            None, for no regularizer and no load-balancing loss.
 
         Returns:
             embeddings: (N, D). temperature: (1,), learned or fixed. prompt_hidden_states: (G, hidden).
@@ -121,22 +99,19 @@ class RewardModel(PackedBackbone):
             log_probs, counts: (N + G,) summed log-prob in nats and tokens per sequence, only with `targets`.
             aux_loss: scalar, see `experts.load_balancing_loss`, only with `counted`.
         """
-        hidden, router_logits = self.hidden_states(
-            input_ids, position_ids, segments, shared, sequences, counted is not None
-        )
+        rows, routed = (input_ids, position_ids, segments, shared, sequences), counted is not None
+        hidden, router_logits = self.hidden_states(*rows, routed)
         embeddings = self.value_head(hidden[response_ends])
         if self.preference.normalize:
             embeddings = normalize_embedding(embeddings)
         output = {"embeddings": embeddings, "prompt_hidden_states": hidden[prompt_ends]}
-        if self.temperature is None:
-            output["temperature"] = torch.full((1,), self.preference.temperature, device=hidden.device)
-        else:
-            output["temperature"] = self.temperature()
+        fixed = torch.full((1,), self.preference.temperature, device=hidden.device)
+        output["temperature"] = fixed if self.temperature is None else self.temperature()
         if self.prompt_head is not None:
             output["gates"] = self.gate(output["prompt_hidden_states"])
         if targets is not None:
-            count = len(response_ends) + len(prompt_ends)
-            output["log_probs"], output["counts"] = self.sequence_log_probs(hidden, targets, count)
+            sums = self.sequence_log_probs(hidden, targets, len(response_ends) + len(prompt_ends))
+            output["log_probs"], output["counts"] = sums
         if counted is not None:
             output["aux_loss"] = load_balancing_loss(router_logits, self.config.num_experts_per_tok, counted)
         return output
@@ -172,52 +147,40 @@ def get_reward_model(
 ) -> RewardModel:
     """A preference model to train, on top of a language model or of an earlier preference model.
 
-    Takes the keyword arguments of the paper's function. From a plain language model the heads are new (N(0, 1/hidden),
-    by `seed`). From a preference model they are kept, unless `init_value_head` / `init_prompt_head` ask for new ones.
+    The arguments are those of the paper's function. A plain language model gets new heads (N(0, 1/hidden), by `seed`);
+    a preference model keeps its own, unless `init_value_head` / `init_prompt_head` ask for new ones.
 
     Args:
-        bf16: load the backbone in bfloat16, else in fp32. Heads compute in fp32 either way.
-        is_general_preference, value_head_dim, add_prompt_head: the head when `preference` is not given: D = 2 by
-            default, 1 for Bradley-Terry.
-        preference: the whole head description; wins over the three above.
-        ds_config: a DeepSpeed configuration. With ZeRO stage 3 the backbone is loaded partitioned: no process ever
-            holds it whole. In 4 bits every process loads all of it, and the engine partitions it later.
-        load_in_4bit: the backbone in 4 bits (bitsandbytes), frozen under adapters. Heads are never quantized.
+        bf16: load the backbone in bfloat16, else in fp32.
+        is_general_preference, value_head_dim (default 2), add_prompt_head: the head if `preference` is not given.
+        ds_config: a DeepSpeed configuration; with ZeRO stage 3 no process holds the whole backbone (except in 4 bits).
+        load_in_4bit: the backbone in 4 bits (bitsandbytes), frozen under adapters.
         attn_implementation: one of `kernels.CHOICES`; the kernel is chosen where the model runs.
 
     Raises:
         InputError: no such model, a folder that is none, or a request that contradicts a checkpoint's own head.
     """
-    if preference is None:
-        if is_general_preference:
-            preference = PreferenceConfig("gpm", value_head_dim or 2, add_prompt_head, normalize=True, temperature=0.1)
-        else:
-            preference = PreferenceConfig("bt", value_head_dim or 1, add_prompt_head)
-    saved = saved_preference(model_name_or_path, trust_remote_code)
+    path = str(model_name_or_path)
+    if preference is None and is_general_preference:
+        preference = PreferenceConfig("gpm", value_head_dim or 2, add_prompt_head, normalize=True, temperature=0.1)
+    preference = preference or PreferenceConfig("bt", value_head_dim or 1, add_prompt_head)
+    saved = saved_preference(path, trust_remote_code)
     if saved is not None:
-        saved.check(
-            str(model_name_or_path), head=preference.head, dim=preference.dim, prompt_gate=preference.prompt_gate
-        )
-    if use_flash_attention_2:
-        attn_implementation = "flash_attention_2"
+        saved.check(path, head=preference.head, dim=preference.dim, prompt_gate=preference.prompt_gate)
+    attention = "flash_attention_2" if use_flash_attention_2 else attn_implementation
     partitioned = partitioned_loading(ds_config)
-    backbone = load_backbone(
-        model_name_or_path,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        load_in_4bit=load_in_4bit,
-    )
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    backbone = load_backbone(path, dtype, attention, trust_remote_code, load_in_4bit)
     if lora_rank > 0:
         if hasattr(backbone, "peft_config"):
-            raise InputError(f"{model_name_or_path} already is a LoRA adapter: drop lora_rank to go on training it")
+            raise InputError(f"{path} already is a LoRA adapter: drop lora_rank to continue training it")
         backbone = add_lora(backbone, lora_rank, lora_alpha, target_modules or "all-linear", lora_dropout, seed)
-    model = RewardModel(backbone, preference, attn_implementation)
-    model.card.base_model = str(model_name_or_path)
+    model = RewardModel(backbone, preference, attention)
+    model.card.base_model = path
     model.initialize_heads(seed)
     if saved is not None:
         keep = [name for name, new in zip(HEAD_NAMES, (init_value_head, init_prompt_head), strict=True) if not new]
-        _copy_heads(model, str(model_name_or_path), keep)
+        _copy_heads(model, path, keep)
     model.check_sharing(can_run=partitioned is None)
     return model
 
@@ -231,14 +194,9 @@ def load_reward_model(
     preference: PreferenceConfig | None = None,
     device: torch.device | str = "cpu",
 ) -> RewardModel:
-    """Load a trained preference model (full, sharded or LoRA adapter) from a folder or hub name.
+    """Load a trained preference model (full, sharded or LoRA adapter) from a folder or hub name, in eval mode.
 
-    Args:
-        preference: the head, if the caller has read it already (`saved_preference`).
-        device: where the model goes; with accelerate installed its weights go there straight from the files.
-
-    Returns:
-        the model in eval mode, its head as the checkpoint describes it.
+    preference: the head, if read already. device: where the weights go (directly if accelerate is installed).
 
     Raises:
         InputError: no such model, a plain language model without heads, or weights that cannot be read.
@@ -249,10 +207,10 @@ def load_reward_model(
     backbone = load_backbone(path, dtype, attn_implementation, trust_remote_code, device=device)
     model = RewardModel(backbone, preference, attn_implementation)
     _copy_heads(model, path, HEAD_NAMES)
-    model.to(device)  # before the self-check: that is where its kernels have to be right
+    model.to(device)  # before the self-check, which is of the kernels there
     model.card = read_card_facts(resolve(path, "README.md"))
     model.check_sharing()
-    model.eval().layout_on(device)  # now, and not with the first batch: a kernel that cannot run should say so early
+    model.eval().layout_on(device)  # a kernel that cannot run is refused now, not with the first batch
     return model
 
 
@@ -262,11 +220,12 @@ def _copy_heads(model: RewardModel, path: str, names) -> None:
     for name in names:
         head = getattr(model, name.split(".")[0])
         found, needed = (
-            None if part is None else tuple(part.shape) for part in (tensors.get(name), head and head.weight)
+            part if part is None else tuple(part.shape) for part in (tensors.get(name), head and head.weight)
         )
         if found is None and needed is not None:
             raise InputError(f"{path} has no {name}, which its configuration describes")
         if found != needed:
-            raise InputError(f"{path}: {name} has shape {found}, but its configuration describes {needed}")
+            problem = f"has no {name}" if found is None else f"has {name} of shape {found}"
+            raise InputError(f"{path} {problem}, but its configuration describes {needed}")
         if head is not None:
             head.weight.data.copy_(tensors[name])

@@ -7,7 +7,6 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
@@ -17,23 +16,15 @@ from yaml import YAMLError
 from general_preference.models.config import HEAD_NAMES, HEADS_FILE, PreferenceConfig
 
 
-def save_reward_model(
-    model,
-    path: str,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    *,
-    max_shard_size: int | str = "50GB",
-    tags: list[str] | None = None,
-) -> None:
+def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_shard_size="50GB", tags=None) -> None:
     """Write `model` to the folder `path`: config.json, safetensors or the LoRA adapter with heads, and `model.card`.
 
-    Args:
-        state_dict: the model's full tensors when they are not in the module itself (ZeRO-3); default its own.
-        max_shard_size: size of a weight file, in bytes or as in "5GB". tags: more tags for the card.
+    state_dict: the full tensors where the module does not hold them (ZeRO-3). max_shard_size: bytes, or as in "5GB".
+    tags: more tags for the card.
     """
     state_dict = model.state_dict() if state_dict is None else state_dict
-    prefix = "backbone."
-    backbone = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    parts = (name.partition(".") for name in state_dict)
+    backbone = {rest: state_dict[f"backbone.{rest}"] for part, _, rest in parts if part == "backbone"}
     heads = {name: state_dict[name].contiguous() for name in HEAD_NAMES if name in state_dict}
     preference = model.preference
     if model.temperature is not None:
@@ -41,8 +32,8 @@ def save_reward_model(
         preference = dataclasses.replace(preference, temperature=learned)
 
     language_model = model.language_model
-    language_model.config.preference = preference.to_dict()
-    # The base model's generation settings mean nothing here, and inconsistent ones would refuse to be saved.
+    language_model.config.preference = dataclasses.asdict(preference)
+    # Generation settings are unused, and inconsistent ones would refuse to be saved.
     language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
     if language_model is model.backbone:
         model.backbone.save_pretrained(path, state_dict={**backbone, **heads}, max_shard_size=max_shard_size)
@@ -51,42 +42,37 @@ def save_reward_model(
         language_model.config.save_pretrained(path)
         save_file(heads, str(Path(path) / HEADS_FILE), metadata={"format": "pt"})
     for weights in Path(path).glob("*.safetensors"):
-        shutil.copymode(Path(path) / "config.json", weights)  # safetensors makes files that only their owner can read
+        shutil.copymode(Path(path) / "config.json", weights)  # safetensors writes them with mode 600
     model_card(preference, model.card, tags).save(Path(path) / "README.md")
 
 
-def push_reward_model(
-    model,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    max_shard_size: int | str = "50GB",
-    tags: list[str] | None = None,
-    **commit,
-):
-    """Upload what `save_reward_model` writes; takes the arguments of transformers' `push_to_hub`.
+def push_reward_model(model, repo_id: str, *, private=None, token=None, revision=None, tags=None, **options):
+    """Upload what `save_reward_model` writes and return huggingface_hub's CommitInfo.
 
-    The repository is made if there is none; its README.md is kept (transformers' own mixin would replace our card by
-    an empty one). The tokenizer has its own `push_to_hub`.
-
-    Returns:
-        huggingface_hub's CommitInfo.
+    Takes the arguments of transformers' `push_to_hub`, whose mixin is not used because it replaces the card. A missing
+    repository is created; an existing README.md is kept. The tokenizer has its own `push_to_hub`.
     """
-    api = HfApi(token=token)
+    api, max_shard_size = HfApi(token=token), options.pop("max_shard_size", "50GB")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     kept = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
-    commit = {"commit_message": "Upload model"} | commit
+    options = {"commit_message": "Upload model", "ignore_patterns": kept, "revision": revision} | options
     with tempfile.TemporaryDirectory() as folder:
         save_reward_model(model, folder, max_shard_size=max_shard_size, tags=tags)
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, ignore_patterns=kept, **commit)
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
 
 LIBRARY = "general-preference"
 _HEADS = {"bt": "Bradley-Terry reward model", "gpm": "General Preference Model", "hybrid": "Hybrid preference model"}
+_PLANES = """Embeds each response in planes ({0.planes})%s and compares two embeddings with a
+skew-symmetric operator, so its preferences may be cyclic.
+P(first is preferred) = sigmoid(score / {0.temperature:.4g})."""
+_DESCRIPTIONS = {
+    "bt": "Gives each response one number; P(first is preferred) = sigmoid((first - second) / temperature).",
+    "gpm": _PLANES % "",
+    "hybrid": _PLANES % " and a scalar reward",
+}
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -120,10 +106,7 @@ Zhang et al., *Beyond Bradley-Terry Models: A General Preference Model for Langu
 
 @dataclass
 class CardFacts:
-    """base_model: hub name or folder. datasets: hub names or files it was trained on.
-
-    results: {set: {metric: value}} of held-out comparisons, as `statistics.preference_statistics` names them.
-    """
+    """results: {set: {metric: value}} as `preference_statistics` names them; the others are hub names or paths."""
 
     base_model: str | None = None
     datasets: list[str] = field(default_factory=list)
@@ -132,9 +115,8 @@ class CardFacts:
 
 def model_card(preference: PreferenceConfig, facts: CardFacts, tags: list[str] | None = None) -> ModelCard:
     """The card of a model with this head; `tags` are added to its own."""
-    title, gate = _HEADS[preference.head], ", prompt gate" if preference.prompt_gate else ""
-    if preference.head != "bt":
-        title += f" (D = {preference.dim}{gate})"
+    gate = ", prompt gate" if preference.prompt_gate else ""
+    title = _HEADS[preference.head] + (f" (D = {preference.dim}{gate})" if preference.planes else "")
     results = [
         EvalResult("text-classification", name, name, metric, row[metric], task_name="Preference prediction")
         for name, row in facts.results.items()
@@ -150,14 +132,14 @@ def model_card(preference: PreferenceConfig, facts: CardFacts, tags: list[str] |
         pipeline_tag="text-classification",
         tags=["reward-model", "preference-model", preference.head, "arxiv:2410.02197", *(tags or [])],
     )
+    rows = [(name, row.get("accuracy", 0), row.get("loss", 0), row.get("n", 0)) for name, row in facts.results.items()]
     table = ["| held-out comparisons | accuracy | loss | n |", "|---|---:|---:|---:|"]
-    for name, row in facts.results.items():
-        table.append(f"| {name} | {row.get('accuracy', 0):.4f} | {row.get('loss', 0):.4f} | {row.get('n', 0)} |")
+    table += [f"| {name} | {accuracy:.4f} | {loss:.4f} | {n} |" for name, accuracy, loss, n in rows]
     return ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
         title=title,
-        description=_description(preference),
+        description=_DESCRIPTIONS[preference.head].format(preference),
         base=_shown(facts.base_model),
         data=", ".join(map(_shown, facts.datasets)) or "not recorded",
         evaluation="\n".join(table) if facts.results else "No evaluation was recorded.",
@@ -172,22 +154,11 @@ def read_card_facts(readme: str | Path | None) -> CardFacts:
         data = None  # someone else's README.md
     if data is None or data.library_name != LIBRARY:
         return CardFacts()
-    results: dict[str, dict[str, float]] = {}
-    for result in data.eval_results or []:
-        results.setdefault(result.dataset_name, {})[result.metric_type] = result.metric_value
     datasets = [data.datasets] if isinstance(data.datasets, str) else data.datasets or []
-    return CardFacts(data.base_model, datasets, results)
-
-
-def _description(preference: PreferenceConfig) -> str:
-    if preference.head == "bt":
-        return "Gives each response one number; P(first is preferred) = sigmoid((first - second) / temperature)."
-    also = " and a scalar reward" if preference.head == "hybrid" else ""
-    return (
-        f"Embeds each response in planes ({preference.planes}){also} and compares two embeddings with a\n"
-        "skew-symmetric operator, so its preferences may be cyclic.\n"
-        f"P(first is preferred) = sigmoid(score / {preference.temperature:.4g})."
-    )
+    facts = CardFacts(data.base_model, datasets)
+    for result in data.eval_results or []:
+        facts.results.setdefault(result.dataset_name, {})[result.metric_type] = result.metric_value
+    return facts
 
 
 def _on_hub(name: str | None) -> str | None:
@@ -197,8 +168,6 @@ def _on_hub(name: str | None) -> str | None:
 
 
 def _shown(name: str | None) -> str:
-    if not name:
-        return "not recorded"
-    # Of a file also its folder: data is often called train.jsonl.
-    path = Path(name)
-    return f"`{_on_hub(name) or '/'.join(path.parts[-2:] if path.suffix else path.parts[-1:])}`"
+    path = Path(name or "")
+    parts = path.parts[-2:] if path.suffix else path.parts[-1:]  # of a file also its folder: data/train.jsonl
+    return f"`{_on_hub(name) or '/'.join(parts)}`" if name else "not recorded"

@@ -1,8 +1,7 @@
 """The idea of this repository: two embeddings become one antisymmetric preference score.
 
-A Bradley-Terry model gives a response one number, so its preferences are always transitive. The General Preference
-Model (GPM, arXiv 2410.02197) gives a response an embedding of D numbers and compares two of them with a
-skew-symmetric operator R, so that cycles (A > B > C > A) have a place:
+A Bradley-Terry model gives a response one number, so its preferences are transitive. The General Preference Model
+(GPM, arXiv 2410.02197) compares embeddings of D numbers with a skew-symmetric operator R, which allows cycles:
 
     score(first, second) = < R first, second > = sum_p gate_p * (first[2p] * second[2p+1] - first[2p+1] * second[2p])
     P(first > second)    = sigmoid(score / temperature)
@@ -25,8 +24,7 @@ def preference_score(first: torch.Tensor, second: torch.Tensor, gate: torch.Tens
         gate: weight per plane (..., P) with P = D // 2, from the prompt; None weighs every plane by 1.
 
     Returns:
-        (...,) scores. `preference_score(a, b) == -preference_score(b, a)` and `preference_score(a, a) == 0` hold
-        exactly, not only up to rounding: both orders add the same products with the opposite sign.
+        (...,) scores, antisymmetric exactly and not only up to rounding: both orders add the same products.
 
     Raises:
         ValueError: the embedding sizes differ, or the gate does not have one weight per plane.
@@ -45,7 +43,7 @@ def plane_scores(first: torch.Tensor, second: torch.Tensor, gate: torch.Tensor |
     Args, Raises: as `preference_score`.
 
     Returns:
-        (..., P) in fp32 or better, antisymmetric. An odd D's scalar difference is not among them.
+        (..., P) in fp32 or better, antisymmetric, without an odd D's scalar difference.
     """
     dim = first.shape[-1]
     planes = dim // 2
@@ -78,14 +76,11 @@ def preference_probability(score: torch.Tensor, temperature: float | torch.Tenso
 
 
 def normalize_embedding(embedding: torch.Tensor) -> torch.Tensor:
-    """L2-normalize the planes of an embedding (..., D); the scalar coordinate of an odd D stays as it is.
+    """L2-normalize the planes of an embedding (..., D); an odd D's scalar coordinate is unchanged.
 
-    Scores of normalized embeddings lie in [-max(gate), max(gate)] plus the scalar difference. D = 1 has no planes and
-    is returned unchanged. Source: arXiv 2410.02197 (unit-norm preference embeddings).
+    Scores then lie in [-max(gate), max(gate)] plus the scalar difference. Source: arXiv 2410.02197.
     """
     planes = 2 * (embedding.shape[-1] // 2)
-    if planes == 0:
-        return embedding
     unit = torch.nn.functional.normalize(embedding[..., :planes], dim=-1)
     return torch.cat([unit, embedding[..., planes:]], dim=-1)
 

@@ -1,24 +1,17 @@
-"""How good a set of scores is: sums over comparisons that add up across micro-batches and processes.
-
-Every number is kept as a sum (float64) so that a mean over any number of processes is exact: add the sums, then call
-`preference_statistics`. Nothing here averages averages.
-"""
+"""Accuracy, loss and calibration of scores, as float64 sums that add up exactly across micro-batches and processes."""
 
 import math
 
 import torch
+from torch import Tensor
 
 CALIBRATION_BINS = 15
 _FIELDS = ("n", "loss", "correct", "ties", "probability", "margin")
 
 
 def preference_sums(
-    score: torch.Tensor,
-    label: torch.Tensor,
-    loss: torch.Tensor,
-    temperature: float | torch.Tensor,
-    counted: torch.Tensor | None = None,
-) -> torch.Tensor:
+    score: Tensor, label: Tensor, loss: Tensor, temperature: float | Tensor, counted: Tensor | None = None
+) -> Tensor:
     """Sums that describe M scored preferences. Never waits for an accelerator.
 
     Args:
@@ -32,7 +25,7 @@ def preference_sums(
     """
     score, label, loss = (tensor.detach().double() for tensor in (score, label, loss))
     counted = torch.ones_like(score) if counted is None else counted.double()
-    tau = temperature.detach().double() if isinstance(temperature, torch.Tensor) else temperature
+    tau = temperature.detach().double() if isinstance(temperature, Tensor) else temperature
     tie = (score == 0).double()
     wins = torch.where(score > 0, label, 1 - label)
     outcome = torch.where(score == 0, torch.full_like(label, 0.5), wins)
@@ -50,7 +43,7 @@ def preference_sums(
     return torch.cat([head, per_bin.flatten()])
 
 
-def preference_statistics(sums: torch.Tensor) -> dict[str, float]:
+def preference_statistics(sums: Tensor) -> dict[str, float]:
     """Turn added-up `preference_sums` into the numbers people read.
 
     Returns:
@@ -65,8 +58,7 @@ def preference_statistics(sums: torch.Tensor) -> dict[str, float]:
     An empty set has n = 0 and no other numbers.
     """
     values = dict(zip(_FIELDS, sums[: len(_FIELDS)].tolist(), strict=True))
-    n = int(values["n"])
-    if n == 0:
+    if (n := int(values["n"])) == 0:
         return {"n": 0}
     _counts, confidence, outcome = sums[len(_FIELDS) :].view(3, CALIBRATION_BINS)
     return {
@@ -80,7 +72,7 @@ def preference_statistics(sums: torch.Tensor) -> dict[str, float]:
     }
 
 
-def calibration_bins(sums: torch.Tensor) -> list[tuple[float, float, int]]:
+def calibration_bins(sums: Tensor) -> list[tuple[float, float, int]]:
     """(mean confidence, share that came out so, count) of every bin that holds something, from `preference_sums`."""
     bins = sums[len(_FIELDS) :].view(3, CALIBRATION_BINS).T.tolist()
     return [(confidence / count, outcome / count, int(count)) for count, confidence, outcome in bins if count]
@@ -89,7 +81,7 @@ def calibration_bins(sums: torch.Tensor) -> list[tuple[float, float, int]]:
 def wilson_interval(share: float, count: int, deviations: float = 1.959964) -> tuple[float, float]:
     """Confidence interval of a share of `count` independent trials; 1.96 standard deviations are 95 %.
 
-    Source: Wilson 1927. Unlike share +- 1.96 * error it stays in [0, 1] and holds for few trials and shares near 1.
+    Source: Wilson 1927; holds for few trials and shares near 0 or 1.
     """
     square = deviations**2
     center = share + square / (2 * count)
@@ -98,6 +90,6 @@ def wilson_interval(share: float, count: int, deviations: float = 1.959964) -> t
     return max(0.0, low), min(1.0, high)
 
 
-def empty_sums(device: torch.device | str = "cpu") -> torch.Tensor:
+def empty_sums(device: torch.device | str = "cpu") -> Tensor:
     """The sums of no preferences at all: where adding starts."""
     return torch.zeros(len(_FIELDS) + 3 * CALIBRATION_BINS, dtype=torch.float64, device=device)
