@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from general_preference import RewardModel
+from general_preference import GPMPipeline
+from general_preference.cli import format_table
 from general_preference.datasets.packing import Collator, Comparisons
 from general_preference.datasets.preparation import load_tokenized
 from general_preference.datasets.sources import Source
-from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.plots import EmbeddedCycle, draw_cycles, draw_runs, embedded_cycle
 
 HEAD_NAMES = {"bt": "Bradley-Terry", "gpm": "GPM", "hybrid": "hybrid"}
@@ -32,13 +32,12 @@ def read_run(folder: Path) -> tuple[str, dict[str, float]]:
 
 def first_cycle(folder: Path, name: str, file: Path) -> EmbeddedCycle | None:
     """The first cycle among the comparisons of `file`, embedded by a run's model."""
-    model, tokenizer = RewardModel.from_pretrained(str(folder)), load_tokenizer(str(folder))
-    encoder = ComparisonTokenizer(tokenizer, model.preference.max_length, model.preference.input_format)
-    comparisons = Comparisons(load_tokenized([Source(name, str(file))], encoder)[0][0])
-    collate = Collator(tokenizer.pad_token_id, model.row_layout)
+    rm = GPMPipeline(str(folder), device="cpu")
+    comparisons = Comparisons(load_tokenized([Source(name, str(file))], rm.encoder)[0][0])
+    collate = Collator(rm.tokenizer.pad_token_id, rm.model.layout_on())
     batches = (collate([comparisons[index, 1.0]]) for index in range(len(comparisons)))
     with torch.no_grad():
-        found = (embedded_cycle(name, batch, model(**batch.model_inputs()), tokenizer) for batch in batches)
+        found = (embedded_cycle(name, batch, rm.model(**batch.model_inputs()), rm.tokenizer) for batch in batches)
         return next(filter(None, found), None)
 
 
@@ -54,13 +53,7 @@ def main() -> int:
     except (OSError, KeyError, ValueError) as error:
         print(f"error: not a finished run with an evaluation: {error}", file=sys.stderr)
         return 2
-    sets = list(dict.fromkeys(name for _, accuracies in runs for name in accuracies))
-    width = max(len(name) for name, _ in runs)
-    print(f"\n| {'accuracy':<{width}} | {' | '.join(sets)} |")
-    print(f"|{'-' * (width + 2)}|{'|'.join('-' * (len(name) + 1) + ':' for name in sets)}|")
-    for name, accuracies in runs:
-        cells = (f"{accuracies[key]:.3f}" if key in accuracies else "-" for key in sets)
-        print(f"| {name:<{width}} | {' | '.join(map(str.rjust, cells, map(len, sets)))} |")
+    print(f"\n{format_table(dict(runs), 'accuracy', None)}")
     drawn = [arguments.output] if draw_runs(runs, arguments.output) else []
     if arguments.cycle is not None:
         folders = zip(arguments.runs, runs, strict=True)

@@ -434,7 +434,7 @@ def test_heads_that_are_missing_are_not_made_up(saved, tmp_path, gone):
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     del tensors[gone]
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=f"has no {gone}"):
+    with pytest.raises(InputError, match=gone):
         GPMPipeline(tmp_path / "model")
 
 
