@@ -50,12 +50,10 @@ def draw_training_curves(rows: list[dict], path: Path) -> bool:
         return False
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2))
     for axis, name in zip(axes, ("loss", "accuracy", "learning_rate"), strict=True):
-        keys = dict.fromkeys(key for row in rows for key in row if key.startswith(("train/", "eval/")))
-        for family, _, metric in (key.rpartition("/") for key in keys):
-            if metric == name:
-                points = [(row["step"], row[f"{family}/{name}"]) for row in rows if f"{family}/{name}" in row]
-                style = _TRAIN if family == "train" else _EVALUATION
-                axis.plot(*zip(*points, strict=True), label=family.removeprefix("eval/"), **style)
+        for key in dict.fromkeys(key for row in rows for key in row if key.endswith(f"/{name}")):
+            steps, values = zip(*((row["step"], row[key]) for row in rows if key in row), strict=True)
+            label = key.removeprefix("eval/").removesuffix(f"/{name}")
+            axis.plot(steps, values, label=label, **(_TRAIN if label == "train" else _EVALUATION))
         axis.set(title=name.replace("_", " "), xlabel="step")
         if axis.lines and name != "learning_rate":
             axis.legend()
@@ -86,7 +84,7 @@ def find_cycle(edges: list[tuple[int, int]]) -> list[int] | None:
 
 
 def embedded_cycle(name: str, batch, output: dict[str, torch.Tensor], tokenizer) -> EmbeddedCycle | None:
-    """The first comparison of a `Batch` whose stated preferences form a cycle, with the model's output for it."""
+    """The first cycle of stated preferences in a `Batch`, with the model's output for it; None if there is none."""
     for index in range(len(batch.prompt_ends)):
         mine = batch.comparison_index == index
         members = find_cycle(list(zip(batch.first[mine].tolist(), batch.second[mine].tolist(), strict=True)))
@@ -105,10 +103,7 @@ def _response_text(batch, end: int, tokenizer) -> str:
 
 
 def draw_cycles(cycles: list[EmbeddedCycle], path: Path) -> bool:
-    """The members of held-out cycles: around a circle for planes, on a line for one number.
-
-    An arrow points from the preferred member to the other: green where the model agrees, red where it does not.
-    """
+    """Members of cycles on a plane or a line; arrows to the less preferred, green where the model agrees, else red."""
     if not cycles or (pyplot := load_pyplot()) is None:
         return False
     columns = min(2, len(cycles))
@@ -144,7 +139,7 @@ def _on_plane(axis, cycle: EmbeddedCycle) -> tuple[list, list, float]:
     axis.set(xlim=(-2.6 * radius, 2.6 * radius), ylim=(-1.6 * radius, 1.6 * radius), aspect="equal")
     circle = torch.linspace(0, 2 * math.pi, 200)
     axis.plot(radius * circle.cos(), radius * circle.sin(), color="0.8", lw=1, zorder=0)
-    # Texts in equal steps around the circle, turned to be near their points, so that none covers another.
+    # Texts in equal steps around the circle, turned toward their points, so that none covers another.
     angles = torch.atan2(points[:, 1], points[:, 0])
     steps = angles.argsort().argsort() * (2 * math.pi / len(points))
     turn = torch.atan2((angles - steps).sin().sum(), (angles - steps).cos().sum())
@@ -172,11 +167,9 @@ def _on_line(axis, cycle: EmbeddedCycle) -> tuple[list, list, float]:
 
 
 def draw_reliability(bins: list[tuple[float, float, int]], results: dict[str, dict], path: Path) -> bool:
-    """Reliability diagram, and accuracy per subset with 95 % intervals.
+    """Reliability diagram of `statistics.calibration_bins`, and accuracy per subset with 95 % intervals.
 
-    Args:
-        bins: from `statistics.calibration_bins`.
-        results: {subset: statistics}, all rows last; of more than `MAX_SUBSETS` only the first and the last are drawn.
+    results: {subset: statistics}, all rows last; of more than `MAX_SUBSETS` only the first and the last are drawn.
     """
     if (pyplot := load_pyplot()) is None:
         return False
@@ -196,11 +189,9 @@ def draw_reliability(bins: list[tuple[float, float, int]], results: dict[str, di
 
 
 def draw_subsets(results: dict[str, dict], groups: dict[str, str], guess: dict[str, float], title: str, path: Path):
-    """One bar per subset of a benchmark with its 95 % interval.
+    """One bar per subset of a benchmark, {accuracy, accuracy_low, accuracy_high, n}.
 
-    Args:
-        results: {subset: {accuracy, accuracy_low, accuracy_high, n}}. groups: {subset: group that gives its color}.
-        guess: {subset: accuracy of guessing}, drawn where there is one.
+    groups: {subset: group that gives its color}. guess: {subset: accuracy of guessing}, drawn where there is one.
     """
     if (pyplot := load_pyplot()) is None:
         return False

@@ -24,10 +24,9 @@ HEAD_NAMES = {"bt": "Bradley-Terry", "gpm": "GPM", "hybrid": "hybrid"}
 def read_run(folder: Path) -> tuple[str, dict[str, float]]:
     """(name of the head, {set: accuracy}) of a finished run."""
     config, results = (json.loads((folder / name).read_bytes()) for name in ("config.json", "eval_metrics.json"))
-    preference = config["preference"]
-    name = HEAD_NAMES[preference["head"]] + ("" if preference["head"] == "bt" else f" D={preference['dim']}")
-    gate = " gate" if preference["prompt_gate"] else ""
-    return name + gate, {key: row["accuracy"] for key, row in results.items()}
+    head, dim, gate = (config["preference"][key] for key in ("head", "dim", "prompt_gate"))
+    name = HEAD_NAMES[head] + ("" if head == "bt" else f" D={dim}") + (" gate" if gate else "")
+    return name, {key: row["accuracy"] for key, row in results.items()}
 
 
 def first_cycle(folder: Path, name: str, file: Path) -> EmbeddedCycle | None:
@@ -56,10 +55,10 @@ def main() -> int:
     print(f"\n{format_table(dict(runs), 'accuracy', None)}")
     drawn = [arguments.output] if draw_runs(runs, arguments.output) else []
     if arguments.cycle is not None:
-        folders = zip(arguments.runs, runs, strict=True)
-        cycles = filter(None, (first_cycle(folder, name, arguments.cycle) for folder, (name, _) in folders))
+        named = zip(arguments.runs, runs, strict=True)
+        cycles = [first_cycle(folder, name, arguments.cycle) for folder, (name, _) in named]
         picture = arguments.output.with_name("cycle.png")
-        drawn += [picture] if draw_cycles(list(cycles), picture) else []
+        drawn += [picture] if draw_cycles(list(filter(None, cycles)), picture) else []
     print("", *(f"Picture: {path}" for path in drawn), sep="\n")
     return 0
 

@@ -169,10 +169,7 @@ def score_table(
     make_row: Callable[[dict, EmbeddedPrompt], dict],
     batch_size: int | None = None,
 ) -> None:
-    """Score what the open `store` has no row of yet, split over the processes, at most `batch_size` in one call.
-
-    Returns when all are done and, on the main process, the output is written.
-    """
+    """Score what the open `store` lacks, split over the processes, at most `batch_size` a call; then merge."""
     finished = context.broadcast(store.finished() if context.is_main else None)
     lengths = table["length"][:]
     remaining = sorted(set(range(len(table))) - finished, key=lambda index: (-lengths[index], index))
