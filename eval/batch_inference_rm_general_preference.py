@@ -45,15 +45,11 @@ class BatchArguments:
     pretrain: str | None = flag(None, "trained preference model: folder or hub name")
     dataset: str | None = flag(None, "comparisons: files (json, jsonl, csv, parquet), folders or hub names; by commas")
     output_path: str = flag("./results.jsonl", "file of the results, one JSON object a line")
-    dataset_probs: str | None = flag(
-        None, "share of each set, as in 0.4,0.6: sets alternate so, each comparison once; default end to end"
-    )
+    dataset_probs: str | None = flag(None, "share of each set, as in 0.4,0.6; default: one set after the other")
     max_samples: int = flag(1000000, "score at most so many, drawn by --seed; with --dataset_probs the first ones")
     seed: int = flag(42, "seed of the draw of --max_samples")
     is_custom_dataset: bool = flag(False, "require the custom format: instruction, chosen, reject")
-    on_bad_record: str = flag(
-        "stop", "a record that does not fit: stop the run, or skip and count it", choices=["stop", "skip"]
-    )
+    on_bad_record: str = flag("stop", "stop the run, or skip and count the record", choices=["stop", "skip"])
     max_len: int | None = flag(None, "tokens of prompt and one response; default what the model was trained with")
     disable_fast_tokenizer: bool = flag(False, "use the slow (Python) tokenizer where a model has both")
     micro_batch_size: int | None = flag(None, "comparisons in one call at most; default as many as --batch_tokens hold")
@@ -72,10 +68,8 @@ class BatchArguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn what can go wrong into one line and an exit code."""
-    arguments, inference = parse_flags(
-        (BatchArguments, InferenceArguments), argv, "Score comparisons with a preference model. Every flag: --help."
-    )
-    return exit_code(lambda: run(arguments, inference), kept="finished rows are kept: the same command continues")
+    parsed = parse_flags((BatchArguments, InferenceArguments), argv, "Score comparisons with a preference model.")
+    return exit_code(lambda: run(*parsed), kept="finished rows are kept: the same command continues")
 
 
 def run(arguments: BatchArguments, inference: InferenceArguments) -> None:
@@ -89,18 +83,12 @@ def run(arguments: BatchArguments, inference: InferenceArguments) -> None:
         options = {"max_length": arguments.max_len, "disable_fast_tokenizer": arguments.disable_fast_tokenizer}
         rm = context.main_process_first(lambda: inference.load(arguments.pretrain, context.local_rank, **options))
         table, read = context.main_process_first(lambda: load_table(arguments, rm, inference.preprocessing_workers))
-        for one in read:
-            logger.info("%s", one)
-        settings = run_settings(
-            rm,
-            arguments.pretrain,
-            {
-                name: getattr(arguments, name)
-                for name in ("pretrain", "dataset", "dataset_probs", "max_samples", "seed")
-            },
-            save_embeddings=arguments.save_embeddings,
-            comparisons=table._fingerprint,  # follows the files' sizes and times, the tokenizer, and the draw
-        )
+        logger.info("%s", "\n".join(map(str, read)))
+        names = ("pretrain", "dataset", "dataset_probs", "max_samples", "seed")
+        asked = {name: getattr(arguments, name) for name in names}
+        content = table._fingerprint  # of the files' sizes and times, the tokenizer, and the draw
+        others = {"save_embeddings": arguments.save_embeddings, "comparisons": content}
+        settings = run_settings(rm, arguments.pretrain, asked, **others)
         with store.open(context, len(table), settings, arguments.overwrite):
             make_row = partial(result_row, tau=rm.tau, save_embeddings=arguments.save_embeddings)
             score_table(rm, table, store, context, make_row, arguments.micro_batch_size)
@@ -112,21 +100,16 @@ def load_table(arguments: BatchArguments, rm: GPMPipeline, workers: int) -> tupl
     """(tokenized comparisons in the order of the results, what each set held). Without subsets, sets are subsets."""
     sources = parse_sources(arguments.dataset)
     probabilities = parse_probabilities(arguments.dataset_probs, len(sources))
-    skip = arguments.on_bad_record == "skip"
-    tables, left_out = load_tokenized(
-        sources, rm.encoder, custom=arguments.is_custom_dataset, skip_bad=skip, workers=workers
-    )
-    read = [
-        summarize_table(source.name, table, left_out[source.name])
-        for source, table in zip(sources, tables, strict=True)
-    ]
-    if len(tables) > 1:
-        for number, (source, table) in enumerate(zip(sources, tables, strict=True)):
-            subsets = [subset or source.name for subset in table["subset"][:]]
+    options = {"custom": arguments.is_custom_dataset, "skip_bad": arguments.on_bad_record == "skip"}
+    tables, left_out = load_tokenized(sources, rm.encoder, workers=workers, **options)
+    read = []
+    for number, (name, table) in enumerate(zip([source.name for source in sources], tables, strict=True)):
+        read.append(summarize_table(name, table, left_out[name]))
+        if len(tables) > 1:
+            subsets = [subset or name for subset in table["subset"][:]]
             tables[number] = table.remove_columns("subset").add_column("subset", subsets)
-    whole = datasets.concatenate_datasets(tables)
-    order = _order([len(table) for table in tables], probabilities, arguments.max_samples, arguments.seed)
-    return whole.select(order), read
+    order = _order(list(map(len, tables)), probabilities, arguments.max_samples, arguments.seed)
+    return datasets.concatenate_datasets(tables).select(order), read
 
 
 def _order(sizes: list[int], probabilities: list[float] | None, limit: int, seed: int) -> list[int]:
@@ -143,8 +126,7 @@ def _order(sizes: list[int], probabilities: list[float] | None, limit: int, seed
 def report(rm: GPMPipeline, store: ResultStore, read: list[Summary]) -> None:
     """Sum the rows up, draw, print."""
     results, reliability = summarize_rows(store.rows(), rm.tau)
-    data = [asdict(one) for one in read]
-    store.finish({"preference": asdict(rm.preference), "data": data, "results": results})
+    store.finish({"preference": asdict(rm.preference), "data": list(map(asdict, read)), "results": results})
     shown = results if len(results) > 2 else {"all": results["all"]}
     print(f"\n{format_table(shown)}\n\nResults: {store.output}\nSummary: {store.summary}")
     if draw_reliability(reliability, results, store.beside(PICTURE)):

@@ -1,7 +1,6 @@
 """All pictures: training curves, held-out cycles, reliability, benchmark subsets, runs side by side.
 
-Each `draw_` function writes one PNG and returns whether it did: nothing is drawn, with one log line, where matplotlib
-is not installed. No other file imports it. Called by the trainer and the scripts.
+Each `draw_` function writes one PNG and returns whether it did: without matplotlib it logs one line and draws nothing.
 """
 
 import logging
@@ -17,8 +16,7 @@ from general_preference.models.statistics import wilson_interval
 
 logger = logging.getLogger(__name__)
 
-MEMBER_CHARACTERS = 90  # of a response beside its point
-MAX_SUBSETS = 40
+MEMBER_CHARACTERS, MAX_SUBSETS = 90, 40  # of a response beside its point; in one picture
 _POINT, _BAR, _RIGHT, _WRONG = "#1f3b5c", "#9db4cc", "#2a7f62", "#c0392b"
 _GROUPS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3")
 _TRAIN, _EVALUATION = {"lw": 1, "alpha": 0.7, "color": "0.55"}, {"lw": 1.8, "marker": "o", "ms": 4}
@@ -48,17 +46,14 @@ def _save(pyplot, figure, path: Path) -> bool:
 
 def draw_training_curves(rows: list[dict], path: Path) -> bool:
     """Loss, accuracy and learning rate over steps, from the rows of metrics.jsonl."""
-    pyplot = load_pyplot()
-    if pyplot is None or not rows:
+    if not rows or (pyplot := load_pyplot()) is None:
         return False
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2))
     for axis, name in zip(axes, ("loss", "accuracy", "learning_rate"), strict=True):
-        keys = dict.fromkeys(key for row in rows for key in row if key.startswith(("train/", "eval/")))
-        for family, _, metric in (key.rpartition("/") for key in keys):
-            if metric == name:
-                points = [(row["step"], row[f"{family}/{name}"]) for row in rows if f"{family}/{name}" in row]
-                style = _TRAIN if family == "train" else _EVALUATION
-                axis.plot(*zip(*points, strict=True), label=family.removeprefix("eval/"), **style)
+        for key in dict.fromkeys(key for row in rows for key in row if key.endswith(f"/{name}")):
+            steps, values = zip(*((row["step"], row[key]) for row in rows if key in row), strict=True)
+            label = key.removeprefix("eval/").removesuffix(f"/{name}")
+            axis.plot(steps, values, label=label, **(_TRAIN if label == "train" else _EVALUATION))
         axis.set(title=name.replace("_", " "), xlabel="step")
         if axis.lines and name != "learning_rate":
             axis.legend()
@@ -68,9 +63,8 @@ def draw_training_curves(rows: list[dict], path: Path) -> bool:
 
 @dataclass
 class EmbeddedCycle:
-    """A held-out cycle as the model sees it.
+    """A cycle of the evaluation set `set`: K short texts, each preferred to the next and the last to the first.
 
-    set: name of its evaluation set. members: K short texts, each preferred to the next and the last to the first.
     embeddings: (K, D). gate: (P,) or None.
     """
 
@@ -82,15 +76,15 @@ class EmbeddedCycle:
 
 def find_cycle(edges: list[tuple[int, int]]) -> list[int] | None:
     """The longest simple cycle among (winner, loser) pairs, starting at its smallest index; None if there is none."""
-    import networkx  # only here: drawing is rare and the import slow
+    import networkx  # only here: the import is slow
 
     cycles = networkx.simple_cycles(networkx.DiGraph(edges))
-    starts = ((cycle, cycle.index(min(cycle))) for cycle in cycles)
-    return min((cycle[at:] + cycle[:at] for cycle, at in starts), key=lambda one: (-len(one), one), default=None)
+    turned = (cycle[(at := cycle.index(min(cycle))) :] + cycle[:at] for cycle in cycles)
+    return min(turned, key=lambda one: (-len(one), one), default=None)
 
 
 def embedded_cycle(name: str, batch, output: dict[str, torch.Tensor], tokenizer) -> EmbeddedCycle | None:
-    """The first comparison of a `Batch` whose stated preferences form a cycle, with the model's output for it."""
+    """The first cycle of stated preferences in a `Batch`, with the model's output for it; None if there is none."""
     for index in range(len(batch.prompt_ends)):
         mine = batch.comparison_index == index
         members = find_cycle(list(zip(batch.first[mine].tolist(), batch.second[mine].tolist(), strict=True)))
@@ -109,12 +103,8 @@ def _response_text(batch, end: int, tokenizer) -> str:
 
 
 def draw_cycles(cycles: list[EmbeddedCycle], path: Path) -> bool:
-    """The members of held-out cycles: around a circle for planes, on a line for one number.
-
-    An arrow points from the preferred member to the other: green where the model agrees, red where it does not.
-    """
-    pyplot = load_pyplot()
-    if pyplot is None or not cycles:
+    """Members of cycles on a plane or a line; arrows to the less preferred, green where the model agrees, else red."""
+    if not cycles or (pyplot := load_pyplot()) is None:
         return False
     columns = min(2, len(cycles))
     rows = -(-len(cycles) // columns)
@@ -124,67 +114,64 @@ def draw_cycles(cycles: list[EmbeddedCycle], path: Path) -> bool:
         axis = figure.add_subplot(rows, columns, number)
         axis.grid(False)
         points, places, bend = (_on_line if cycle.embeddings.shape[-1] == 1 else _on_plane)(axis, cycle)
-        following = cycle.embeddings.roll(-1, dims=0)
-        agrees = (preference_score(cycle.embeddings, following, cycle.gate) > 0).tolist()
-        for i, (point, (place, side)) in enumerate(zip(points, places, strict=True)):
+        agrees = preference_score(cycle.embeddings, cycle.embeddings.roll(-1, dims=0), cycle.gate) > 0
+        for i, (point, (x, y)) in enumerate(zip(points, places, strict=True)):
             axis.plot(*point, "o", color=_POINT, ms=8, zorder=4)
             arrow = {"color": _RIGHT if agrees[i] else _WRONG, "connectionstyle": f"arc3,rad={bend}"}
             arrow |= {"arrowstyle": "-|>", "lw": 1.4, "mutation_scale": 11, "shrinkA": 5, "shrinkB": 5}
             axis.annotate("", points[(i + 1) % len(points)], point, arrowprops=arrow)
-            line = {"arrowstyle": "-", "color": "0.85"}
-            axis.annotate(cycle.members[i], point, place, ha=side, va="center", fontsize=7.5, arrowprops=line)
+            above_or_below = bend or abs(x) < 0.4 * abs(y)
+            side = "center" if above_or_below else "left" if x > 0 else "right"
+            end = {"ha": side, "va": "center" if not above_or_below else "bottom" if y > 0 else "top"}
+            line = {"arrowstyle": "-", "color": "0.85", "shrinkA": 0}
+            axis.annotate(cycle.members[i], point, (x, y), **end, fontsize=7.5, arrowprops=line)
     return _save(pyplot, figure, path)
 
 
 def _on_plane(axis, cycle: EmbeddedCycle) -> tuple[list, list, float]:
-    """(points, places and sides of their texts, bend of the arrows) on the plane that agrees most with the cycle."""
+    """(points, places of their texts, bend of the arrows) on the plane that agrees most with the cycle."""
     planes = cycle.embeddings.shape[-1] // 2
     weights = torch.ones(planes) if cycle.gate is None else cycle.gate
     pairs = cycle.embeddings[:, : 2 * planes].unflatten(1, (planes, 2))
     plane = int((weights * preference_score(pairs, pairs.roll(-1, dims=0)).mean(dim=0)).argmax())
     points = pairs[:, plane]
     radius = max(1.0, points.norm(dim=-1).max().item())
-    axis.set(xlim=(-2.3 * radius, 2.3 * radius), ylim=(-1.4 * radius, 1.4 * radius), aspect="equal")
+    axis.set(xlim=(-2.6 * radius, 2.6 * radius), ylim=(-1.6 * radius, 1.6 * radius), aspect="equal")
     circle = torch.linspace(0, 2 * math.pi, 200)
     axis.plot(radius * circle.cos(), radius * circle.sin(), color="0.8", lw=1, zorder=0)
-    # Texts in equal steps around the circle, turned to be near their points, so that none covers another.
+    # Texts in equal steps around the circle, turned toward their points, so that none covers another.
     angles = torch.atan2(points[:, 1], points[:, 0])
     steps = angles.argsort().argsort() * (2 * math.pi / len(points))
     turn = torch.atan2((angles - steps).sin().sum(), (angles - steps).cos().sum())
-    places = []
-    for x, y in zip((steps + turn).cos().tolist(), (steps + turn).sin().tolist(), strict=True):
-        side = "center" if abs(x) < 0.4 else ("left" if x > 0 else "right")
-        places.append(((1.1 * radius * x, 1.18 * radius * y), side))
+    places = 1.2 * radius * torch.stack([(steps + turn).cos(), (steps + turn).sin()], dim=1)
     weight = f", gate {weights[plane]:.2f}" if cycle.gate is not None else ""
     also = "; arrows count the number, too" if cycle.embeddings.shape[-1] % 2 else ""
     axis.set_title(f"{cycle.set}: plane {plane + 1} of {planes}{weight}{also}")
     axis.axis("off")
-    return points.tolist(), places, 0.0
+    return points.tolist(), places.tolist(), 0.0
 
 
 def _on_line(axis, cycle: EmbeddedCycle) -> tuple[list, list, float]:
     """As `_on_plane`, for a model with one number per response."""
-    rewards = cycle.embeddings.flatten().tolist()
-    span = max(rewards) - min(rewards) or 1.0
-    sides = (min(rewards) - 0.4 * span, max(rewards) + 0.4 * span)
-    axis.set(xlim=sides, ylim=(-1.3 * span, 1.3 * span), yticks=[], xlabel="reward")
+    rewards = cycle.embeddings.flatten()
+    span = (rewards.max() - rewards.min()).item() or 1.0
+    low, high = rewards.min().item() - 0.4 * span, rewards.max().item() + 0.4 * span
+    axis.set(xlim=(low, high), ylim=(-1.3, 1.3), yticks=[], xlabel="reward")
     axis.axhline(0, color="0.8", lw=1, zorder=0)
     axis.set_title(f"{cycle.set}: one number per response")
     axis.spines[["left", "right", "top"]].set_visible(False)
-    heights = [(0.35 + 0.13 * i) * (-1 if i % 2 else 1) * span for i in range(len(rewards))]
-    places = [((reward, height), "center") for reward, height in zip(rewards, heights, strict=True)]
-    return [(reward, 0.0) for reward in rewards], places, 0.45
+    # Texts in equal steps and in the order of the rewards, above and below by turns, so that none covers another.
+    order = rewards.argsort().argsort().tolist()
+    places = [(low + (i + 0.5) / len(order) * (high - low), -0.75 if i % 2 else 0.75) for i in order]
+    return [(reward, 0.0) for reward in rewards.tolist()], places, 0.45
 
 
 def draw_reliability(bins: list[tuple[float, float, int]], results: dict[str, dict], path: Path) -> bool:
-    """Reliability diagram, and accuracy per subset with 95 % intervals.
+    """Reliability diagram of `statistics.calibration_bins`, and accuracy per subset with 95 % intervals.
 
-    Args:
-        bins: (mean confidence, share that came out so, count), as `statistics.calibration_bins` gives them.
-        results: {subset: statistics}, all rows last; of more than `MAX_SUBSETS` only the first and the last are drawn.
+    results: {subset: statistics}, all rows last; of more than `MAX_SUBSETS` only the first and the last are drawn.
     """
-    pyplot = load_pyplot()
-    if pyplot is None:
+    if (pyplot := load_pyplot()) is None:
         return False
     *subsets, last = results
     shown = {name: results[name] for name in [*subsets[:MAX_SUBSETS], last]}
@@ -202,14 +189,11 @@ def draw_reliability(bins: list[tuple[float, float, int]], results: dict[str, di
 
 
 def draw_subsets(results: dict[str, dict], groups: dict[str, str], guess: dict[str, float], title: str, path: Path):
-    """One bar per subset of a benchmark with its 95 % interval.
+    """One bar per subset of a benchmark, {accuracy, accuracy_low, accuracy_high, n}.
 
-    Args:
-        results: {subset: {accuracy, accuracy_low, accuracy_high, n}}. groups: {subset: group that gives its color}.
-        guess: {subset: accuracy of guessing}, drawn where there is one.
+    groups: {subset: group that gives its color}. guess: {subset: accuracy of guessing}, drawn where there is one.
     """
-    pyplot = load_pyplot()
-    if pyplot is None:
+    if (pyplot := load_pyplot()) is None:
         return False
     figure, axis = pyplot.subplots(figsize=(8, 1.6 + 0.3 * len(results)))
     _draw_accuracies(axis, results, groups, guess)
@@ -237,8 +221,7 @@ def _draw_accuracies(axis, results: dict[str, dict], groups: dict[str, str], gue
 
 def draw_runs(runs: list[tuple[str, dict[str, float]]], path: Path) -> bool:
     """Held-out accuracies of (name, {set: accuracy}) as grouped bars, a group per set."""
-    pyplot = load_pyplot()
-    if pyplot is None:
+    if (pyplot := load_pyplot()) is None:
         return False
     sets = list(dict.fromkeys(name for _, accuracies in runs for name in accuracies))
     figure, axis = pyplot.subplots(figsize=(2.2 + 2.4 * len(sets), 4.2))

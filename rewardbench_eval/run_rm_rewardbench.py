@@ -56,9 +56,7 @@ class RewardBenchArguments:
     model: str | None = flag(None, "trained preference model: folder or hub name")
     rewardbench_version: int = flag(1, "1: pairs in 23 subsets; 2: best of 4, and ties", choices=[1, 2])
     pref_sets: bool = flag(False, "run the prior sets (allenai/pref-test-sets) instead of RewardBench's own rows")
-    dataset: str | None = flag(
-        None, "rows with the hub's columns, instead of the hub's: json, jsonl, csv, parquet, folder, other hub name"
-    )
+    dataset: str | None = flag(None, "rows with the hub's columns: json, jsonl, csv, parquet, folder, other hub name")
     winner: str = flag("borda", "version 2: what decides the best response; see inference/ranking.py", choices=WINNERS)
     debug: bool = flag(False, "the first ten rows only; results get .debug into their names")
     allow_empty_responses: bool = flag(False, "score empty responses as they are instead of refusing them")
@@ -101,9 +99,9 @@ class RewardBenchArguments:
 
     @property
     def name(self) -> str:
-        """What results are called: a hub name as it is, a folder by its own name."""
-        local = Path(self.model).expanduser().resolve().name if Path(self.model).expanduser().is_dir() else self.model
-        return str(PurePosixPath(self.model_name or local))
+        """Of the results: the hub name or the folder's own name."""
+        folder = Path(self.model).expanduser()
+        return str(PurePosixPath(self.model_name or (folder.resolve().name if folder.is_dir() else self.model)))
 
     def output(self, benchmark: Benchmark, ending: str = ".jsonl") -> Path:
         """A result file of this model."""
@@ -112,10 +110,8 @@ class RewardBenchArguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn what can go wrong into one line and an exit code."""
-    arguments, inference = parse_flags(
-        (RewardBenchArguments, InferenceArguments), argv, "Run a preference model on RewardBench. Every flag: --help."
-    )
-    return exit_code(lambda: run(arguments, inference), kept="finished rows are kept: the same command continues")
+    parsed = parse_flags((RewardBenchArguments, InferenceArguments), argv, "Run a preference model on RewardBench.")
+    return exit_code(lambda: run(*parsed), kept="finished rows are kept: the same command continues")
 
 
 def run(arguments: RewardBenchArguments, inference: InferenceArguments) -> None:
@@ -127,12 +123,11 @@ def run(arguments: RewardBenchArguments, inference: InferenceArguments) -> None:
     store.refuse_inputs(parse_sources(arguments.dataset) if arguments.dataset else [])
     quiet_other_libraries()
     with DistributedContext.join() as context:
-        rows = context.main_process_first(
-            lambda: data.load_benchmark(benchmark, arguments.dataset, arguments.debug, arguments.allow_empty_responses)
-        )
-        options = {"max_length": arguments.max_length}
-        options |= {"dtype": getattr(torch, arguments.torch_dtype)} if arguments.torch_dtype else {}
-        options |= {"tokenizer": context.main_process_first(lambda: load_other_tokenizer(arguments, inference))}
+        wanted = (benchmark, arguments.dataset, arguments.debug, arguments.allow_empty_responses)
+        rows = context.main_process_first(lambda: data.load_benchmark(*wanted))
+        dtype = getattr(torch, arguments.torch_dtype) if arguments.torch_dtype else None
+        options = {"max_length": arguments.max_length, "dtype": dtype}
+        options["tokenizer"] = context.main_process_first(lambda: load_other_tokenizer(arguments, inference))
         rm = context.main_process_first(lambda: inference.load(arguments.model, context.local_rank, **options))
         workers = inference.preprocessing_workers
         table = context.main_process_first(lambda: tokenize(rows, rm.encoder, workers, benchmark.title))
@@ -164,15 +159,13 @@ def load_other_tokenizer(arguments: RewardBenchArguments, inference: InferenceAr
         try:
             tokenizer.chat_template = Path(wanted).read_text(encoding="utf-8")
             tokenizer.apply_chat_template([{"role": "user", "content": "text"}], tokenize=False)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--chat_template {wanted} cannot be read ({error}): name a Jinja file") from error
-        except Exception as error:  # Jinja's own errors, and those that templates raise
+        except Exception as error:  # no such file, Jinja's own errors, and those that templates raise
             raise InputError(f"--chat_template {wanted} is no chat template: {error}") from error
     return tokenizer
 
 
 def template_name(tokenizer) -> str:
-    """What the result file calls the chat template: "tokenizer" for one of its own, else "plain"."""
+    """The chat template's name in the result file: "tokenizer" for one of its own, else "plain"."""
     return "plain" if tokenizer.chat_template == plain_template(DEFAULT_TEMPLATE) else "tokenizer"
 
 
@@ -196,13 +189,12 @@ def finish(arguments: RewardBenchArguments, rm: GPMPipeline, read: Summary, stor
     print(f"\n{title}\n\n{report.format_report(benchmark, results, scores)}")
     if read.prompt_cut or read.response_cut:
         print(f"cut to {rm.max_length} tokens: {read.prompt_cut} prompts, responses of {read.response_cut} rows")
-    print(f"\nResult:  {store.beside(OFFICIAL)}\nRows:    {store.output}\nSummary: {store.summary}")
-    if drawn:
-        print(f"Picture: {store.beside(PICTURE)}")
+    picture = f"\nPicture: {store.beside(PICTURE)}" if drawn else ""
+    print(f"\nResult:  {store.beside(OFFICIAL)}\nRows:    {store.output}\nSummary: {store.summary}{picture}")
 
 
 def prior_score_of(arguments: RewardBenchArguments, settings: dict) -> float | None:
-    """The score of the same model on the prior sets, if it was run into the same folder; else None."""
+    """The same model's score on the prior sets, if it is in the same folder; else None."""
     try:
         found = json.loads(arguments.output(PREF_SETS, ".summary.json").read_text(encoding="utf-8"))
         prior = found["scores"]["Prior Sets"]

@@ -2,8 +2,7 @@
 # Run a preference model on RewardBench, on all GPUs of this machine or on its CPU.
 #
 #   bash rewardbench_eval/run_rm_rewardbench.sh                          a published model on RewardBench 1, from the hub
-#   MODEL=checkpoint/rm-tiny bash rewardbench_eval/run_rm_rewardbench.sh --dataset my_copy.jsonl
-#   MODEL=checkpoint/rm-8b bash rewardbench_eval/run_rm_rewardbench.sh --rewardbench_version 2
+#   MODEL=checkpoint/rm-8b bash rewardbench_eval/run_rm_rewardbench.sh --rewardbench_version 2 --dataset my_copy.jsonl
 #
 # Settings: MODEL, OUTPUT_DIR, NPROC. Any flag of run_rm_rewardbench.py may follow.
 set -euo pipefail

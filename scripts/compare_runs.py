@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-from general_preference import RewardModel
+from general_preference import GPMPipeline
 from general_preference.datasets.packing import Collator, Comparisons
 from general_preference.datasets.preparation import load_tokenized
 from general_preference.datasets.sources import Source
-from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.plots import EmbeddedCycle, draw_cycles, draw_runs, embedded_cycle
 
 HEAD_NAMES = {"bt": "Bradley-Terry", "gpm": "GPM", "hybrid": "hybrid"}
@@ -24,21 +23,19 @@ HEAD_NAMES = {"bt": "Bradley-Terry", "gpm": "GPM", "hybrid": "hybrid"}
 def read_run(folder: Path) -> tuple[str, dict[str, float]]:
     """(name of the head, {set: accuracy}) of a finished run."""
     config, results = (json.loads((folder / name).read_bytes()) for name in ("config.json", "eval_metrics.json"))
-    preference = config["preference"]
-    name = HEAD_NAMES[preference["head"]] + ("" if preference["head"] == "bt" else f" D={preference['dim']}")
-    gate = " gate" if preference["prompt_gate"] else ""
-    return name + gate, {key: row["accuracy"] for key, row in results.items()}
+    head, dim, gate = (config["preference"][key] for key in ("head", "dim", "prompt_gate"))
+    name = HEAD_NAMES[head] + ("" if head == "bt" else f" D={dim}") + (" gate" if gate else "")
+    return name, {key: row["accuracy"] for key, row in results.items()}
 
 
 def first_cycle(folder: Path, name: str, file: Path) -> EmbeddedCycle | None:
     """The first cycle among the comparisons of `file`, embedded by a run's model."""
-    model, tokenizer = RewardModel.from_pretrained(str(folder)), load_tokenizer(str(folder))
-    encoder = ComparisonTokenizer(tokenizer, model.preference.max_length, model.preference.input_format)
-    comparisons = Comparisons(load_tokenized([Source(name, str(file))], encoder)[0][0])
-    collate = Collator(tokenizer.pad_token_id, model.layout_on())
+    rm = GPMPipeline(str(folder), device="cpu")
+    comparisons = Comparisons(load_tokenized([Source(name, str(file))], rm.encoder)[0][0])
+    collate = Collator(rm.tokenizer.pad_token_id, rm.model.layout_on())
     batches = (collate([comparisons[index, 1.0]]) for index in range(len(comparisons)))
     with torch.no_grad():
-        found = (embedded_cycle(name, batch, model(**batch.model_inputs()), tokenizer) for batch in batches)
+        found = (embedded_cycle(name, batch, rm.model(**batch.model_inputs()), rm.tokenizer) for batch in batches)
         return next(filter(None, found), None)
 
 
@@ -54,19 +51,17 @@ def main() -> int:
     except (OSError, KeyError, ValueError) as error:
         print(f"error: not a finished run with an evaluation: {error}", file=sys.stderr)
         return 2
-    sets = list(dict.fromkeys(name for _, accuracies in runs for name in accuracies))
-    width = max(len(name) for name, _ in runs)
+    sets, width = list(runs[0][1]), max(len(name) for name, _ in runs)
     print(f"\n| {'accuracy':<{width}} | {' | '.join(sets)} |")
     print(f"|{'-' * (width + 2)}|{'|'.join('-' * (len(name) + 1) + ':' for name in sets)}|")
-    for name, accuracies in runs:
-        cells = (f"{accuracies[key]:.3f}" if key in accuracies else "-" for key in sets)
-        print(f"| {name:<{width}} | {' | '.join(map(str.rjust, cells, map(len, sets)))} |")
+    for name, found in runs:
+        print(f"| {name:<{width}} | {' | '.join(f'{found[key]:.3f}'.rjust(len(key)) for key in sets)} |")
     drawn = [arguments.output] if draw_runs(runs, arguments.output) else []
     if arguments.cycle is not None:
-        folders = zip(arguments.runs, runs, strict=True)
-        cycles = filter(None, (first_cycle(folder, name, arguments.cycle) for folder, (name, _) in folders))
+        named = zip(arguments.runs, runs, strict=True)
+        cycles = [first_cycle(folder, name, arguments.cycle) for folder, (name, _) in named]
         picture = arguments.output.with_name("cycle.png")
-        drawn += [picture] if draw_cycles(list(cycles), picture) else []
+        drawn += [picture] if draw_cycles(list(filter(None, cycles)), picture) else []
     print("", *(f"Picture: {path}" for path in drawn), sep="\n")
     return 0
 

@@ -37,19 +37,11 @@ class InferenceArguments:
 
     def load(self, path: str, local_rank: int, **options) -> GPMPipeline:
         """The model at `path` on this process's device; `options` are further arguments of `GPMPipeline`."""
-        return GPMPipeline(
-            path,
-            device=use_device(choose_device(self.device, local_rank)),
-            value_head_dim=self.value_head_dim,
-            is_general_preference=self.is_general_preference,
-            bf16=self.bf16,
-            tau=self.general_preference_tau,
-            add_prompt_head=self.add_prompt_head,
-            attn_implementation="flash_attention_2" if self.flash_attn else self.attn_implementation,
-            batch_tokens=self.batch_tokens,
-            trust_remote_code=self.trust_remote_code,
-            **options,
-        )
+        same = ("is_general_preference", "value_head_dim", "add_prompt_head", "bf16", "batch_tokens")
+        options |= {name: getattr(self, name) for name in (*same, "trust_remote_code")}
+        options["attn_implementation"] = "flash_attention_2" if self.flash_attn else self.attn_implementation
+        device = use_device(choose_device(self.device, local_rank))
+        return GPMPipeline(path, device=device, tau=self.general_preference_tau, **options)
 
 
 def check_positive(arguments: object, *names: str) -> None:

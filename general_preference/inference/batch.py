@@ -1,14 +1,17 @@
-"""A trained model over a table of comparisons: one JSON line each, resumable, and what the lines add up to.
+"""A trained model over a table of comparisons: one JSON line each, resumable, and their statistics.
 
 Called by eval/ (a user's files) and rewardbench_eval/ (benchmarks).
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -31,15 +34,14 @@ from general_preference.models.score import preference_probability
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 512  # comparisons in memory at a time
-ALL = "all"
-ASKED = "asked"  # the settings that are kept for people: they may change without changing a row
+ALL, ASKED = "all", "asked"
 
 
 class ResultStore:
-    """The JSON lines of a run, one per comparison and in their order, and the files beside them, named by `beside`.
+    """The JSON lines of a run, one per comparison and in their order, and the files with the endings `beside`.
 
-    Every process appends its rows to a part in the folder OUTPUT.parts, where the settings lie, too; in the end the
-    main process merges the parts and the settings go into the summary. A kill costs at most a line per process.
+    Every process appends rows to a part in OUTPUT.parts, which also holds the settings; at the end the main process
+    merges the parts and moves the settings into the summary. A kill costs at most a line per process.
     """
 
     def __init__(self, output: Path, *beside: str):
@@ -49,11 +51,11 @@ class ResultStore:
         self._written = (self.output, *map(self.beside, beside), self.summary)
 
     def beside(self, ending: str) -> Path:
-        """The file that is called like the output (without .jsonl) and ends in `ending`."""
+        """The output's path with `ending` for .jsonl."""
         return self.output.with_name(self.output.name.removesuffix(".jsonl") + ending)
 
     def refuse_inputs(self, sources: Iterable[Source]) -> None:
-        """InputError where the results would be written over the data, or into its folder."""
+        """InputError if the results would overwrite the data or land in its folder."""
         written = [path.resolve() for path in (*self._written, self.parts)]
         for source in sources:
             data = Path(source.path).expanduser().resolve()
@@ -62,23 +64,17 @@ class ResultStore:
 
     @contextlib.contextmanager
     def open(self, context: DistributedContext, count: int, settings: dict, overwrite: bool) -> Iterator[None]:
-        """Hold the output while the rows of `count` comparisons are made. Collective.
-
-        Args:
-            settings: from `run_settings`. overwrite: drop what other settings made, instead of refusing to.
+        """Hold the output for rows of `count` comparisons, made with `settings` from `run_settings`. Collective.
 
         Raises:
-            InputError: the results there were made with other settings or by no run, or another run is writing.
+            InputError: results of no run are there, or of other settings (unless `overwrite`, which drops them), or
+                another run is writing.
         """
         self.count, self.settings = count, json.loads(json.dumps(settings))
         claim = context.main_process_first(lambda: self._claim(overwrite), main_only=True)
-        self._part = (self.parts / f"part-{context.rank}.jsonl").open("a", encoding="utf-8", buffering=1)
-        try:
+        part = self.parts / f"part-{context.rank}.jsonl"
+        with claim or contextlib.nullcontext(), part.open("a", encoding="utf-8", buffering=1) as self._part:
             yield
-        finally:
-            self._part.close()
-            if claim is not None:
-                claim.close()
 
     def _claim(self, overwrite: bool):
         found = _read_object(self.parts / "settings.json") or _read_object(self.summary).get("settings")
@@ -90,10 +86,10 @@ class ResultStore:
             raise InputError(f"{self.output} was made with {difference}; choose another path, or set overwrite")
         claim = lock_folder(self.parts, "results")
         parts = list(self.parts.glob("part-*.jsonl"))
-        for stale in [*parts, *self._written] if difference else []:  # the summary last: it says whose they are
-            stale.unlink(missing_ok=True)
-        for part in [] if difference else parts:
-            os.truncate(part, part.read_bytes().rfind(b"\n") + 1)  # drops the line that a kill cut short
+        for path in [*parts, *self._written] if difference else []:  # the summary last: it holds the settings
+            path.unlink(missing_ok=True)
+        for path in [] if difference else parts:
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # drops the line that a kill cut short
         replace_text(self.parts / "settings.json", json.dumps(self.settings, indent=2))
         return claim
 
@@ -106,7 +102,7 @@ class ResultStore:
         self._part.write(f"{index}\t{_to_line(row)}\n")
 
     def merge(self) -> None:
-        """Parts -> the output, in order. On the main process, when all are done."""
+        """Parts -> the output, in order. On the main process, once all are done."""
         if not self.output.exists():
             lines = self._read_parts()
             if len(lines) != self.count:
@@ -114,9 +110,8 @@ class ResultStore:
             replace_lines(self.output, (lines[index] for index in range(self.count)))
 
     def _read_parts(self) -> dict[int, str]:
-        parts = (part.read_text(encoding="utf-8").split("\n")[:-1] for part in sorted(self.parts.glob("part-*.jsonl")))
-        pairs = (line.split("\t", 1) for lines in parts for line in lines)
-        return {int(index): row for index, row in pairs}
+        texts = (part.read_text(encoding="utf-8") for part in self.parts.glob("part-*.jsonl"))
+        return {int(index): row for text in texts for index, row in re.findall(r"^(\d+)\t(.*)\n", text, re.MULTILINE)}
 
     def rows(self) -> Iterator[dict]:
         """The rows of the merged output, in order."""
@@ -124,7 +119,7 @@ class ResultStore:
             yield from map(json.loads, lines)
 
     def replace_rows(self, rows: Iterable[dict]) -> None:
-        """Write the merged rows anew, with columns that were found out since. On the main process."""
+        """Write the merged rows again, with more columns. On the main process."""
         replace_lines(self.output, map(_to_line, rows))
 
     def finish(self, summary: dict) -> None:
@@ -132,12 +127,11 @@ class ResultStore:
         replace_text(self.summary, json.dumps({"settings": self.settings} | summary, indent=2))
         for path in [*self.parts.glob("part-*.jsonl"), self.parts / "settings.json", self.parts / ".lock"]:
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something that no run put there
+        with contextlib.suppress(OSError):  # somebody else's files are in it
             self.parts.rmdir()
 
 
-def _to_line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False)
+_to_line = partial(json.dumps, ensure_ascii=False, allow_nan=False)
 
 
 def _read_object(path: Path) -> dict:
@@ -150,19 +144,18 @@ def _read_object(path: Path) -> dict:
 
 
 def _difference(found: dict, settings: dict) -> str:
-    """What differs, with both values; nothing if only what is kept for people does."""
-    before, now = ({name: some[name] for name in some if name != ASKED} for some in (found, settings))
-    if before == now:
+    """The settings that differ, with both values; empty if only those under `ASKED` do."""
+    if found | {ASKED: None} == settings | {ASKED: None}:
         return ""
-    before, now = before | found.get(ASKED, {}), now | settings[ASKED]
+    before, now = (some | some.get(ASKED, {}) | {ASKED: None} for some in (found, settings))
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     return "; ".join(f"{name} = {before.get(name)!r}, now {now.get(name)!r}" for name in names)
 
 
 def run_settings(rm: GPMPipeline, path: str, asked: dict, **others) -> dict:
-    """What every row depends on: `others`, and what the model at `path` is. `asked` is for people.
+    """What every row depends on: the model at `path` and `others`. `asked` is only for messages and the summary.
 
-    Device, attention kernel and batches are not among them: they change a score by rounding alone.
+    Device, attention kernel and batches are left out: they change a score by rounding alone.
     """
     dtype, files = str(rm.model.dtype).removeprefix("torch."), stable_hash(checkpoint_identity(path))
     return {ASKED: asked, "model_files": files, "max_length": rm.max_length, "dtype": dtype, "tau": rm.tau} | others
@@ -176,17 +169,13 @@ def score_table(
     make_row: Callable[[dict, EmbeddedPrompt], dict],
     batch_size: int | None = None,
 ) -> None:
-    """Score what has no row in the open `store` yet, shared among the processes, at most `batch_size` in one call.
-
-    Returns when all are done and, on the main process, the output is written.
-    """
+    """Score what the open `store` lacks, split over the processes, at most `batch_size` a call; then merge."""
     finished = context.broadcast(store.finished() if context.is_main else None)
     lengths = table["length"][:]
     remaining = sorted(set(range(len(table))) - finished, key=lambda index: (-lengths[index], index))
-    before = f", {len(finished)} done before" if finished else ""
-    model = f"{rm.preference.head} D={rm.value_head_dim} on {rm.device}"
-    logger.info("%d comparisons%s; %s, %d process(es)", len(table), before, model, context.world_size)
     mine = remaining[context.rank :: context.world_size]
+    model = f"{rm.preference.head} D={rm.value_head_dim} on {rm.device}, {context.world_size} process(es)"
+    logger.info("%d comparisons, %d done before; %s", len(table), len(finished), model)
     hidden = not (context.is_main and mine)
     with tqdm(total=len(mine), desc="scoring", unit="cmp", disable=hidden, mininterval=1) as bar:
         for start in range(0, len(mine), CHUNK_ROWS):
@@ -202,26 +191,24 @@ def score_table(
 
 
 def result_row(comparison: dict, embedded: EmbeddedPrompt, tau: float, save_embeddings: bool = False) -> dict:
-    """What is written about one comparison.
+    """The output row of one comparison.
 
-    A pair gives `score` and `probability` of response 0 (chosen) over response 1 (rejected), and `label`, the stated
-    probability of that. A comparison with more responses or preferences gives lists, one entry per stated preference,
-    each [preferred, other, label] in `preferences`; with K >= 3 responses also `cyclic_share` of their scores.
+    A pair has `score` and `probability` of response 0 (chosen) over response 1 (rejected), and `label`, the stated
+    probability. Other comparisons have lists with one entry per stated preference, [preferred, other, label] in
+    `preferences`; with K >= 3 responses also `cyclic_share` of their scores.
     """
     scores = embedded.scores()
     row = {"id": comparison["id"]} | ({"subset": comparison["subset"]} if comparison["subset"] else {})
-    stated = list(zip(comparison["first"], comparison["second"], comparison["label"], strict=True))
-    if len(scores) == 2 and len(stated) == 1:
-        first, _, label = stated[0]
-        score = scores[0, 1]
-        row |= {"score": score.item(), "probability": preference_probability(score, tau).item()}
-        row["label"] = label if first == 0 else 1 - label
+    first, second, label = (comparison[name] for name in ("first", "second", "label"))
+    pair = len(scores) == 2 and len(label) == 1
+    score = scores[0, 1] if pair else scores[first, second]
+    row |= {"score": score.tolist(), "probability": preference_probability(score, tau).tolist()}
+    if pair:
+        row["label"] = label[0] if first[0] == 0 else 1 - label[0]
     else:
-        chosen = torch.stack([scores[first, second] for first, second, _ in stated])
-        row |= {"score": chosen.tolist(), "probability": preference_probability(chosen, tau).tolist()}
-        row["preferences"] = [list(preference) for preference in stated]
-        if len(scores) > 2:
-            row["cyclic_share"] = hodge(scores).cyclic_share
+        row["preferences"] = [list(preference) for preference in zip(first, second, label, strict=True)]
+    if len(scores) > 2:
+        row["cyclic_share"] = hodge(scores).cyclic_share
     if save_embeddings:
         row["embeddings"] = embedded.embeddings.tolist()
         row |= {"gate": embedded.gate.tolist()} if embedded.gate is not None else {}
@@ -229,11 +216,10 @@ def result_row(comparison: dict, embedded: EmbeddedPrompt, tau: float, save_embe
 
 
 def summarize_rows(rows: Iterable[dict], tau: float) -> tuple[dict[str, dict], list[tuple[float, float, int]]]:
-    """({subset: statistics}, "all" last, and `statistics.calibration_bins` of all) of rows that `result_row` made.
+    """({subset: statistics}, "all" last, and `statistics.calibration_bins` of all) of rows from `result_row`.
 
-    Beside `statistics.preference_statistics`:
-        accuracy_low, accuracy_high: 95 % interval of the accuracy, as if preferences were independent
-        groups, cyclic_share:        comparisons with K >= 3 responses, and their mean cyclic share
+    Beside `statistics.preference_statistics`: accuracy_low and accuracy_high (95 % interval, as if preferences were
+    independent), groups (comparisons with K >= 3 responses) and their mean cyclic_share.
     """
     subsets: dict[str, tuple[list, list, list]] = {}
     for row in rows:
@@ -242,10 +228,9 @@ def summarize_rows(rows: Iterable[dict], tau: float) -> tuple[dict[str, dict], l
         scores += [row["score"]] if pair else row["score"]
         labels += [row["label"]] if pair else [label for *_, label in row["preferences"]]
         cyclic += [row["cyclic_share"]] if "cyclic_share" in row else []
-    everything = tuple([value for values in kept for value in values] for kept in zip(*subsets.values(), strict=True))
-    named = {name: subsets[name] for name in sorted(subsets) if name not in ("", ALL)}
-    results, sums = {}, torch.empty(0)
-    for name, (scores, labels, cyclic) in [*named.items(), (ALL, everything)]:
+    results, everything = {}, [list(itertools.chain(*kept)) for kept in zip(*subsets.values(), strict=True)]
+    for name in [*sorted(subsets.keys() - {"", ALL}), ALL]:
+        scores, labels, cyclic = everything if name == ALL else subsets[name]
         score, label = (torch.tensor(values, dtype=torch.float64) for values in (scores, labels))
         sums = statistics.preference_sums(score, label, preference_loss(score, temperature=tau, label=label), tau)
         row = statistics.preference_statistics(sums)

@@ -16,11 +16,10 @@ from general_preference.models.attention import RowLayout
 from general_preference.models.reward_model import RewardModel
 from general_preference.models.score import preference_matrix
 
-# Tokens of one forward call, padding included. Small calls are the fast ones on CPUs; a GPU wants to be filled, but
-# where rows need a mask, a row as long as this has one of this size squared.
+# Tokens of one forward call, padding included: small calls are faster on CPUs, large ones on GPUs, but a mask is
+# quadratic in the longest row.
 CPU_TOKENS, GPU_TOKENS = 4096, 16384
-# Packed rows copy a prompt's keys for every response: of so many keys per token of a call at most.
-KEYS_PER_TOKEN = 4
+KEYS_PER_TOKEN = 4  # at most, in packed rows, which copy a prompt's keys for every response
 
 
 @dataclass
@@ -66,10 +65,9 @@ def embed(
 
     Args:
         comparisons: dicts with `prompt_ids` and `response_ids` (K lists of ids), as the tokenizer makes them.
-        batch_tokens: upper bound of tokens in one call (a single longer sequence is a call of its own).
-        batch_size: upper bound of comparisons in one call; None for no bound.
+        batch_tokens: most tokens in one call (a longer sequence gets one alone). batch_size: most comparisons in it.
         padding: whether rows of different length may share a call; the result is the same.
-        progress: title of a progress bar, which appears when the work takes more than a moment; None for none.
+        progress: title of a progress bar, shown after two seconds; None for none.
 
     Yields:
         (index into `comparisons`, EmbeddedPrompt).
@@ -98,15 +96,15 @@ def embed(
 
 
 def _distinct(comparison: dict) -> tuple[dict, list[int]]:
-    """(the comparison with each different response once, which of those every response is)."""
+    """(the comparison with each distinct response once, the index of every response among these)."""
     places: dict[tuple[int, ...], int] = {}
     copies = [places.setdefault(tuple(ids), len(places)) for ids in comparison["response_ids"]]
     return comparison | {"response_ids": [list(ids) for ids in places]}, copies
 
 
 def _split(index: int, comparison: dict, limit: int, layout: RowLayout) -> Iterator[_Part]:
-    """The parts of one comparison: as many responses in each as fit into `limit` tokens, at least one."""
-    prompt, lengths = len(comparison["prompt_ids"]), [len(ids) for ids in comparison["response_ids"]]
+    """The parts of one comparison, each with as many responses as fit into `limit` tokens, at least one."""
+    prompt, lengths = len(comparison["prompt_ids"]), list(map(len, comparison["response_ids"]))
 
     def part(start: int, stop: int) -> _Part:
         own = lengths[start:stop]
@@ -132,14 +130,11 @@ def _fits(call: list[_Part], limit: int, layout: RowLayout) -> bool:
     return sum(part.rows for part in call) * call[0].length <= limit
 
 
-def _calls(
-    parts: list[_Part], limit: int, batch_size: int | None, padding: bool, layout: RowLayout
-) -> list[list[_Part]]:
-    """Parts of similar length together, the longest first: what memory needs shows in the first call."""
+def _calls(parts: list[_Part], limit: int, batch_size: int | None, padding: bool, layout: RowLayout):
+    """Lists of parts of similar length, the longest first: the first call needs the most memory."""
     calls: list[list[_Part]] = []
     for part in sorted(parts, key=lambda part: (-part.length, part.index, part.start)):
-        joins = bool(calls) and _fits([*calls[-1], part], limit, layout)
-        joins = joins and (batch_size is None or len(calls[-1]) < batch_size)
+        joins = calls and _fits([*calls[-1], part], limit, layout) and len(calls[-1]) < (batch_size or len(parts))
         if joins and (padding or part.length == calls[-1][0].length):
             calls[-1].append(part)
         else:
@@ -150,11 +145,9 @@ def _calls(
 @torch.no_grad()
 def _run(model: RewardModel, collate: Collator, comparisons, call: list[_Part], device) -> list[EmbeddedPrompt]:
     nothing = {"first": [], "second": [], "label": [], "margin": 0.0}  # is compared: the scores come later
-    rows = []
-    for part in call:
-        whole = comparisons[part.index]
-        some = whole["response_ids"][part.start : part.stop]
-        rows.append({"prompt_ids": whole["prompt_ids"], "response_ids": some} | nothing)
+    rows = [comparisons[part.index] | nothing for part in call]
+    for row, part in zip(rows, call, strict=True):
+        row["response_ids"] = row["response_ids"][part.start : part.stop]
     output = model(**collate(rows).to(device).model_inputs())
     embeddings = output["embeddings"].float().cpu().split([part.stop - part.start for part in call])
     states = output["prompt_hidden_states"].cpu()
@@ -162,8 +155,7 @@ def _run(model: RewardModel, collate: Collator, comparisons, call: list[_Part], 
     for part, *found in zip(call, embeddings, states, gates, strict=True):
         if not all(torch.isfinite(tensor).all() for tensor in found if tensor is not None):
             name = comparisons[part.index].get("id") or f"prompt {part.index}"
-            reason = f"not finite in {model.dtype}: damaged weights, or try fp32"
-            raise NonFiniteError(f"{name}: the embeddings are {reason}")
+            raise NonFiniteError(f"{name}: the embeddings are not finite in {model.dtype}; try fp32")
     return [EmbeddedPrompt(*found) for found in zip(embeddings, states, gates, strict=True)]
 
 

@@ -61,14 +61,13 @@ class GPMPipeline:
 
         Args:
             device: "auto" takes a GPU if there is one, then mps, then the CPU.
-            value_head_dim, is_general_preference, add_prompt_head, tau: what the checkpoint is expected to say; None
-                expects nothing. `tau` sets the temperature of published weights, which record none.
+            value_head_dim, is_general_preference, add_prompt_head, tau: what the checkpoint is expected to say, if not
+                None. `tau` sets the temperature of published weights, which record none.
             bf16: the backbone's dtype; None is bf16 on GPUs that compute it fast, else fp32. Scores are fp32.
             truncation: cut prompt + response to `max_length` tokens (prompts first, from their oldest side).
             max_length: default what the model was trained with.
             padding: let rows of different length share a call. Scores do not depend on it.
-            dtype: the backbone's dtype where neither choice of `bf16` is the one wanted.
-            tokenizer: takes the place of the one saved with the model (`tokenization.load_tokenizer`).
+            dtype: any other dtype of the backbone. tokenizer: used instead of the one saved with the model.
             attn_implementation: one of `models.kernels.CHOICES`.
             batch_tokens: tokens of one forward call; None fits the device.
 
@@ -82,14 +81,16 @@ class GPMPipeline:
         if is_general_preference not in (None, preference.head != "bt"):
             asked = f"is_general_preference = {is_general_preference} was asked for"
             raise InputError(f"{path} was saved with head = {preference.head!r}, but {asked}: drop the argument")
-        _check_limits(max_length, batch_tokens)
-        dtype = _backbone_dtype(device, bf16, dtype)
+        if dtype is not None and bf16 is not None and bf16 != (dtype == torch.bfloat16):
+            raise InputError(f"bf16 = {bf16} and dtype = {dtype} disagree: drop one")
+        dtype = dtype or inference_dtype(device, bf16)
+        if dtype == torch.bfloat16 and not has_fast_bf16(device):
+            logger.warning("bf16 on this %s is emulated and many times slower than fp32", device.type)
         options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
         model = load_reward_model(path, dtype=dtype, device=device, preference=preference, **options)
-        known = model.language_model.get_input_embeddings().num_embeddings
         if tokenizer is None:
             tokenizer = load_tokenizer(path, use_fast=not disable_fast_tokenizer, trust_remote_code=trust_remote_code)
-        elif len(tokenizer) > known:
+        elif len(tokenizer) > (known := model.language_model.get_input_embeddings().num_embeddings):
             raise InputError(f"the tokenizer has {len(tokenizer)} tokens and is not this model's, which knows {known}")
         self._hold(model, tokenizer, truncation, max_length, padding, batch_tokens)
 
@@ -104,16 +105,17 @@ class GPMPipeline:
         padding: bool = True,
         batch_tokens: int | None = None,
     ) -> "GPMPipeline":
-        """A pipeline around a model that is in memory; it stays on its device. Arguments as for loading one."""
-        _check_limits(max_length, batch_tokens)
+        """A pipeline around a loaded model, which stays on its device. Arguments as for `GPMPipeline`."""
         self = cls.__new__(cls)
         self._hold(model.eval(), tokenizer, truncation, max_length, padding, batch_tokens)
         return self
 
     def _hold(self, model: RewardModel, tokenizer, truncation, max_length, padding, batch_tokens) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        for name, value, least in (("max_length", max_length, MIN_LENGTH), ("batch_tokens", batch_tokens, 1)):
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}, expected at least {least}")
+        self.model, self.tokenizer, self.preference = model, tokenizer, model.preference
         self.device = model.value_head.weight.device
-        self.preference = model.preference
         self.value_head_dim, self.add_prompt_head = self.preference.dim, self.preference.prompt_gate
         self.padding, self.batch_tokens = padding, batch_tokens
         self.max_length = self._length_limit(max_length) if truncation else None
@@ -128,8 +130,7 @@ class GPMPipeline:
         """Embed conversations that end in the assistant's turn to be scored.
 
         Args:
-            samples: B conversations, each a list of {"role", "content"}. Those with the same prompt share its forward;
-                each is cut to `max_length` alone.
+            samples: B conversations, each a list of {"role", "content"}; those with the same prompt share its forward.
             return_prompt: also return the hidden state that the prompt gate reads.
 
         Returns:
@@ -137,7 +138,7 @@ class GPMPipeline:
             pair of them and the prompt hidden states (B, hidden).
 
         Raises:
-            InputError (a ValueError): no conversations, or one that cannot be scored; the message names it.
+            InputError (a ValueError): no conversations, or one that cannot be scored, by its index.
         """
         if not isinstance(samples, list | tuple) or not samples:
             raise InputError(f"expected a list of conversations, found {_name(samples)}")
@@ -160,7 +161,7 @@ class GPMPipeline:
         return rewards, torch.stack([found[prompt].prompt_hidden_state for prompt, _ in places]).to(self.device)
 
     def compare(self, prompt: Prompt, first: Response, second: Response) -> float:
-        """P(first is preferred to second) in [0, 1]; compare(p, a, b) + compare(p, b, a) = 1 up to rounding in fp32.
+        """P(first is preferred to second) in [0, 1].
 
         Args:
             prompt: text of a user, or messages (a system message and several turns are fine).
@@ -180,22 +181,16 @@ class GPMPipeline:
         return preference_probability(self.score_matrix(prompt, responses), self.tau)
 
     def rank(self, prompt: Prompt, responses: list[Response], method: str = "borda") -> list[int]:
-        """Indices of the responses, best first; ties keep the order given.
-
-        Args:
-            method: "borda" (mean probability against the others), "copeland" (victories) or "nash" (weight in the
-                best mixed strategy), see inference/ranking.py.
-        """
+        """Indices of the responses, best first; ties keep the order given. `method` is one of `ranking.METHODS`."""
         return ranking.rank(self.preference_matrix(prompt, responses), method)
 
     def score(
         self, prompts: list[Prompt], responses: list[list[Response]], method: str = "borda"
     ) -> list[torch.Tensor]:
-        """One number per response, as reinforcement learning and best-of-n sampling want it; K forwards per prompt.
+        """One number per response, for reinforcement learning and best-of-n sampling; K forwards per prompt.
 
         Args:
-            method: "borda" (mean score against all responses to the prompt; of a Bradley-Terry model the reward minus
-                the mean reward), "copeland", "nash" or "min", see `ranking.response_scores`. Others as for `embed`.
+            prompts, responses: as for `embed`. method: as for `ranking.response_scores`.
 
         Returns:
             B tensors (K,) in fp32 on the CPU; responses that tie have equal numbers.
@@ -204,13 +199,7 @@ class GPMPipeline:
         return [torch.tensor(list(map(float, some))) for some in numbers]
 
     def embed(self, prompts: list[Prompt], responses: list[list[Response]]) -> list[EmbeddedPrompt]:
-        """Embed many prompts with their responses; a progress bar shows on long work.
-
-        Args:
-            prompts: B prompts. responses: for each of them K >= 1 responses (K may differ).
-
-        Returns:
-            B EmbeddedPrompt, whose `scores()` are (K, K).
+        """Embed B prompts, each with K >= 1 responses (K may differ), into B EmbeddedPrompts with `scores()` (K, K).
 
         Raises:
             InputError (a ValueError): something that cannot be scored; the message names it.
@@ -225,8 +214,7 @@ class GPMPipeline:
             if not isinstance(some, list | tuple) or not some:
                 raise InputError(f"the responses to prompt {index} are {_name(some)}, expected a list of at least one")
             messages = parse_prompt(prompt, f"prompt {index}")
-            names = (f"response {number} to prompt {index}" for number in range(len(some)))
-            parsed = [parse_answer(each, name, messages) for each, name in zip(some, names, strict=False)]
+            parsed = [parse_answer(one, f"response {n} to prompt {index}", messages) for n, one in enumerate(some)]
             rows.append(self._encode(f"prompt {index}", messages, parsed))
         return self._embed_rows(rows)
 
@@ -296,22 +284,6 @@ def generate_high_dim_result_with_prompt(
         with torch.no_grad():
             gate = model.gate(states)
     return preference_score(first, second, gate)
-
-
-def _backbone_dtype(device: torch.device, bf16: bool | None, dtype: torch.dtype | None) -> torch.dtype:
-    if dtype is None:
-        dtype = inference_dtype(device, bf16)
-    elif bf16 is not None and bf16 != (dtype == torch.bfloat16):
-        raise InputError(f"bf16 = {bf16} and dtype = {dtype} disagree: drop one")
-    if dtype == torch.bfloat16 and not has_fast_bf16(device):
-        logger.warning("bf16 on this %s is emulated and many times slower than fp32", device.type)
-    return dtype
-
-
-def _check_limits(max_length: int | None, batch_tokens: int | None) -> None:
-    for name, value, least in (("max_length", max_length, MIN_LENGTH), ("batch_tokens", batch_tokens, 1)):
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}")
 
 
 def _name(value: object) -> str:

@@ -1,7 +1,7 @@
-"""From a preference matrix to one number per response, rankings and cycles.
+"""From a preference matrix to one number per response, rankings and cycles. Called by `GPMPipeline` and rewardbench/.
 
-A matrix of K responses holds P(i is preferred to j) in row i, column j; P + P^T = 1. Cyclic preferences have no
-consistent ranking, only ways to choose one; each function says which. Called by `GPMPipeline` and rewardbench/.
+Row i, column j of a (K, K) matrix is P(i is preferred to j); P + P^T = 1. Cyclic preferences have no consistent
+ranking, only ways to choose one; each function says which.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,12 +62,10 @@ def copeland(probabilities: Matrix) -> torch.Tensor:
 def nash(probabilities: Matrix) -> torch.Tensor:
     """(K,) weights of the von Neumann winner: the mixed strategy that no response beats more often than not.
 
-    It maximizes the least expected win, min_j sum_i w_i (P_ij - 1/2), which is 0 at the optimum of this symmetric game.
-    A response that beats all others gets weight 1; the members of a cycle share it. Of several optimal strategies the
-    mean over those that favor each response most, so that ties get equal weights.
-
-    Differences from 1/2 below 1e-6 are ties. Needs scipy. Source: Fishburn 1984 (maximal lotteries); Dudik et al. 2015
-    (arXiv 1502.06362, von Neumann winner); for language models, Munos et al. 2024 (arXiv 2312.00886).
+    It maximizes min_j sum_i w_i (P_ij - 1/2), 0 at the optimum. A response that beats all others gets weight 1; the
+    members of a cycle share it. Of several optima the mean over those that favor each response most, so that ties
+    get equal weights. Differences from 1/2 below 1e-6 are ties. Needs scipy. Source: Fishburn 1984 (maximal lotteries);
+    Dudik et al. 2015 (arXiv 1502.06362); for language models, Munos et al. 2024 (arXiv 2312.00886).
 
     Raises:
         InputError: not a preference matrix. RuntimeError: the linear program found no solution.
@@ -84,12 +82,8 @@ def nash(probabilities: Matrix) -> torch.Tensor:
     ends = [_optimal_strategy(payoff, sign * direction) for sign in (1, -1)]
     if (ends[0] - ends[1]).abs().max() < _TOLERANCE:
         return ends[0]
-    favorites = []
-    for favored in torch.eye(count, dtype=torch.float64):
-        strategy = _optimal_strategy(payoff, favored)
-        if strategy @ favored > _TOLERANCE:
-            favorites.append(strategy)
-    return torch.stack(favorites).mean(dim=0)
+    strategies = torch.stack([_optimal_strategy(payoff, favored) for favored in torch.eye(count, dtype=torch.float64)])
+    return strategies[strategies.diagonal() > _TOLERANCE].mean(dim=0)
 
 
 def _optimal_strategy(payoff: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
@@ -115,13 +109,9 @@ def rank(probabilities: Matrix, method: str = "borda") -> list[int]:
     """
     if method not in METHODS:
         raise InputError(f"unknown ranking method {method!r}: choose {', '.join(METHODS)}")
-    matrix = _checked(probabilities)
-    values, second = METHODS[method](matrix), borda(matrix)
-
-    def merit(index: int) -> tuple[float, float]:
-        return round(values[index].item(), 6), round(second[index].item(), 6)
-
-    return sorted(range(len(matrix)), key=merit, reverse=True)
+    columns = METHODS[method](probabilities).tolist(), borda(probabilities).tolist()
+    merits = [(round(value, 6), round(second, 6)) for value, second in zip(*columns, strict=True)]
+    return sorted(range(len(merits)), key=merits.__getitem__, reverse=True)
 
 
 def response_scores(scores: Matrix, method: str = "borda", temperature: float = 1.0) -> list[Number]:
@@ -130,8 +120,8 @@ def response_scores(scores: Matrix, method: str = "borda", temperature: float = 
     Args:
         scores: (K, K) antisymmetric, row over column. temperature: tau of P = sigmoid(score / tau), read by "nash".
         method:
-            borda     mean score against all K responses (itself counts 0). For a Bradley-Terry model's scores r_i - r_j
-                      it is r_i minus the mean reward; in general the reward that fits the scores best (see `hodge`)
+            borda     mean score against all K responses (itself counts 0), the reward that fits the scores best (see
+                      `hodge`); for a Bradley-Terry model's scores r_i - r_j, r_i minus the mean reward
             copeland  share of the others that it beats, a tie counting one half
             nash      weight in the von Neumann winner (see `nash`), to six digits
             min       its lowest score against another
@@ -153,9 +143,8 @@ def response_scores(scores: Matrix, method: str = "borda", temperature: float = 
 
 
 def hodge(scores: Matrix) -> HodgeSplit:
-    """Split a score matrix (K, K) into its transitive part and the cyclic rest.
+    """Split a score matrix (K, K) into its transitive part and the cyclic rest; the potential is the row mean.
 
-    The potential is the row mean, the least-squares fit of differences to the scores.
     Source: Jiang, Lim, Yao, Ye 2011 (HodgeRank, arXiv 0811.1067), for a complete graph with equal weights.
 
     Raises:
@@ -175,12 +164,9 @@ def hodge(scores: Matrix) -> HodgeSplit:
 def cycles(probabilities: Matrix, longest: int = 3) -> list[list[int]]:
     """Cycles of the relation P > 0.5, the most decided first (by the smallest probability along the cycle).
 
-    Args:
-        longest: members of the longest cycle looked for; the search takes K ** longest steps. Without ties there is
-            a cycle of three wherever there is one at all (Moon 1968, "Topics on Tournaments").
-
-    Returns:
-        lists of response indices from the smallest on, each preferred to the next and the last to the first.
+    Each is a list of response indices from the smallest on, each preferred to the next and the last to the first.
+    `longest` is the length of the longest one searched for, in K ** longest steps; without ties there is a cycle of
+    three wherever there is any (Moon 1968, "Topics on Tournaments").
     """
     import networkx  # only here: scoring needs no networkx
 
@@ -188,8 +174,7 @@ def cycles(probabilities: Matrix, longest: int = 3) -> list[list[int]]:
     if longest < 3:
         raise InputError(f"a cycle has at least 3 members, not {longest}")
     found = networkx.simple_cycles(networkx.DiGraph((matrix > 0.5).nonzero().tolist()), length_bound=longest)
-    starts = ((cycle, cycle.index(min(cycle))) for cycle in found)
-    turned = sorted(cycle[start:] + cycle[:start] for cycle, start in starts)
+    turned = sorted(cycle[(at := cycle.index(min(cycle))) :] + cycle[:at] for cycle in found)
     return sorted(turned, key=lambda one: min(matrix[one, one[1:] + one[:1]].tolist()), reverse=True)
 
 

@@ -25,12 +25,9 @@ LEFT_OUT = ("pku_better", "pku_safer")  # on the hub beside the prior sets, no p
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark.
+    """A benchmark: `ending` is that of its result files, `hub` and `splits` are where the hub has it.
 
-    title, ending: what it is called, and the ending of its result files
-    hub, splits:   where the hub has it
-    rows:          official number of rows per subset, in order
-    best_of_n:     whether a row has several rejected responses, as in version 2
+    rows: official number of rows per subset, in order. best_of_n: a row has several rejected responses (version 2).
     """
 
     title: str
@@ -60,8 +57,7 @@ def load_benchmark(
         dataset: local files or hub names instead of the official ones, as `parse_sources` takes them. Of a folder with
             the hub repository's files, the official splits are read. A set named like a prior set (`shp=file.jsonl`)
             is that one; elsewhere the rows' `subset` counts.
-        debug: the first ten rows only.
-        allow_empty: score empty responses instead of refusing them.
+        debug: the first ten rows only. allow_empty: score empty responses instead of refusing them.
 
     Raises:
         InputError: a row that cannot be scored, with its file or set, its number and the reason.
@@ -71,9 +67,7 @@ def load_benchmark(
     ties: dict[tuple[str, int], str] = {}
     for source in sources or benchmark.official_sources:
         if Path(source.path).suffix == ".csv" and benchmark is not REWARDBENCH_1:
-            raise InputError(
-                f"{source.path}: a CSV file has no lists, which {benchmark.title} needs: use JSONL or Parquet"
-            )
+            raise InputError(f"{source.path}: a CSV file has no lists as in {benchmark.title}: use JSONL or Parquet")
         try:
             table, _ = load_source(source, remedy="nothing was scored")
         except InputError as error:
@@ -103,18 +97,14 @@ def _prior_set(source: Source, table: datasets.Dataset) -> datasets.Dataset:
 
 
 def _parts(benchmark: Benchmark, source: Source) -> list[Source]:
-    """The official splits of a folder that holds the hub repository's files; anything else is one source."""
+    """The official splits in a folder of the hub repository's files; anything else is one source."""
     folder = Path(source.path).expanduser()
-    found = [
-        Source(split, str(file))
-        for split in benchmark.splits
-        for file in (sorted(folder.rglob(f"{split}-[0-9]*.parquet")) if folder.is_dir() else [])
-    ]
-    return found or [source]
+    files = ((split, file) for split in benchmark.splits for file in sorted(folder.rglob(f"{split}-[0-9]*.parquet")))
+    return [Source(split, str(file)) for split, file in files] or [source]
 
 
 def content_fingerprint(table: datasets.Dataset) -> str:
-    """A hash of what the rows say, the same whatever file they came from: sha256 over them as JSON, in order."""
+    """sha256 over the rows as JSON, in order; the same whatever file they came from."""
     digest = hashlib.sha256()
     for row in table.select_columns(["id", "subset", "prompt", "responses", "first", "second"]):
         known = "" if is_record_location(row["id"]) else row["id"]
@@ -146,9 +136,8 @@ def _problem(benchmark: Benchmark, row: dict, allow_empty: bool) -> str:
     if stated != [(i, j, 1.0) for i in range(right) for j in range(right, count)]:
         return f"its preferences are {stated}, expected each chosen response over each rejected one"
     several = benchmark.best_of_n and row["subset"] == TIES
-    expected = "one of each at least" if several else "one and several" if benchmark.best_of_n else "one and one"
-    fits = several or (right == 1 and (count > 2) == benchmark.best_of_n)
-    if not fits:
+    if not several and (right > 1 or (count > 2) != benchmark.best_of_n):
+        expected = "one and several" if benchmark.best_of_n else "one and one"
         return f"{right} chosen and {count - right} rejected responses, expected {expected}"
     for number, response in enumerate(row["responses"]):
         if not allow_empty and not "".join(message["content"] for message in response).strip():

@@ -3,7 +3,7 @@
 import runpy, rewardbench
 from general_preference.rewardbench import rewardbench_config
 rewardbench.REWARD_MODEL_CONFIG["path/or/name"] = rewardbench_config()
-runpy.run_path("scripts/run_rm.py", run_name="__main__")          # with --model path/or/name
+runpy.run_path("scripts/run_rm.py", run_name="__main__")          # whose model is path/or/name
 """
 
 import torch
@@ -18,12 +18,7 @@ from general_preference.models.reward_model import RewardModel, load_reward_mode
 
 
 class RewardBenchPipeline:
-    """`pipe(chosen, rejected)` -> which chosen conversations win. Any head, with or without a gate.
-
-    Args:
-        task: what the official scripts pass first; not read.
-        model: as `load_for_rewardbench` returns it. tokenizer: the model's own.
-    """
+    """`pipe(chosen, rejected)` -> which chosen conversations win, for any head; `task` is not read."""
 
     def __init__(self, task: str, model: RewardModel, tokenizer: PreTrainedTokenizerBase):
         self.task, self.model = task, model
@@ -43,9 +38,9 @@ class RewardBenchPipeline:
 
         Args:
             chosen, rejected: conversations with the same messages before the assistant's last turn. Without `rejected`
-                a Bradley-Terry model returns rewards, which is what the official best-of-n script asks for.
-            _pipeline_options: what transformers' classification pipelines read (batch_size, function_to_apply, ...).
+                a Bradley-Terry model returns rewards, as the official best-of-n script asks for.
             max_length: tokens of one conversation, at most the model's positions; default what it was trained with.
+            _pipeline_options: what transformers' classification pipelines read (batch_size, function_to_apply, ...).
 
         Returns:
             (B,) bool on the CPU, True where the chosen one is strictly preferred; or rewards (B,) in fp32.
@@ -56,9 +51,8 @@ class RewardBenchPipeline:
         model = getattr(self.model, "module", self.model)  # wrapped by accelerate where there are several processes
         if max_length is not None and model.learned_positions is not None:
             max_length = min(max_length, model.learned_positions)
-        rm = GPMPipeline.from_model(
-            model, self.tokenizer, truncation=truncation, max_length=max_length, padding=padding
-        )
+        options = {"truncation": truncation, "max_length": max_length, "padding": padding}
+        rm = GPMPipeline.from_model(model, self.tokenizer, **options)
         if rejected is None:
             if rm.value_head_dim != 1:
                 raise InputError("only a Bradley-Terry model gives single conversations a reward: pass pairs")
@@ -84,28 +78,19 @@ def load_for_rewardbench(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> RewardModel:
-    """Load a preference model as the official scripts ask for it; other keywords (a revision) are refused by Python.
+    """Load a preference model as the official scripts ask for it.
 
     Args:
         device_map: "cpu" is obeyed; else the model goes to this process's device.
         torch_dtype: the backbone's; None for bfloat16 on GPUs that compute it fast, else fp32.
     """
     device = choose_device("cpu" if device_map == "cpu" else "auto")
-    return load_reward_model(
-        path,
-        dtype=torch_dtype or inference_dtype(device, None),
-        device=device,
-        attn_implementation=attn_implementation or "auto",
-        trust_remote_code=trust_remote_code,
-    )
+    options = {"attn_implementation": attn_implementation or "auto", "trust_remote_code": trust_remote_code}
+    return load_reward_model(path, dtype=torch_dtype or inference_dtype(device, None), device=device, **options)
 
 
 def rewardbench_config(torch_dtype: torch.dtype | None = None) -> dict:
-    """The entry of the official `REWARD_MODEL_CONFIG` for a model of this repository.
-
-    Args:
-        torch_dtype: the backbone's; None for bfloat16 on GPUs that compute it fast, else fp32.
-    """
+    """The entry of the official `REWARD_MODEL_CONFIG` for our models; `torch_dtype` as for `load_for_rewardbench`."""
     return {
         "model_builder": load_for_rewardbench,
         "pipeline_builder": RewardBenchPipeline,

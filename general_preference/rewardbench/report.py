@@ -75,7 +75,7 @@ def summarize_subsets(benchmark: Benchmark, graded: Iterable[tuple[dict, TiesPro
     for row, prompt in graded:
         by_subset.setdefault(row["subset"], []).append((row, prompt))
     results = {}
-    for subset in (name for name in benchmark.rows if name in by_subset):
+    for subset in filter(by_subset.get, benchmark.rows):
         rows, prompts = (list(column) for column in zip(*by_subset[subset], strict=True))
         credit = math.fsum(row["correct"] for row in rows)
         result = {"accuracy": credit / len(rows), "n": len(rows), "official": benchmark.rows[subset], "correct": credit}
@@ -107,13 +107,10 @@ def aggregate(benchmark: Benchmark, results: dict[str, dict], prior: float | Non
     if benchmark.best_of_n:
         return {"Average": scoring.mean_of_all(accuracies.values()) if complete else None}
     sections = scoring.section_scores(accuracies)
-    scores = sections | {"Average": scoring.mean_of_all(sections.values()) if complete else None}
+    both = {"Average": scoring.mean_of_all(sections.values())}
     if prior is not None:
-        scores |= {
-            "Prior Sets": prior,
-            "Leaderboard average": scoring.leaderboard_average(sections, prior) if complete else None,
-        }
-    return scores
+        both |= {"Prior Sets": prior, "Leaderboard average": scoring.leaderboard_average(sections, prior)}
+    return sections | {name: score if complete or name == "Prior Sets" else None for name, score in both.items()}
 
 
 def official_results(
@@ -123,18 +120,15 @@ def official_results(
 
     Where a version 2 result does not come from the official rule, `response_score` says from what.
     """
-    names = {
-        "model": model,
-        "model_type": "Seq. Classifier" if preference.head == "bt" else "Custom Classifier",
-        "chat_template": template,
-    }
+    model_type = "Seq. Classifier" if preference.head == "bt" else "Custom Classifier"
+    names = {"model": model, "model_type": model_type, "chat_template": template}
     if benchmark.best_of_n and (preference.head, winner) != ("bt", "borda"):
         names["response_score"] = f"{winner}: {WHAT_DECIDES[winner]}"
     return names | {subset: result["accuracy"] for subset, result in results.items()}
 
 
 def format_report(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, float | None]) -> str:
-    """The tables on screen: subsets, sections and averages; then what a reader of the numbers has to know."""
+    """The tables on screen: subsets, sections and averages, then remarks."""
     rows = {}
     for subset, result in results.items():
         interval = f"{result['accuracy_low']:.3f}-{result['accuracy_high']:.3f}"
@@ -159,26 +153,20 @@ def _remarks(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, f
     rows, official = sum(result["n"] for result in results.values()), sum(benchmark.rows.values())
     missing = [subset for subset in benchmark.rows if subset not in results]
     if any(result["n"] != result["official"] for result in results.values()) or missing:
-        remarks.append(
-            f"{rows} rows in {len(results)} subsets; officially {official} in "
-            f"{len(benchmark.rows)}: not comparable with published numbers"
-        )
+        counts = f"{rows} rows in {len(results)} subsets; officially {official} in {len(benchmark.rows)}"
+        remarks.append(f"{counts}: not comparable with published numbers")
     if missing:
         remarks.append(f"not in the data: {', '.join(missing)}")
-    run = {name: counts for name, counts in SECTIONS.items() if scores.get(name) is not None}
-    partial = [name for name, counts in run.items() if not counts.keys() <= results.keys()]
-    if partial:
+    run = (name for name in SECTIONS if scores.get(name) is not None)
+    if partial := [name for name in run if not SECTIONS[name].keys() <= results.keys()]:
         remarks.append(f"over a part of their subsets: {', '.join(partial)}")
-    ties = sum(result.get("ties", 0) for result in results.values())
-    if ties:
+    if ties := sum(result.get("ties", 0) for result in results.values()):
         means = "have several responses at the top, which share the credit" if benchmark.best_of_n else "tie, a loss"
         remarks.append(f"{ties} rows {means}")
     if TIES in results and benchmark.best_of_n:
         remarks.append(
-            f"the accuracy of '{TIES}' is its weighted score; 'correct' counts rows with every right one above"
+            f"the accuracy of '{TIES}' is its weighted score; 'correct' counts rows with all right ones on top"
         )
         if results[TIES]["unpaired"]:
-            remarks.append(
-                f"{results[TIES]['unpaired']} prompts of '{TIES}' have no partner, so no margin of theirs counts"
-            )
+            remarks.append(f"{results[TIES]['unpaired']} prompts of '{TIES}' have no partner: no margins counted")
     return [textwrap.fill(remark, 110, subsequent_indent="  ", break_on_hyphens=False) for remark in remarks]

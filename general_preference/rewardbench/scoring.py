@@ -1,8 +1,8 @@
 """The scoring rules of RewardBench 1 (arXiv 2403.13787) and 2 (arXiv 2506.01937). Pure functions of numbers.
 
-RewardBench 1 asks which of two responses is preferred; a tie is a loss. RewardBench 2 asks for the best of several and
-compares margins, for which its rules want one number per response: `ranking.response_scores`. For a Bradley-Terry model
-and `borda` these are the rewards up to a constant, so the rules give what they give for the rewards themselves.
+Version 1 asks which of two responses is preferred; a tie is a loss. Version 2 asks for the best of several and compares
+margins of one number per response, `ranking.response_scores`: with `borda`, a Bradley-Terry model's rewards up to a
+constant, which no rule depends on.
 """
 
 import math
@@ -37,15 +37,8 @@ TIES = "Ties"
 # Rows of the official sets, by subset; from their dataset cards.
 ROWS_1 = {subset: count for section in SECTIONS.values() for subset, count in section.items()} | {"math-prm": 447}
 ROWS_2 = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495, TIES: 102}
-PRIOR_ROWS = {
-    "anthropic_harmless": 2266,
-    "anthropic_helpful": 6192,
-    "anthropic_hhh": 221,
-    "mtbench_gpt4": 2400,
-    "mtbench_human": 3355,
-    "shp": 1741,
-    "summarize": 9000,
-}
+PRIOR_ROWS = {"anthropic_harmless": 2266, "anthropic_helpful": 6192, "anthropic_hhh": 221, "mtbench_gpt4": 2400}
+PRIOR_ROWS |= {"mtbench_human": 3355, "shp": 1741, "summarize": 9000}
 LEADERBOARD_PRIOR_SETS = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
 
 
@@ -134,7 +127,7 @@ class TiesScore:
 
 
 def ties_score(prompts: Iterable[TiesPrompt]) -> TiesScore:
-    """Score the prompts of "Ties". Margins are compared where a ref and a tied prompt share their number."""
+    """The score of "Ties"; margins are compared where a ref and a tied prompt share their number."""
     return _ties_score([_components(pair) for pair in _pairs(prompts)])
 
 

@@ -52,7 +52,7 @@ class DeepSpeedEngine:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         self.device = torch.device(accelerator.current_device_name())
         if engine.bf16 and not has_fast_bf16(self.device):
-            raise InputError(f"--bf16: this {self.device.type} device has no bfloat16 arithmetic: drop the flag (fp32)")
+            raise InputError(f"bf16: this {self.device.type} device has no bfloat16 arithmetic: use fp32")
         # On CPUs DeepSpeed would compile shared-memory collectives that only its inference layers use: a minute, a C++
         # compiler, and a build lock that blocks every later run if the compilation is killed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -62,7 +62,7 @@ class DeepSpeedEngine:
             deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes over the group just made
         if self.context.world_size % engine.zpg:
             raise InputError(
-                f"--zpg {engine.zpg} does not divide the {self.context.world_size} processes: use the number per node"
+                f"zpg {engine.zpg} does not divide the {self.context.world_size} processes: use the number per node"
             )
         self._config = self._read_config()
         set_seed(optimizer.seed)
@@ -112,7 +112,7 @@ class DeepSpeedEngine:
                 reason = f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
             else:
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise InputError(f"--deepspeed_config {path} is refused by DeepSpeed ({reason}): correct it") from error
+            raise InputError(f"deepspeed_config {path} is refused by DeepSpeed ({reason}): correct it") from error
 
     def prepare(self, model: RewardModel, steps: int) -> None:
         """Wrap `model` in DeepSpeed's engine, with AdamW and a schedule over `steps` optimizer steps."""

@@ -85,7 +85,7 @@ def _start_wandb(folder: Path, output: OutputArguments, config: dict, wandb_id: 
     try:
         import wandb
     except ImportError as error:
-        raise InputError("--use_wandb needs the package wandb: pip install wandb") from error
+        raise InputError("use_wandb needs the package wandb: pip install wandb") from error
     mode = output.use_wandb
     try:
         if mode not in ("online", "offline"):
@@ -104,7 +104,7 @@ def _start_wandb(folder: Path, output: OutputArguments, config: dict, wandb_id: 
         )
     except (wandb.Error, ValueError) as error:
         reason = str(error).splitlines()[0].replace(output.use_wandb, "KEY")
-        raise InputError(f"--use_wandb: {reason}; --use_wandb offline needs no account") from error
+        raise InputError(f"use_wandb: {reason}; 'offline' needs no account") from error
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -203,13 +203,13 @@ class MetricsAccumulator:
             names = list(dict.fromkeys(name for step, name in found if step == first))
             raise NonFiniteError(
                 f"the loss is not finite at step {first}, in {len(names)} comparisons: {'; '.join(names[:4])}"
-                f"{'; ...' if len(names) > 4 else ''}. Look at these records, or lower --learning_rate",
+                f"{'; ...' if len(names) > 4 else ''}. Look at these records, or lower the learning rate",
                 everywhere=True,
             )
         finite = torch.isfinite(torch.stack([norm for _, norm in self.norms])).tolist()
         for (step, _), fine in zip(self.norms, finite, strict=True):
             if not fine:  # the engine skips such a step, or spoils the weights
                 raise NonFiniteError(
-                    f"the gradient is not finite at step {step}, though the loss is: lower --learning_rate",
+                    f"the gradient is not finite at step {step}, though the loss is: lower the learning rate",
                     everywhere=True,
                 )

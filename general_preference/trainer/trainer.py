@@ -228,7 +228,7 @@ class Trainer:
             self._save()
         if self.store.newest is None:
             return "no step was done yet"
-        return f"saved at step {self.state.step} in {self.store.folder}: --load_checkpoint continues"
+        return f"saved at step {self.state.step} in {self.store.folder}: load_checkpoint continues"
 
     def _finish(self, results: dict[str, dict]) -> None:
         """Save the model first; then what describes it."""
