@@ -33,6 +33,7 @@ from general_preference.datasets.preparation import (
 )
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
+from general_preference.distributed import is_main_process
 from general_preference.errors import InputError, RunError, Stopped
 from general_preference.files import lock_folder, replace_text
 from general_preference.models.config import PreferenceConfig, saved_preference
@@ -53,6 +54,9 @@ def train(arguments: Arguments) -> None:
     """The run, with its folders held, from paths to a saved model."""
     arguments.check()
     quiet_other_libraries()
+    if arguments.output.plan is not None:
+        print_plan(arguments)
+        return
     # Imported late: --help and refused flags should not wait for DeepSpeed.
     from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
 
@@ -71,6 +75,19 @@ def train(arguments: Arguments) -> None:
             context.close()
         raise
     context.close()
+
+
+def print_plan(arguments: Arguments) -> None:
+    """What the run would need, from the main process."""
+    from general_preference.trainer.plan import plan
+
+    if not is_main_process():
+        return
+    preference = resolve_preference(arguments)
+    encoder = ComparisonTokenizer(make_tokenizer(arguments), preference.max_length, preference.input_format)
+    lengths = prepare_data(arguments, encoder)[0]["length"][:]
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    print(plan(arguments, preference, arguments.output.plan, world_size, lengths))
 
 
 def folders(arguments: Arguments) -> dict[Path, str]:

@@ -233,6 +233,7 @@ class OutputArguments:
         False, "continue from the newest whole checkpoint in --ckpt_path, on any number of processes and ZeRO stage; "
         "implied when torchrun starts the processes again"
     )  # fmt: skip
+    plan: int | None = flag(None, "print memory, steps and hours of this run on so many GPUs, and exit")
     logging_steps: int = flag(1, "log every so many steps")
     eval_steps: int = flag(-1, "evaluate every so many steps; -1 after each epoch")
     save_best_model: int | None = flag(None, "keep the N models with the lowest evaluation loss under SAVE_PATH/best")
@@ -252,7 +253,7 @@ class OutputArguments:
 
     def check(self) -> None:
         """InputError for values out of range."""
-        check_at_least(self, 1, "logging_steps", "save_best_model", "max_ckpt_num")
+        check_at_least(self, 1, "logging_steps", "save_best_model", "max_ckpt_num", "plan")
         check_at_least(self, 1e-9, "save_minutes", "max_ckpt_mem")
         for name in ("save_steps", "eval_steps"):
             if getattr(self, name) < 1 and getattr(self, name) != -1:

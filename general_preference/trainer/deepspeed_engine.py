@@ -19,6 +19,8 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from pydantic import ValidationError
 from transformers import set_seed
 
@@ -35,6 +37,31 @@ from general_preference.trainer.zero_layout import filling, forget_empty_step, o
 
 RANDOM_STATES = ("random/cpu", "random/device")  # of torch, which alone draws while training (dropout)
 START_TIMEOUT = 6 * 3600  # seconds until the first step is done: one process downloads and tokenizes meanwhile
+
+
+def model_state_memory(
+    stage: int, total: int, trained: int, largest: int, gpus: int, per_node: int, offload: bool
+) -> tuple[int, int]:
+    """Bytes of (a GPU, a node's main memory) for weights, gradients and Adam states in bf16 mixed precision.
+
+    ZeRO 2 and 3 by DeepSpeed's estimators; without ZeRO each GPU holds 20 bytes per trained parameter (2 weights, 2
+    gradients, 4 fp32 gradients, 4 fp32 weights, 8 Adam), under ZeRO 1 the last 16 are divided. A frozen one takes 2.
+
+    Args:
+        total, trained, largest: parameters of the model, those trained, those of the largest layer.
+        offload: Adam's states and the fp32 weights in main memory.
+    """
+    places = {"num_gpus_per_node": min(gpus, per_node), "num_nodes": -(-gpus // per_node), "cpu_offload": offload}
+    frozen, loading = 2 * (total - trained), 4 * total * min(gpus, per_node)
+    if stage == 0:
+        return 20 * trained + frozen, loading
+    if stage == 1:
+        return 4 * trained + 16 * trained // gpus + frozen, loading
+    if stage == 2:
+        node, gpu = estimate_zero2_model_states_mem_needs(trained, **places)
+        return gpu + frozen, node
+    node, gpu, _ = estimate_zero3_model_states_mem_needs(trained, largest, cpu_offload_params=False, **places)
+    return gpu + frozen // gpus, node
 
 
 class DeepSpeedEngine:
