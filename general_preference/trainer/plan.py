@@ -1,6 +1,6 @@
 """What a run would need: parameters, memory of the model states by ZeRO stage, steps, tokens and hours. Trains nothing.
 
-Called by the training script under --plan; the model is built from its configuration alone, without weights.
+What the training script prints when asked to plan; the model is built from its configuration alone, without weights.
 """
 
 import math
@@ -42,7 +42,7 @@ def memory_table(total: int, trained: int, largest: int, gpus: int) -> str:
         for offload in (False, True) if stage > 1 else (False,):
             gpu, node = model_state_memory(stage, total, trained, largest, gpus, GPUS_PER_NODE, offload)
             rows.append([stage, "yes" if offload else "no", f"{gpu / 1e9:.2f}", f"{node / 1e9:.2f}"])
-    titles = ["ZeRO", "--adam_offload", "GB per GPU", "GB main memory per node"]
+    titles = ["ZeRO", "Adam offloaded", "GB per GPU", "GB main memory per node"]
     return pandas.DataFrame(rows, columns=titles).to_string(index=False)
 
 
