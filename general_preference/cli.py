@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -133,25 +132,18 @@ def exit_code(work: Callable[[], None], kept: str) -> int:
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """SIGTERM raises `Stopped` where it arrives, as SIGINT raises KeyboardInterrupt; only in the main thread.
-
-    Of several processes each just ends: one that waits for another in a collective would never come to raise anything.
-    """
+    """SIGTERM and SIGINT raise `Stopped` where they arrive; of several processes, which wait for each other, each ends."""
 
     def stop(number, _frame):
         raise Stopped(number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    handlers = (stop, signal.default_int_handler) if alone else (signal.SIG_DFL, signal.SIG_DFL)
-    before = signal.signal(signal.SIGTERM, handlers[0]), signal.signal(signal.SIGINT, handlers[1])
+    handler = stop if os.environ.get("WORLD_SIZE", "1") == "1" else signal.SIG_DFL
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def quiet_other_libraries() -> None:

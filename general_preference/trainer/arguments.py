@@ -24,46 +24,28 @@ DEFAULT_MAX_LEN = 512
 class ModelArguments:
     """What is trained: the backbone, its head, and adapters."""
 
-    pretrain: str = flag(
-        "google/gemma-2b-it", "base language model, or an earlier preference model: folder or hub name"
-    )
-    preference_head: str | None = flag(
-        None, "bt (one number), gpm (planes) or hybrid (planes and a number); default gpm with --is_general_preference, else bt",
-        choices=list(HEADS),
-    )  # fmt: skip
+    # fmt: off
+    pretrain: str = flag("google/gemma-2b-it", "base language model, or an earlier preference model: folder or hub name")
+    preference_head: str | None = flag(None, "bt (one number), gpm (planes) or hybrid (both); default gpm with --is_general_preference, else bt", choices=list(HEADS))
     is_general_preference: bool = flag(False, "train a General Preference Model; same as --preference_head gpm")
-    value_head_dim: int | None = flag(
-        None, "size D of an embedding: even for gpm (default 2), odd for hybrid (default 3), 1 for bt"
-    )
+    value_head_dim: int | None = flag(None, "size D of an embedding: even for gpm (default 2), odd for hybrid (default 3), 1 for bt")
     add_prompt_head: bool = flag(False, "weigh the planes by a gate that reads the prompt's last token")
-    gate: str | None = flag(None, "softmax (default): gate weights sum to 1; scaled_softmax: to the number of planes",
-                      choices=["softmax", "scaled_softmax"])  # fmt: skip
-    normalize: bool | None = flag(
-        None, "L2-normalize the planes of an embedding; default on for gpm and hybrid, never for bt"
-    )
-    general_preference_tau: float | None = flag(
-        None, "temperature tau of P = sigmoid(score / tau); default 0.1 for gpm and hybrid, 1 for bt", aliases=["--tau"]
-    )
-    learnable_temperature: bool = flag(
-        False, "optimize the temperature, starting at --general_preference_tau; saved with the model"
-    )
-    input_format: str | None = flag(None, "chat, or released (the published checkpoints'); default what the model was saved with, else chat",
-                                     choices=["chat", "released"])  # fmt: skip
-    attn_implementation: str = flag(
-        "auto", "attention kernel; auto takes the fastest that is exact for the model on this device", choices=CHOICES
-    )
+    gate: str | None = flag(None, "softmax (default): gate weights sum to 1; scaled_softmax: to the number of planes", choices=["softmax", "scaled_softmax"])
+    normalize: bool | None = flag(None, "L2-normalize the planes of an embedding; default on for gpm and hybrid, never for bt")
+    general_preference_tau: float | None = flag(None, "temperature tau of P = sigmoid(score / tau); default 0.1 for gpm and hybrid, 1 for bt", aliases=["--tau"])
+    learnable_temperature: bool = flag(False, "optimize the temperature, starting at --general_preference_tau; saved with the model")
+    input_format: str | None = flag(None, "chat, or released (published checkpoints); default what the model was saved with, else chat", choices=["chat", "released"])
+    attn_implementation: str = flag("auto", "attention kernel; auto takes the fastest that is exact for the model on this device", choices=CHOICES)
     flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
     disable_fast_tokenizer: bool = flag(False, "use the slow (Python) tokenizer where a model has both")
-    input_template: str | None = flag(None, "format string for prompts, '{}' is the user's text; replaces the tokenizer's chat template "
-                                       "(a tokenizer without one gets 'Human:\\n{}\\nAssistant:\\n')")  # fmt: skip
+    input_template: str | None = flag(None, "replaces the chat template: '{}' is the user's text (a tokenizer without one gets 'Human:\\n{}\\nAssistant:\\n')")
     trust_remote_code: bool = flag(False, "run code that comes with the model")
     load_in_4bit: bool = flag(False, "4-bit backbone under LoRA (bitsandbytes, GPU)")
     lora_rank: int = flag(0, "rank of LoRA adapters on the backbone; 0 trains the whole backbone")
     lora_alpha: int = flag(16, "LoRA scale numerator")
     lora_dropout: float = flag(0.0, "LoRA dropout")
-    target_modules: list[str] | None = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "modules that get adapters: names, or all-linear"}
-    )
+    target_modules: list[str] | None = field(default_factory=lambda: ["all-linear"], metadata={"help": "modules that get adapters: names, or all-linear"})
+    # fmt: on
 
     def preference(self, max_length: int | None) -> PreferenceConfig:
         """The head these flags ask for; InputError where they contradict each other."""
@@ -87,26 +69,19 @@ class ModelArguments:
 class DataArguments:
     """What it is trained and evaluated on."""
 
-    dataset: str | None = flag(
-        None, "comparisons to train on: files (json, jsonl, csv, parquet), folders or hub names, separated by commas"
-    )
-    dataset_probs: str | None = flag(
-        None, "probability of each set, as in 0.4,0.6: sets are drawn until each was seen whole; default end to end"
-    )
+    # fmt: off
+    dataset: str | None = flag(None, "comparisons to train on: files (json, jsonl, csv, parquet), folders or hub names, separated by commas")
+    dataset_probs: str | None = flag(None, "probability of each set, as in 0.4,0.6: sets are drawn until each was seen whole; default end to end")
     eval_dataset: str | None = flag(None, "sets to evaluate on: path,path or name=path,name=path")
-    train_split_ratio: float = flag(
-        1.0, "share of --dataset to train on; the rest, with other prompts, is the set 'held_out'"
-    )
+    train_split_ratio: float = flag(1.0, "share of --dataset to train on; the rest, with other prompts, is the set 'held_out'")
     max_samples: int = flag(1000000, "use at most so many comparisons of --dataset, drawn after the shuffle")
-    max_len: int | None = flag(None, "tokens of prompt and one response together; prompts are cut first, at their oldest end; "
-                                "default what a preference model in --pretrain was saved with, else 512")  # fmt: skip
+    max_len: int | None = flag(None, "tokens of a prompt and a response; prompts are cut first, at their oldest end; default what --pretrain was saved with, else 512")
     is_custom_dataset: bool = flag(False, "require the custom format: instruction, chosen, reject")
     group_size: int = flag(1, "neighboring records that stay in one step")
-    on_bad_record: str = flag(
-        "stop", "a record that does not fit: stop the run, or skip and count it", choices=["stop", "skip"]
-    )
+    on_bad_record: str = flag("stop", "a record that does not fit: stop the run, or skip and count it", choices=["stop", "skip"])
     preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenize")
     return_prompt_length: bool = flag(False, "log the mean prompt length of each step (train/prompt_length, tokens)")
+    # fmt: on
 
     def check(self) -> None:
         """InputError for values that cannot be used together."""
@@ -126,9 +101,8 @@ class DataArguments:
 class LossArguments:
     """What is minimized: (1 - c) * preference + c * regularizer + a * load balance of experts."""
 
-    loss: PreferenceLossKind = flag(
-        "logistic", "logistic: cross-entropy with sigmoid(score / tau); regression: squared distance to a target"
-    )
+    # fmt: off
+    loss: PreferenceLossKind = flag("logistic", "logistic: cross-entropy with sigmoid(score / tau); regression: squared distance to a target")
     margin_loss: bool = flag(False, "use the records' margin: the preferred side should win by so much (logistic)")
     regression_target_margin: float = flag(10.0, "target of score / tau under --loss regression")
     add_pretrain_loss: bool = flag(False, "add a language-model regularizer on chosen responses")
@@ -137,14 +111,9 @@ class LossArguments:
     ptx_response_only: bool = flag(False, "regularize the response's tokens alone; default the whole chosen sequence")
     reward_scaler_beta: float = flag(2.0, "beta of the regularizers mean, sum and reference_free")
     reward_margin: float = flag(1.0, "margin of the reference_free regularizer")
-    aux_loss_coef: float | None = flag(
-        None, "weight a of the load-balancing loss of mixtures of experts: that of each micro-batch's tokens without padding, "
-        "averaged over a step's micro-batches; default the model's router_aux_loss_coef if its configuration sets "
-        "output_router_logits, else 0"
-    )  # fmt: skip
-    compute_fp32_loss: bool = flag(
-        False, "compute heads, scores and losses in fp32: always so here, whatever the backbone's dtype"
-    )
+    aux_loss_coef: float | None = flag(None, "weight a of the load-balancing loss of experts; default the model's router_aux_loss_coef if it sets output_router_logits, else 0")
+    compute_fp32_loss: bool = flag(False, "compute heads, scores and losses in fp32: always so here, whatever the backbone's dtype")
+    # fmt: on
 
     def check(self) -> None:
         """InputError for values that cannot be used together."""
@@ -163,21 +132,18 @@ class LossArguments:
 class OptimizerArguments:
     """How weights move, and in what portions comparisons reach them."""
 
+    # fmt: off
     learning_rate: float = flag(1e-5, "peak learning rate of AdamW")
-    adam_betas: list[float] = field(
-        default_factory=lambda: [0.9, 0.95], metadata={"help": "AdamW's two betas, as in --adam_betas 0.9 0.95"}
-    )
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"help": "AdamW's two betas, as in --adam_betas 0.9 0.95"})
     l2: float = flag(0.0, "weight decay")
     max_norm: float = flag(1.0, "clip the global gradient norm here; 0 does not clip")
     max_epochs: int = flag(1, "passes over the training set")
-    lr_schedule: str = flag(
-        "cosine", "learning rate after the warm-up: falls to zero on a cosine or a line, or stays",
-        choices=["cosine", "linear", "constant"],
-    )  # fmt: skip
+    lr_schedule: str = flag("cosine", "learning rate after the warm-up: falls to zero on a cosine or a line, or stays", choices=["cosine", "linear", "constant"])
     warmup_ratio: float = flag(0.03, "share of the steps in which the learning rate rises")
     micro_train_batch_size: int = flag(8, "comparisons per process and forward pass")
     accumulated_gradient: int = flag(1, "micro-batches per step; global batch = micro-batch * accumulation * processes")
     seed: int = flag(42, "seed of heads, shuffles and dropout")
+    # fmt: on
 
     def check(self) -> None:
         """InputError for values out of range."""
@@ -193,46 +159,36 @@ class OptimizerArguments:
 class EngineArguments:
     """DeepSpeed, precision and memory."""
 
-    zero_stage: int = flag(
-        2, "ZeRO stage: what is partitioned over processes (1 optimizer, 2 gradients, 3 weights)", choices=[0, 1, 2, 3]
-    )
+    # fmt: off
+    zero_stage: int = flag(2, "ZeRO stage: what is partitioned over processes (1 optimizer, 2 gradients, 3 weights)", choices=[0, 1, 2, 3])
     bf16: bool = flag(False, "train the backbone in bfloat16; default fp32")
-    gradient_checkpointing: bool = flag(
-        False, "recompute activations in backward: less memory, about a third more time"
-    )
+    gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, about a third more time")
     gradient_checkpointing_use_reentrant: bool = flag(False, "the older, re-entrant kind of checkpointing")
-    selective_checkpointing: bool = flag(
-        False, "with --gradient_checkpointing: keep matrix products and attention, recompute the cheap rest"
-    )
+    selective_checkpointing: bool = flag(False, "with --gradient_checkpointing: keep matrix products and attention, recompute the cheap rest")
     torch_compile: bool = flag(False, "compile the layers with torch.compile (ZeRO 0 to 2; a minute at the start)")
     use_liger_kernel: bool = flag(False, "fused kernels of the package liger-kernel (GPU)")
     adam_offload: bool = flag(False, "keep optimizer states in main memory")
     zpg: int = flag(1, "ZeRO++ secondary partition size (processes per node), ZeRO 3")
     grad_accum_dtype: str | None = flag(None, "dtype in which gradients accumulate", choices=["fp32", "bf16", "fp16"])
     disable_trace_cache: bool = flag(False, "ZeRO 3: do not rely on modules running in the same order every step")
-    deepspeed_config: str | None = flag(
-        None, "a DeepSpeed configuration (JSON) merged over what the flags describe; what flags decide it cannot change"
-    )
+    deepspeed_config: str | None = flag(None, "a DeepSpeed configuration (JSON) merged over what the flags describe; what flags decide it cannot change")
     local_rank: int = flag(-1, "set by launchers")
     dist_timeout: int = flag(1800, "seconds a process waits for the others before the run ends with an error")
+    # fmt: on
 
 
 @dataclass
 class OutputArguments:
     """What is written, when, and where."""
 
+    # fmt: off
     save_path: str = flag("./checkpoint/rm", "folder of the run: model, metrics, pictures, arguments")
     save_steps: int = flag(-1, "write a resumable checkpoint every so many steps; -1 only when a signal ends the run")
-    save_minutes: float | None = flag(
-        None, "also write a resumable checkpoint every so many minutes, for queues that take machines away"
-    )
+    save_minutes: float | None = flag(None, "also write a resumable checkpoint every so many minutes, for queues that take machines away")
     ckpt_path: str | None = flag(None, "folder of resumable checkpoints; default SAVE_PATH/checkpoint")
     max_ckpt_num: int = flag(3, "resumable checkpoints to keep, newest first")
     max_ckpt_mem: float = flag(1000, "GB that resumable checkpoints may take together; the newest always stays")
-    load_checkpoint: bool = flag(
-        False, "continue from the newest whole checkpoint in --ckpt_path, on any number of processes and ZeRO stage; "
-        "implied when torchrun starts the processes again"
-    )  # fmt: skip
+    load_checkpoint: bool = flag(False, "continue from the newest whole checkpoint in --ckpt_path; implied when torchrun starts the processes again")
     plan: int | None = flag(None, "print memory, steps and hours of this run on so many GPUs, and exit")
     logging_steps: int = flag(1, "log every so many steps")
     eval_steps: int = flag(-1, "evaluate every so many steps; -1 after each epoch")
@@ -241,10 +197,8 @@ class OutputArguments:
     wandb_org: str | None = flag(None, "wandb entity")
     wandb_group: str | None = flag(None, "wandb group")
     wandb_project: str = flag("train_rm_general_preference", "wandb project")
-    wandb_run_name: str = field(
-        default_factory=lambda: datetime.now().strftime("rm_%m%dT%H:%M"),
-        metadata={"help": "wandb run; default rm_DATE"},
-    )
+    wandb_run_name: str = field(default_factory=lambda: datetime.now().strftime("rm_%m%dT%H:%M"), metadata={"help": "wandb run; default rm_DATE"})
+    # fmt: on
 
     @property
     def checkpoint_folder(self) -> Path:

@@ -1,9 +1,8 @@
 """What a run leaves on disk to go on from, and its finished models.
 
-`step_N/` holds one file of weights, optimizer states and random states per process (shards.py) and `manifest.json`, the
-run's state and size and checksum of every file. It is written as `.writing_step_N`, flushed and renamed; `latest` names
-the newest and moves last. Reading begins there, skips what is damaged, incomplete or no checkpoint, says why, and takes
-the newest that is whole. `latest` itself may be missing.
+`step_N/` holds one file per process (shards.py) and `manifest.json`: the run's state, size and checksum of each file. It
+is written as `.writing_step_N`, flushed and renamed; `latest` names the newest. Loading skips what is damaged or
+incomplete, says why, and takes the newest that is whole.
 """
 
 import copy
@@ -97,10 +96,8 @@ class CheckpointStore:
             logger.info("continuing from %s", folder)
             return state
         if problems:
-            raise InputError(
-                f"no checkpoint in {self.folder} can be used ({'; '.join(problems[:3])}): "
-                "remove them, or start without load_checkpoint"
-            )
+            why = "; ".join(problems[:3])
+            raise InputError(f"no checkpoint in {self.folder} can be used ({why}): remove them, or do not load")
         logger.warning("no checkpoint in %s yet: starting from the beginning", self.folder)
         return None
 
@@ -145,10 +142,8 @@ class CheckpointStore:
     def _compare(self, folder: Path, state: RunState, fixed: dict, flags: dict) -> None:
         for name, value in fixed.items():
             if state.fixed.get(name) != value:
-                raise InputError(
-                    f"checkpoint {folder} was made with {name} = {state.fixed.get(name)}, this run has {value}: "
-                    f"use the same, or start without load_checkpoint"
-                )
+                before = f"checkpoint {folder} was made with {name} = {state.fixed.get(name)}"
+                raise InputError(f"{before}, this run has {value}: use the same, or start without load_checkpoint")
         for name, value in flags.items():
             if state.flags.get(name) != value:
                 logger.warning("%s is %s from here on; it was %s until now", name, value, state.flags.get(name))
@@ -169,10 +164,7 @@ def _wait_until_visible(folder: Path, entries: dict[str, dict]) -> None:
     deadline = time.monotonic() + SHOWN_WITHIN
     while missing := [name for name in entries if not (folder / name).is_file()]:
         if time.monotonic() > deadline:
-            raise InputError(
-                f"{folder.parent}: {missing[0]}, written by another process, does not show up here: checkpoints need a "
-                "disk that all nodes share"
-            )
+            raise InputError(f"{missing[0]} of another process does not show up: all nodes must share this disk")
         time.sleep(0.5)
 
 

@@ -108,7 +108,7 @@ class DeepSpeedEngine:
 
     @property
     def model(self) -> RewardModel:
-        """The model inside the engine."""
+        """Inside DeepSpeed's engine."""
         return self.engine.module
 
     def config(self) -> dict:
@@ -142,7 +142,7 @@ class DeepSpeedEngine:
             raise InputError(f"deepspeed_config {path} is refused by DeepSpeed ({reason}): correct it") from error
 
     def prepare(self, model: RewardModel, steps: int) -> None:
-        """Wrap `model` in DeepSpeed's engine, with AdamW and a schedule over `steps` optimizer steps."""
+        """Wrap `model` in DeepSpeed's engine, with AdamW and the schedule."""
         arguments, engine = self.optimizer_arguments, self.engine_arguments
         if engine.use_liger_kernel:
             use_liger_kernels(model.language_model, self.device)
@@ -173,11 +173,7 @@ class DeepSpeedEngine:
             )
         if engine.zero_stage == 0 and engine.bf16:
             forget_empty_step(self.engine)
-        self._seed(self.context.rank)  # adapters were made alike everywhere; dropout is not
-
-    def _seed(self, offset: int) -> None:
-        """Seed all generators, differently for every offset."""
-        set_seed((self.optimizer_arguments.seed + offset) % 2**32)
+        set_seed((arguments.seed + self.context.rank) % 2**32)  # adapters were made alike everywhere; dropout is not
 
     def _match_partitioned(self, model: RewardModel) -> None:
         """Where ZeRO 3 loaded the backbone in parts, give heads and adapters its dtype and device.
@@ -268,20 +264,16 @@ class DeepSpeedEngine:
         self.engine.global_steps = step
         mine = folder / f"process_{self.context.rank:05d}.safetensors"
         if mine.is_file():
-            self._set_random_states(read_extra(mine, RANDOM_STATES))
+            states = read_extra(mine, RANDOM_STATES)
+            torch.set_rng_state(states[RANDOM_STATES[0]])
+            if self.device.type != "cpu" and RANDOM_STATES[1] in states:
+                get_accelerator().set_rng_state(states[RANDOM_STATES[1]])
         else:  # there were fewer processes
-            self._seed(self.context.rank + 7919 * step)
+            set_seed((self.optimizer_arguments.seed + self.context.rank + 7919 * step) % 2**32)
 
     def _random_states(self) -> dict[str, torch.Tensor]:
-        states = {RANDOM_STATES[0]: torch.get_rng_state()}
-        if self.device.type != "cpu":
-            states[RANDOM_STATES[1]] = get_accelerator().get_rng_state()
-        return states
-
-    def _set_random_states(self, states: dict[str, torch.Tensor]) -> None:
-        torch.set_rng_state(states[RANDOM_STATES[0]])
-        if self.device.type != "cpu" and RANDOM_STATES[1] in states:
-            get_accelerator().set_rng_state(states[RANDOM_STATES[1]])
+        on_device = {} if self.device.type == "cpu" else {RANDOM_STATES[1]: get_accelerator().get_rng_state()}
+        return {RANDOM_STATES[0]: torch.get_rng_state()} | on_device
 
     def peak_memory(self) -> int:
         """On the GPU, or of main memory where there is none."""

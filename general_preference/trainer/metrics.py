@@ -31,19 +31,13 @@ class MetricsLogger:
     """Appends to metrics.jsonl in the run's folder, and mirrors to wandb. Made on the main process only."""
 
     def __init__(
-        self,
-        folder: Path,
-        output: OutputArguments,
-        config: dict,
-        resume_step: int = 0,
-        evaluated: int = 0,
-        wandb_id: str | None = None,
-    ):
-        """Start the file anew, or, when a run continues after `resume_step`, keep its lines up to that step.
+        self, folder: Path, output: OutputArguments, config: dict,
+        resume_step: int = 0, evaluated: int = 0, wandb_id: str | None = None,
+    ):  # fmt: skip
+        """Start the file anew, or continue after `resume_step` with the lines up to it.
 
         Args:
-            evaluated: the last step whose evaluation the continued run counts as done.
-            wandb_id: the wandb run to continue.
+            evaluated: the last step whose evaluation counts as done. wandb_id: the wandb run to continue.
         """
         self.path = folder / METRICS_FILE
         last = {True: min(evaluated, resume_step), False: resume_step}
@@ -92,16 +86,10 @@ def _start_wandb(folder: Path, output: OutputArguments, config: dict, wandb_id: 
             wandb.login(key=output.use_wandb, relogin=True)
             mode = "online"
         return wandb.init(
-            entity=output.wandb_org,
-            project=output.wandb_project,
-            group=output.wandb_group,
-            name=output.wandb_run_name,
-            id=wandb_id,
-            resume="allow" if wandb_id is not None else None,
-            config=config,
-            dir=str(folder),
+            entity=output.wandb_org, project=output.wandb_project, group=output.wandb_group, name=output.wandb_run_name,
+            id=wandb_id, resume="allow" if wandb_id is not None else None, config=config, dir=str(folder),
             mode=os.environ.get("WANDB_MODE", mode),
-        )
+        )  # fmt: skip
     except (wandb.Error, ValueError) as error:
         reason = str(error).splitlines()[0].replace(output.use_wandb, "KEY")
         raise InputError(f"use_wandb: {reason}; 'offline' needs no account") from error

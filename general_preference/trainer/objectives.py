@@ -82,12 +82,9 @@ def batch_loss(
 ) -> PreferenceLosses:
     """(1 - c) * preference + c * regularizer + a * load balance of a micro-batch, from the model's output.
 
-    Without the regularizer c = 0. Weights are the batch's own, so any split into micro-batches gives one gradient.
-    The load-balancing loss alone depends on the split: it is that of each micro-batch's tokens, and a step's is the
-    mean over its micro-batches on all processes, weighted by their comparisons (as in transformers' trainer).
-
-    Args:
-        aux_loss_coef: a; default what `arguments` say.
+    Without the regularizer c = 0. Weights are the batch's own, so any split into micro-batches gives one gradient. Only
+    the load-balancing loss (its weight a is `aux_loss_coef`, default what `arguments` say) depends on the split: it is
+    that of a micro-batch's tokens, averaged over micro-batches weighted by comparisons, as in transformers' trainer.
     """
     embeddings, gates = output["embeddings"], output.get("gates")
     gate = None if gates is None else gates[batch.comparison_index]
@@ -175,7 +172,7 @@ class PreferenceObjective:
 
     def evaluation_sums(self, name: str, output: Output, batch: Batch) -> torch.Tensor:
         """Sums of the preference loss without the regularizer; keeps the set's first stated cycle for `draw`."""
-        if name not in self.cycles:
+        if name not in self.cycles and len(batch.first) > len(batch.ids):  # else all are pairs, which have none
             cycle = embedded_cycle(name, batch, output, self.tokenizer)
             self.cycles |= {name: cycle} if cycle is not None else {}
         return _sums(batch_loss(output, batch, self.arguments), batch)
@@ -188,14 +185,10 @@ class PreferenceObjective:
         """The head must stay; the loss may change."""
         head = self.preference
         fixed = {
-            "preference_head": head.head,
-            "value_head_dim": head.dim,
-            "add_prompt_head": head.prompt_gate,
-            "gate": head.gate,
-            "normalize": head.normalize,
-            "general_preference_tau": head.temperature,
+            "preference_head": head.head, "value_head_dim": head.dim, "add_prompt_head": head.prompt_gate,
+            "gate": head.gate, "normalize": head.normalize, "general_preference_tau": head.temperature,
             "learnable_temperature": head.learnable_temperature,
-        }
+        }  # fmt: skip
         return fixed, vars(self.arguments) | {"aux_loss_coef": self.aux_loss_coef}
 
     def draw(self, folder: Path) -> None:

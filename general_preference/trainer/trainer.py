@@ -150,14 +150,12 @@ class Trainer:
     def _log(self) -> dict[str, str]:
         """Write a line about the steps since the last one; returns what the bar shows."""
         metrics = self.window.reduce()
-        metrics |= {"train/learning_rate": self.learning_rate, "train/epoch": self._epoch()}
+        epoch = self.state.step / self.sampler.steps_per_epoch
+        metrics |= {"train/learning_rate": self.learning_rate, "train/epoch": epoch}
         if self.logger is not None:
             self.logger.log(self.state.step, metrics)
         shown = {"loss": "loss", "acc": "accuracy", "lr": "learning_rate", "cmp/s": "comparisons_per_second"}
         return {short: f"{metrics['train/' + name]:.3g}" for short, name in shown.items() if f"train/{name}" in metrics}
-
-    def _epoch(self) -> float:
-        return self.state.step / self.sampler.steps_per_epoch
 
     def _evaluation_due(self) -> bool:
         step, every = self.state.step, self.arguments.output.eval_steps

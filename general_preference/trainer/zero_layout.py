@@ -17,8 +17,7 @@ def own_shard(engine, rank: int, step: int | None = None) -> Shard:
     """The part of weights and Adam states that process `rank` owns and writes, in the engine's own memory.
 
     Args:
-        step: the shard will be filled as of this step: Adam's step count is set, and without ZeRO every process takes
-            everything, of which the first one alone writes.
+        step: the shard will be filled as of this step: Adam's count is set, and without ZeRO every process takes all.
 
     Raises:
         RuntimeError: a ZeRO stage this file does not know, or states that are not where it expects them.
