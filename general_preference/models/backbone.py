@@ -18,8 +18,7 @@ from general_preference.models.attention import (
     shares_prompts,
 )
 from general_preference.models.kernels import choose_kernel
-from general_preference.models.log_probs import can_fuse, linear_log_probs
-from general_preference.models.losses import token_log_probs
+from general_preference.models.losses import can_fuse, linear_log_probs, token_log_probs
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from general_preference.models.config import (
     saved_preference,
     trained_preference,
 )
-from general_preference.models.experts import load_balancing_loss
 from general_preference.models.loading import load_backbone, partitioned_loading
+from general_preference.models.losses import load_balancing_loss
 from general_preference.models.saving import CardFacts, push_reward_model, read_card_facts, save_reward_model
 from general_preference.models.score import normalize_embedding
 
@@ -97,7 +97,7 @@ class RewardModel(PackedBackbone):
             embeddings: (N, D). temperature: (1,), learned or fixed. prompt_hidden_states: (G, hidden).
             gates: (G, P), only if the model has a gate.
             log_probs, counts: (N + G,) summed log-prob in nats and tokens per sequence, only with `targets`.
-            aux_loss: scalar, see `experts.load_balancing_loss`, only with `counted`.
+            aux_loss: scalar, see `losses.load_balancing_loss`, only with `counted`.
         """
         rows, routed = (input_ids, position_ids, segments, shared, sequences), counted is not None
         hidden, router_logits = self.hidden_states(*rows, routed)
