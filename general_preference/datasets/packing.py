@@ -165,13 +165,10 @@ def _tokens(block: Block) -> int:
 
 def _counted(rows: list[list[Block]], real: list[bool], segments: torch.Tensor) -> torch.Tensor:
     """(R, L) tokens that are not padding and belong to a block that is `real`; blocks are numbered across rows."""
-    counted, block = segments != PADDING, 0
+    counted, flags = segments != PADDING, iter(real)
     for number, row in enumerate(rows):
-        end = 0
-        for part in row:
-            start, end = end, end + _tokens(part)
-            counted[number, start:end] &= real[block]
-            block += 1
+        of_tokens = [flag for part in row for flag in [next(flags)] * _tokens(part)]
+        counted[number, : len(of_tokens)] = torch.tensor(of_tokens)
     return counted
 
 

@@ -67,34 +67,20 @@ class Summary:
         return f"{text} (longest {self.longest})" + (f"; {', '.join(notes)}" if notes else "")
 
 
-def tokenize(
-    table: datasets.Dataset, encoder: ComparisonTokenizer, workers: int = 1, name: str = ""
-) -> datasets.Dataset:
-    """Tokenize a table of comparisons with `datasets.map`; the result is cached on disk under `encoder.fingerprint()`.
+def tokenize(table: datasets.Dataset, encoder: ComparisonTokenizer, workers: int = 1, name: str = ""):
+    """Tokenize a table with the columns of `sources.ROW`; cached on disk under `encoder.fingerprint()`.
 
-    Args:
-        table: columns of `sources.ROW`. workers: processes, fewer when there is little to do.
-
-    Returns:
-        a table with the columns of `TOKENIZED`; `length` counts unique tokens (the prompt once).
+    Returns a table with the columns of `TOKENIZED`; `length` counts unique tokens (the prompt once).
 
     Raises:
         InputError: no prompt token can be made of a record, or the chat template refuses it.
     """
     workers = max(1, min(workers, len(table) // 2000))
     fingerprint = stable_hash(table._fingerprint, encoder.fingerprint())
-    return table.map(
-        _encode_rows,
-        batched=True,
-        with_indices=True,
-        batch_size=500,
-        num_proc=workers if workers > 1 else None,
-        fn_kwargs={"encoder": encoder},
-        features=TOKENIZED,
-        remove_columns=table.column_names,
-        new_fingerprint=fingerprint,
-        desc=f"Tokenizing {name}".strip(),
-    )
+    options = {"features": TOKENIZED, "remove_columns": table.column_names, "fn_kwargs": {"encoder": encoder}}
+    options |= {"num_proc": workers if workers > 1 else None, "desc": f"Tokenizing {name}".strip()}
+    options |= {"batched": True, "batch_size": 500, "with_indices": True, "new_fingerprint": fingerprint}
+    return table.map(_encode_rows, **options)
 
 
 def _encode_rows(rows: dict, indices: list[int], encoder: ComparisonTokenizer) -> dict:
@@ -169,9 +155,10 @@ def split_and_blend(
     whole = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
     groups = None
     if group_size > 1:
-        blocks = [(number, row // group_size) for number, table in enumerate(tables) for row in range(len(table))]
-        names = {block: index for index, block in enumerate(dict.fromkeys(blocks))}
-        groups = [names[block] for block in blocks]
+        groups, start = [], 0
+        for table in tables:
+            groups += [start + row // group_size for row in range(len(table))]
+            start += -(-len(table) // group_size)
         whole = whole.add_column("group", groups)
     train, held_out = split_by_prompt(whole, train_ratio, seed=seed, max_samples=max_samples, groups=groups)
     if probabilities is None or len(tables) == 1:
@@ -264,5 +251,5 @@ def summarize_table(
         longest=int(lengths.max()),
         left_out=left_out,
         **{count: int(columns[count][:].sum()) for count in COUNTS},
-        seen_prompts=0 if trained_prompts is None else sum(key in trained_prompts for key in table["prompt_key"][:]),
+        seen_prompts=sum(key in (trained_prompts or ()) for key in table["prompt_key"][:]),
     )

@@ -49,10 +49,8 @@ class StepSampler:
         self.groups = [index // group_size for index in range(len(lengths))] if groups is None else groups
         self.global_batch_size = micro_batch_size * accumulation * world_size
         if self.global_batch_size % group_size:
-            raise InputError(
-                f"group_size {group_size} keeps neighbors in one step, but a step has {self.global_batch_size} "
-                "comparisons: make micro-batch * accumulation * processes a multiple"
-            )
+            found = f"group_size {group_size} does not divide the {self.global_batch_size} comparisons of a step"
+            raise InputError(f"{found}: make micro-batch * accumulation * processes a multiple")
         self.steps_per_epoch = math.ceil(len(lengths) / self.global_batch_size)
 
     def micro_batches(self, epochs: int, start_step: int = 0) -> Iterator[list[Item]]:

@@ -152,7 +152,7 @@ class PackedBackbone(nn.Module):
 
     @torch.no_grad()
     def verify_shared_prompts(self) -> float:
-        """Compare one shared-prompt row with separate rows; turn sharing off above 1e-4 (half precision: 1e-2).
+        """Compare a shared-prompt row with separate rows; turn sharing off above 1e-4 (half precision: 1e-2).
 
         Returns the largest difference, relative to the largest hidden state.
         """
@@ -160,9 +160,8 @@ class PackedBackbone(nn.Module):
         positions = torch.tensor([[*range(7), *range(7, 12), *range(7, 16)]], device=self.device)
         segments = torch.tensor([[0] * 7 + [1] * 5 + [2] * 9], device=self.device)
         mask = attention_mask(self.config, segments, positions, self.dtype, True)
-        alone = torch.cat([prompt, second])[None]
+        together, alone = torch.cat([prompt, first, second])[None], torch.cat([prompt, second])[None]
         training, run = self.training, self.eval().language_model.base_model
-        together = torch.cat([prompt, first, second])[None]
         shared = run(together, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
         plain = run(alone, attention_mask=torch.ones_like(alone), use_cache=False).last_hidden_state
         self.train(training)

@@ -70,21 +70,22 @@ def language_model_loss(
     margin: float = 0.0,
     rejected: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Mean regularizer of a batch of chosen sequences, a scalar in nats.
-
-    The trainer gets the same value without (B, L, V) logits, from `regularizer` on summed log-probs.
+    """Mean `regularizer` (which see) of a batch of chosen sequences, a scalar in nats, from logits.
 
     Args:
         logits: (B, L, V), logits[:, t] predicts token t + 1 (as a causal LM returns them).
         labels: (B, L) the token ids themselves; the shift by one happens here, as in transformers.
         mask: (B, L), 1 for the tokens of `labels` that count; the first token never counts.
-        kind, beta, margin: see `regularizer`. rejected: (logits, labels, mask), for `reference_free` alone.
-
-    Raises:
-        ValueError: unknown `kind`, or `reference_free` without `rejected`.
+        rejected: (logits, labels, mask), for `reference_free` alone.
     """
-    chosen = _sequence_log_probs(logits, labels, mask)
-    others = None if rejected is None else _sequence_log_probs(*rejected)
+
+    def sequence_log_probs(logits, labels, mask):
+        log_probs = token_log_probs(logits[:, :-1], labels[:, 1:].clamp(min=0))
+        counted = mask[:, 1:].to(log_probs.dtype)
+        return (log_probs * counted).sum(dim=1), counted.sum(dim=1)
+
+    chosen = sequence_log_probs(logits, labels, mask)
+    others = None if rejected is None else sequence_log_probs(*rejected)
     return regularizer(chosen, others, kind=kind, beta=beta, margin=margin).mean()
 
 
@@ -104,6 +105,9 @@ def regularizer(
     reference_free: -logsigmoid(beta * (mean chosen - mean rejected) - margin)    (SimPO, arXiv 2405.14734)
 
     Returns (B,) in nats; a sequence without counted tokens has mean log-prob 0. Source: arXiv 2406.10216.
+
+    Raises:
+        ValueError: unknown `kind`, or `reference_free` without `rejected`.
     """
     mean = chosen[0] / chosen[1].clamp(min=1)
     if kind == "vanilla":
@@ -123,12 +127,6 @@ def token_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     """Log-probability (...,) in nats of each target token under logits (..., V), computed in fp32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
-
-
-def _sequence_log_probs(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor):
-    log_probs = token_log_probs(logits[:, :-1], labels[:, 1:].clamp(min=0))
-    counted = mask[:, 1:].to(log_probs.dtype)
-    return (log_probs * counted).sum(dim=1), counted.sum(dim=1)
 
 
 def linear_log_probs(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
