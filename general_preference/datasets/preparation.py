@@ -116,12 +116,7 @@ def _repeats(items: list) -> bool:
 
 
 def load_tokenized(
-    sources: list[Source],
-    encoder: ComparisonTokenizer,
-    *,
-    custom: bool = False,
-    skip_bad: bool = False,
-    workers: int = 1,
+    sources: list[Source], encoder: ComparisonTokenizer, *, custom=False, skip_bad=False, workers: int = 1
 ) -> tuple[list[datasets.Dataset], dict[str, int]]:
     """Read and tokenize each source; cached on disk. Returns the tables and the records left out of each."""
     tables, left_out = [], {}
@@ -193,14 +188,10 @@ def split_by_prompt(
     max_samples: int | None = None,
     groups: list[int] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Shuffle by prompt and split, so that no prompt is on both sides.
+    """Row indices (train, held out), shuffled and split so that no prompt is on both sides.
 
-    Args:
-        train_ratio: share in (0, 1] of the comparisons to train on. max_samples: use at most so many in all.
-        groups: an id per row; rows of one group stay together (and so tie their prompts to one side).
-
-    Returns:
-        row indices (train, held out); ratio and limit are met as closely as whole prompts allow.
+    train_ratio: share in (0, 1] of the comparisons to train on. max_samples: use at most so many in all. Both are met
+    as closely as whole prompts allow. groups: an id per row; rows of one group stay together on one side.
     """
     units = _units(table["prompt_key"][:], groups)  # without [:] a column is read row by row
     order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -46,12 +46,9 @@ class Source:
 
 
 def parse_sources(text: str) -> list[Source]:
-    """`path,path` or `name=path,name=path` -> sources.
+    """`path,path` or `name=path,name=path` -> sources; InputError for an empty entry, or two sets with one name.
 
     The default name is that of the file or folder, preceded by its parent folder where two would be equal.
-
-    Raises:
-        InputError: an empty entry, or two sets with one name.
     """
     sources, unnamed = [], []
     for entry in map(str.strip, text.split(",")):

@@ -93,8 +93,7 @@ class PackedBackbone(nn.Module):
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """Run the layers over the rows (R, L) of a `packing.Batch`, whose fields the arguments are.
 
-        Returns:
-            (R * L, hidden) last hidden states of the flattened rows; with `routed`, also each layer's router logits.
+        Returns (R * L, hidden) last hidden states of the flattened rows; with `routed` also each layer's router logits.
 
         Raises:
             RuntimeError: rows packed for another kernel, or an architecture that drops `sequences`.
@@ -120,15 +119,12 @@ class PackedBackbone(nn.Module):
     def sequence_log_probs(
         self, hidden: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor], count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed token log-probs of `count` sequences; logits exist for a few tokens at a time.
+        """Summed token log-probs of `count` sequences from the (R * L, hidden) of `hidden_states`.
 
-        Args:
-            hidden: (R * L, hidden) as `hidden_states` returns them.
-            targets: (predict_positions, target_ids, sequence_index), each (T,): hidden state `predict_positions[t]`
-                predicts token `target_ids[t]` of sequence `sequence_index[t]`.
+        targets: (predict_positions, target_ids, sequence_index), each (T,): hidden state `predict_positions[t]`
+        predicts token `target_ids[t]` of sequence `sequence_index[t]`.
 
-        Returns:
-            log-probs in nats and token counts, each (count,) in fp32 or better.
+        Returns log-probs in nats and token counts, each (count,) in fp32 or better.
         """
         predict_positions, target_ids, sequence_index = targets
         head = self.language_model.get_output_embeddings()

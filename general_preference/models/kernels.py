@@ -40,9 +40,7 @@ def asked_of_transformers(wanted: str) -> str | None:
 def choose_kernel(config, wanted: str, loaded: str, device: torch.device, dtype: torch.dtype, training: bool) -> str:
     """The kernel (a value of `_attn_implementation`) that a model runs on `device` in `dtype`.
 
-    Args:
-        wanted: one of `CHOICES`. loaded: the kernel with which transformers loaded the model.
-        training: gradients and dropout are needed, and a minute of compilation is worth it.
+    wanted: one of `CHOICES`. loaded: what transformers chose. training: gradients and dropout are needed.
 
     Raises:
         InputError: `wanted` is a kernel that this model or device cannot run exactly.

@@ -194,9 +194,7 @@ def _chunks(count: int, weight: torch.Tensor) -> list[slice]:
 def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], top_k: int, counted: torch.Tensor) -> torch.Tensor:
     """transformers' `load_balancing_loss_func` over the tokens that count, in fp32; 0 if none counts.
 
-    router_logits: per layer (T, E) logits of E experts for the T tokens of the flattened rows. top_k: experts per
-    token. counted: T booleans of any shape, false for padding.
-
+    router_logits: per layer (T, E). top_k: experts per token. counted: T booleans of any shape, false for padding.
     Returns a scalar without unit, from `top_k` (balanced) to E * top_k; not the mean of the losses of a batch's parts.
     Source: Switch Transformer, arXiv 2101.03961, equations 4 to 6.
     """
