@@ -1,8 +1,7 @@
 """Comparisons -> a batch in which all responses of a prompt share one copy of that prompt.
 
-A row is [prompt][response 1][response 2]... with positions that continue from the prompt's end in every response;
-`models/attention.py` makes this exact. By `RowLayout` a row holds one comparison, all of the batch end to end without
-padding, or (for architectures that support neither) a single response.
+A row is [prompt][response 1][response 2]... with positions that continue from the prompt's end in every response, made
+exact by `models/attention.py`. By `RowLayout` it holds one comparison, all of the batch, or a single response.
 """
 
 from dataclasses import dataclass, fields

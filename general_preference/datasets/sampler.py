@@ -1,8 +1,7 @@
 """Which process sees which comparison at which step: shuffled, balanced by length, resumable at any step.
 
-A global batch depends on (seed, epoch, step) alone, not on processes and micro-batches. Inside a step comparisons
-are assigned by length: to micro-batches of similar length if rows are padded, of equally many tokens if packed.
-Micro-batches that run at the same time on different processes have about equal cost.
+A global batch depends on (seed, epoch, step) alone. Inside a step comparisons are assigned by length: to micro-batches
+of similar length if rows are padded, of equally many tokens if packed, so that processes have about equal cost.
 """
 
 import heapq

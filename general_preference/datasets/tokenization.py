@@ -27,8 +27,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub name, ready for comparisons.
 
-    A tokenizer without a chat template, or any with an explicit `input_template` ("{}" is the user's text), gets a
-    chat template made from it, which is saved with the model. A missing pad token is harmless: padding is never read.
+    Without a chat template, or with an explicit `input_template` ("{}" is the user's text), it gets a chat template
+    made from that, which is saved with the model.
 
     Raises:
         InputError: no tokenizer there, no end token, or an input template without "{}".

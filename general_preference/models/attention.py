@@ -89,8 +89,7 @@ def attention_mask(config, segments: torch.Tensor, positions: torch.Tensor, dtyp
         eager = config._attn_implementation == "eager"
         return (visible.logical_not().to(dtype) * torch.finfo(dtype).min if eager else visible)[:, None]
 
-    layers = _layer_types(config)
-    if layers == {"full_attention"}:
+    if (layers := _layer_types(config)) == {"full_attention"}:
         return for_kernel(visible)
     # The window counts logical positions: in the row, other responses may lie in between.
     windowed = for_kernel(visible & (positions[:, :, None] - positions[:, None, :] < config.sliding_window))

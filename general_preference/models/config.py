@@ -106,8 +106,7 @@ HEAD_NAMES = ("value_head.weight", "prompt_head.weight")
 
 def saved_preference(path: str, trust_remote_code: bool = False) -> PreferenceConfig | None:
     """What the checkpoint at `path` says about its head; None for a plain language model."""
-    recorded = getattr(load_config(path, trust_remote_code), "preference", None)
-    if recorded is not None:
+    if (recorded := getattr(load_config(path, trust_remote_code), "preference", None)) is not None:
         return PreferenceConfig.from_dict(recorded)
     shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(path, HEAD_NAMES).items()}
     value_head, prompt_head = map(shapes.get, HEAD_NAMES)
@@ -149,8 +148,7 @@ def load_config(path: str, trust_remote_code: bool = False):
 
 def checkpoint_identity(path: str) -> list:
     """Names, sizes and times of the files at `path`, or its hub snapshot; of an adapter, also its base model's."""
-    base = adapter_base(path)
-    of_base = checkpoint_identity(base) if base else []
+    of_base = checkpoint_identity(base) if (base := adapter_base(path)) else []
     if not Path(path).is_dir():
         return [resolve(path, "config.json"), of_base]
     written = {"arguments.json", "data_summary.json", "eval_metrics.json"}  # by training, beside the model
@@ -161,7 +159,7 @@ def checkpoint_identity(path: str) -> list:
 
 def weights_digest(path: str) -> str:
     """A checksum of samples of the weights at `path` and of its adapter's base; copies have the same."""
-    digest = hashlib.blake2b(digest_size=8)
+    digest, base = hashlib.blake2b(digest_size=8), adapter_base(path)
     names = set(_weight_map(path).values()) or {"model.safetensors", "adapter_model.safetensors", HEADS_FILE}
     for file in filter(None, (resolve(path, name) for name in sorted(names))):
         with open(file, "rb") as weights:
@@ -169,7 +167,6 @@ def weights_digest(path: str) -> str:
             for start in (0, size // 2, max(size - SAMPLE, 0)):
                 weights.seek(start)
                 digest.update(weights.read(SAMPLE))
-    base = adapter_base(path)
     return digest.hexdigest() + (f" on {weights_digest(base)}" if base else "")
 
 

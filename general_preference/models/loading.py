@@ -25,8 +25,7 @@ def load_backbone(
 ):
     """The causal LM at `path`, with its LoRA adapter if the folder holds one."""
     config = load_config(path, trust_remote_code)
-    base = adapter_base(path)
-    if base is not None:
+    if (base := adapter_base(path)) is not None:
         try:
             model = load_backbone(base, dtype, attn_implementation, trust_remote_code, load_in_4bit, device)
         except InputError as error:

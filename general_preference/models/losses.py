@@ -40,8 +40,7 @@ def preference_loss(
         target: wanted score / temperature of a certain preference. Regression only.
         label: q in [0, 1], the probability that `first` is preferred; 0.5 is a tie.
 
-    Returns:
-        (...,) losses in nats (logistic) or squared logits (regression), fp32 or better.
+    Returns (...,) losses in nats (logistic) or squared logits (regression), fp32 or better.
 
     Raises:
         ValueError: unknown `kind`, or a margin with the regression loss (it has a target instead).
@@ -195,6 +194,7 @@ def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], top_k: int, cou
     """transformers' `load_balancing_loss_func` over the tokens that count, in fp32; 0 if none counts.
 
     router_logits: per layer (T, E). top_k: experts per token. counted: T booleans of any shape, false for padding.
+
     Returns a scalar without unit, from `top_k` (balanced) to E * top_k; not the mean of the losses of a batch's parts.
     Source: Switch Transformer, arXiv 2101.03961, equations 4 to 6.
     """

@@ -49,7 +49,7 @@ class Temperature(nn.Module):
 
 
 class RewardModel(PackedBackbone):
-    """Causal LM `backbone` + embedding head + prompt gate. Heads and gate run in fp32 whatever the backbone's dtype.
+    """Causal LM `backbone` + embedding head + prompt gate, both in fp32 whatever the backbone's dtype.
 
     `preference` is saved with the weights; `card` is what the saved README.md says besides.
     """
@@ -196,9 +196,7 @@ def load_reward_model(
     Raises:
         InputError: no such model, a plain language model without heads, or weights that cannot be read.
     """
-    if preference is None:
-        preference = trained_preference(path, trust_remote_code)
-    device = torch.device(device)
+    preference, device = preference or trained_preference(path, trust_remote_code), torch.device(device)
     backbone = load_backbone(path, dtype, attn_implementation, trust_remote_code, device=device)
     model = RewardModel(backbone, preference, attn_implementation)
     _copy_heads(model, path, HEAD_NAMES)
