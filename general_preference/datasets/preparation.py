@@ -4,7 +4,6 @@ No prompt is on both sides of a split, whatever the blend; `Summary` counts what
 """
 
 import json
-import logging
 from dataclasses import asdict, dataclass
 
 import datasets
@@ -13,8 +12,6 @@ import torch
 from general_preference.datasets.sources import Source, load_source, record_location
 from general_preference.datasets.tokenization import ComparisonTokenizer, stable_hash
 from general_preference.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 COUNTS = ("empty", "identical", "prompt_cut", "response_cut", "identical_after_cut")
 TOKENIZED = datasets.Features(
