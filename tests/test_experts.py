@@ -10,7 +10,7 @@ from general_preference.errors import InputError
 from general_preference.models.acceleration import checkpoint_activations
 from general_preference.models.attention import RowLayout
 from general_preference.models.config import PreferenceConfig
-from general_preference.models.experts import balance_coefficient, load_balancing_loss
+from general_preference.models.losses import balance_coefficient, load_balancing_loss
 from general_preference.trainer.arguments import parse_arguments
 from general_preference.trainer.objectives import batch_loss
 from tests.conftest import COMMON, random_comparisons

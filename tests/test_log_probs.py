@@ -5,9 +5,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from general_preference.models import log_probs
-from general_preference.models.log_probs import can_fuse, linear_log_probs
-from general_preference.models.losses import token_log_probs
+from general_preference.models import losses
+from general_preference.models.losses import can_fuse, linear_log_probs, token_log_probs
 from general_preference.trainer.arguments import LossArguments
 from general_preference.trainer.objectives import batch_loss
 from tests.conftest import random_comparisons
@@ -17,7 +16,7 @@ from tests.test_packing import run
 @pytest.mark.parametrize("elements", [1, 7 * 11, 10**6])  # chunks of one token, of seven, one chunk
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_chunks_equal_all_logits(monkeypatch, elements, dtype):
-    monkeypatch.setattr(log_probs, "CPU_ELEMENTS", elements)
+    monkeypatch.setattr(losses, "CPU_ELEMENTS", elements)
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (
         torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in ((17, 5), (11, 5))
@@ -53,7 +52,7 @@ def test_half_precision_keeps_the_slope_of_a_token_that_is_nearly_certain():
 
 
 def test_no_tensor_is_larger_than_a_chunk(monkeypatch):
-    monkeypatch.setattr(log_probs, "CPU_ELEMENTS", 4 * 1000)
+    monkeypatch.setattr(losses, "CPU_ELEMENTS", 4 * 1000)
     largest = 0
 
     class Watch(TorchDispatchMode):

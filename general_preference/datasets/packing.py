@@ -1,8 +1,7 @@
 """Comparisons -> a batch in which all responses of a prompt share one copy of that prompt.
 
-A row is [prompt][response 1][response 2]... with positions that continue from the prompt's end in every response;
-`models/attention.py` makes this exact. By `RowLayout` a row holds one comparison, all of the batch end to end without
-padding, or (for architectures that support neither) a single response.
+A row is [prompt][response 1][response 2]... with positions that continue from the prompt's end in every response, made
+exact by `models/attention.py`. By `RowLayout` it holds one comparison, all of the batch, or a single response.
 """
 
 from dataclasses import dataclass, fields
@@ -165,13 +164,10 @@ def _tokens(block: Block) -> int:
 
 def _counted(rows: list[list[Block]], real: list[bool], segments: torch.Tensor) -> torch.Tensor:
     """(R, L) tokens that are not padding and belong to a block that is `real`; blocks are numbered across rows."""
-    counted, block = segments != PADDING, 0
+    counted, flags = segments != PADDING, iter(real)
     for number, row in enumerate(rows):
-        end = 0
-        for part in row:
-            start, end = end, end + _tokens(part)
-            counted[number, start:end] &= real[block]
-            block += 1
+        of_tokens = [flag for part in row for flag in [next(flags)] * _tokens(part)]
+        counted[number, : len(of_tokens)] = torch.tensor(of_tokens)
     return counted
 
 

@@ -4,7 +4,6 @@ No prompt is on both sides of a split, whatever the blend; `Summary` counts what
 """
 
 import json
-import logging
 from dataclasses import asdict, dataclass
 
 import datasets
@@ -13,8 +12,6 @@ import torch
 from general_preference.datasets.sources import Source, load_source, record_location
 from general_preference.datasets.tokenization import ComparisonTokenizer, stable_hash
 from general_preference.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 COUNTS = ("empty", "identical", "prompt_cut", "response_cut", "identical_after_cut")
 TOKENIZED = datasets.Features(
@@ -67,34 +64,20 @@ class Summary:
         return f"{text} (longest {self.longest})" + (f"; {', '.join(notes)}" if notes else "")
 
 
-def tokenize(
-    table: datasets.Dataset, encoder: ComparisonTokenizer, workers: int = 1, name: str = ""
-) -> datasets.Dataset:
-    """Tokenize a table of comparisons with `datasets.map`; the result is cached on disk under `encoder.fingerprint()`.
+def tokenize(table: datasets.Dataset, encoder: ComparisonTokenizer, workers: int = 1, name: str = ""):
+    """Tokenize a table with the columns of `sources.ROW`; cached on disk under `encoder.fingerprint()`.
 
-    Args:
-        table: columns of `sources.ROW`. workers: processes, fewer when there is little to do.
-
-    Returns:
-        a table with the columns of `TOKENIZED`; `length` counts unique tokens (the prompt once).
+    Returns a table with the columns of `TOKENIZED`; `length` counts unique tokens (the prompt once).
 
     Raises:
         InputError: no prompt token can be made of a record, or the chat template refuses it.
     """
     workers = max(1, min(workers, len(table) // 2000))
     fingerprint = stable_hash(table._fingerprint, encoder.fingerprint())
-    return table.map(
-        _encode_rows,
-        batched=True,
-        with_indices=True,
-        batch_size=500,
-        num_proc=workers if workers > 1 else None,
-        fn_kwargs={"encoder": encoder},
-        features=TOKENIZED,
-        remove_columns=table.column_names,
-        new_fingerprint=fingerprint,
-        desc=f"Tokenizing {name}".strip(),
-    )
+    options = {"features": TOKENIZED, "remove_columns": table.column_names, "fn_kwargs": {"encoder": encoder}}
+    options |= {"num_proc": workers if workers > 1 else None, "desc": f"Tokenizing {name}".strip()}
+    options |= {"batched": True, "batch_size": 500, "with_indices": True, "new_fingerprint": fingerprint}
+    return table.map(_encode_rows, **options)
 
 
 def _encode_rows(rows: dict, indices: list[int], encoder: ComparisonTokenizer) -> dict:
@@ -130,12 +113,7 @@ def _repeats(items: list) -> bool:
 
 
 def load_tokenized(
-    sources: list[Source],
-    encoder: ComparisonTokenizer,
-    *,
-    custom: bool = False,
-    skip_bad: bool = False,
-    workers: int = 1,
+    sources: list[Source], encoder: ComparisonTokenizer, *, custom=False, skip_bad=False, workers: int = 1
 ) -> tuple[list[datasets.Dataset], dict[str, int]]:
     """Read and tokenize each source; cached on disk. Returns the tables and the records left out of each."""
     tables, left_out = [], {}
@@ -169,9 +147,10 @@ def split_and_blend(
     whole = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
     groups = None
     if group_size > 1:
-        blocks = [(number, row // group_size) for number, table in enumerate(tables) for row in range(len(table))]
-        names = {block: index for index, block in enumerate(dict.fromkeys(blocks))}
-        groups = [names[block] for block in blocks]
+        groups, start = [], 0
+        for table in tables:
+            groups += [start + row // group_size for row in range(len(table))]
+            start += -(-len(table) // group_size)
         whole = whole.add_column("group", groups)
     train, held_out = split_by_prompt(whole, train_ratio, seed=seed, max_samples=max_samples, groups=groups)
     if probabilities is None or len(tables) == 1:
@@ -206,14 +185,10 @@ def split_by_prompt(
     max_samples: int | None = None,
     groups: list[int] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Shuffle by prompt and split, so that no prompt is on both sides.
+    """Row indices (train, held out), shuffled and split so that no prompt is on both sides.
 
-    Args:
-        train_ratio: share in (0, 1] of the comparisons to train on. max_samples: use at most so many in all.
-        groups: an id per row; rows of one group stay together (and so tie their prompts to one side).
-
-    Returns:
-        row indices (train, held out); ratio and limit are met as closely as whole prompts allow.
+    train_ratio: share in (0, 1] of the comparisons to train on. max_samples: use at most so many in all. Both are met
+    as closely as whole prompts allow. groups: an id per row; rows of one group stay together on one side.
     """
     units = _units(table["prompt_key"][:], groups)  # without [:] a column is read row by row
     order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -264,5 +239,5 @@ def summarize_table(
         longest=int(lengths.max()),
         left_out=left_out,
         **{count: int(columns[count][:].sum()) for count in COUNTS},
-        seen_prompts=0 if trained_prompts is None else sum(key in trained_prompts for key in table["prompt_key"][:]),
+        seen_prompts=sum(key in (trained_prompts or ()) for key in table["prompt_key"][:]),
     )

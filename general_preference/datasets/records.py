@@ -67,14 +67,13 @@ def _parse_pair(record: dict) -> tuple[list[Message], list[list[Message]]]:
     other = "reject" if "instruction" in record and "rejected" not in record else "rejected"
     for key in ("chosen", other):
         if key not in record:
-            raise InputError(
-                f"no key '{key}', found {_keys(record)}; expected chosen and {other}, or responses and preferences"
-            )
+            expected = f"expected chosen and {other}, or responses and preferences"
+            raise InputError(f"no key '{key}', found {_keys(record)}; {expected}")
     chosen, rejected = record["chosen"], record[other]
     if "instruction" in record:
         prompt = parse_prompt(record["instruction"], "instruction")
-        named = ((_unwrap(chosen), "chosen"), (_unwrap(rejected), other))
-        return prompt, [parse_response(value, name, prompt) for value, name in named]
+        sides = [side.get("response", side) if isinstance(side, dict) else side for side in (chosen, rejected)]
+        return prompt, [parse_response(side, key, prompt) for side, key in zip(sides, ("chosen", other), strict=True)]
     if "prompt" in record:
         prompt = parse_prompt(record["prompt"], "prompt")
         return prompt, [parse_response(chosen, "chosen", prompt), parse_response(rejected, other, prompt)]
@@ -107,7 +106,6 @@ def _is_texts(value: object) -> bool:
 
 
 def _parse_texts(record: dict):
-    """Several chosen and several rejected texts: each chosen one is preferred to each rejected one."""
     for key in ("prompt", "chosen", "rejected"):
         if key not in record:
             raise InputError(f"lists of chosen and rejected texts need the key '{key}', found {_keys(record)}")
@@ -156,16 +154,12 @@ def parse_prompt(value: object, name: str = "prompt") -> list[Message]:
 def parse_response(value: object, name: str, prompt: list[Message]) -> list[Message]:
     """Text or messages, with or without `prompt` in front -> the messages after it. InputError calls it `name`."""
     if isinstance(value, str):
-        value = [{"role": "assistant", "content": value}]
+        return [{"role": "assistant", "content": value}]
     if not isinstance(value, list):
         raise InputError(f"'{name}' is {_describe(value)}, expected text or a list of messages")
     messages = parse_messages(value, name)
     repeats_prompt = len(messages) > len(prompt) and messages[: len(prompt)] == prompt
     return messages[len(prompt) :] if repeats_prompt else messages
-
-
-def _unwrap(value: object) -> object:
-    return value["response"] if isinstance(value, dict) and "response" in value else value
 
 
 def parse_answer(value: object, name: str, prompt: list[Message]) -> list[Message]:
@@ -181,10 +175,8 @@ def parse_conversation(value: object, name: str) -> tuple[list[Message], list[Me
     messages = parse_messages(value, name)
     if all(message["role"] != "assistant" for message in messages):
         raise InputError(f"{name} has no assistant turn, which is what gets scored: {_describe(value)}")
-    if messages[-1]["role"] != "assistant":
-        raise InputError(
-            f"{name} ends with a {messages[-1]['role']} turn, expected the assistant's: {_describe(value)}"
-        )
+    if (role := messages[-1]["role"]) != "assistant":
+        raise InputError(f"{name} ends with a {role} turn, expected the assistant's: {_describe(value)}")
     if len(messages) == 1:
         raise InputError(f"{name} has no turn before the assistant's, expected a prompt: {_describe(value)}")
     return messages[:-1], messages[-1:]

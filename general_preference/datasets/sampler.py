@@ -1,8 +1,7 @@
 """Which process sees which comparison at which step: shuffled, balanced by length, resumable at any step.
 
-A global batch depends on (seed, epoch, step) alone, not on processes and micro-batches. Inside a step comparisons
-are assigned by length: to micro-batches of similar length if rows are padded, of equally many tokens if packed.
-Micro-batches that run at the same time on different processes have about equal cost.
+A global batch depends on (seed, epoch, step) alone. Inside a step comparisons are assigned by length: to micro-batches
+of similar length if rows are padded, of equally many tokens if packed, so that processes have about equal cost.
 """
 
 import heapq
@@ -49,10 +48,8 @@ class StepSampler:
         self.groups = [index // group_size for index in range(len(lengths))] if groups is None else groups
         self.global_batch_size = micro_batch_size * accumulation * world_size
         if self.global_batch_size % group_size:
-            raise InputError(
-                f"group_size {group_size} keeps neighbors in one step, but a step has {self.global_batch_size} "
-                "comparisons: make micro-batch * accumulation * processes a multiple"
-            )
+            found = f"group_size {group_size} does not divide the {self.global_batch_size} comparisons of a step"
+            raise InputError(f"{found}: make micro-batch * accumulation * processes a multiple")
         self.steps_per_epoch = math.ceil(len(lengths) / self.global_batch_size)
 
     def micro_batches(self, epochs: int, start_step: int = 0) -> Iterator[list[Item]]:

@@ -46,12 +46,9 @@ class Source:
 
 
 def parse_sources(text: str) -> list[Source]:
-    """`path,path` or `name=path,name=path` -> sources.
+    """`path,path` or `name=path,name=path` -> sources; InputError for an empty entry, or two sets with one name.
 
     The default name is that of the file or folder, preceded by its parent folder where two would be equal.
-
-    Raises:
-        InputError: an empty entry, or two sets with one name.
     """
     sources, unnamed = [], []
     for entry in map(str.strip, text.split(",")):
@@ -84,19 +81,13 @@ def is_record_location(name: str) -> bool:
 
 
 def load_source(
-    source: Source,
-    custom: bool = False,
-    skip_bad: bool = False,
-    remedy: str = "fix it, or set on_bad_record to skip",
+    source: Source, custom: bool = False, skip_bad: bool = False, remedy: str = "fix it, or set on_bad_record to skip"
 ) -> tuple[datasets.Dataset, int]:
-    """All comparisons of a source as an Arrow table on disk (columns of `ROW` without `problem`).
+    """All comparisons of a source as an Arrow table on disk (columns of `ROW` without `problem`), and records left out.
 
     Args:
         custom: require the custom format (`is_custom_dataset`). remedy: what the message about a bad record advises.
         skip_bad: leave out (and count) records that do not fit instead of refusing the source.
-
-    Returns:
-        the table and the number of records left out.
 
     Raises:
         InputError: no such file, nothing in it, or a record that does not fit, with file and line.
@@ -130,10 +121,8 @@ def _files(path: str) -> list[Path]:
             raise InputError(f"{path} ends in '{place.suffix}': expected {', '.join(SUFFIXES)}, a folder or a hub name")
         return [place]
     if place.is_dir():
-        if (place / "dataset_dict.json").is_file():
-            place /= "train"  # as for a hub dataset
-            if not place.is_dir():
-                raise InputError(f"{path} has no split 'train': give the folder of a split, as in {path}/test")
+        if (place / "dataset_dict.json").is_file() and not (place := place / "train").is_dir():  # as for a hub dataset
+            raise InputError(f"{path} has no split 'train': give the folder of a split, as in {path}/test")
         if (place / SAVED).is_file():
             return [place / SAVED]
         found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and not file.name.startswith("."))
@@ -155,7 +144,7 @@ def _stat(file: Path) -> tuple[int, int]:
 
 
 def _rows(path: str, signature: list, custom: bool, version: int) -> Iterator[dict]:
-    """Yield one `ROW` per record. `version` only makes the cache key change."""
+    """One `ROW` per record; `version` only changes the cache key."""
     for name, *_ in signature:
         for place, record in _records(Path(name), path):
             yield _row(place, record, custom)

@@ -27,8 +27,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub name, ready for comparisons.
 
-    A tokenizer without a chat template, or any with an explicit `input_template` ("{}" is the user's text), gets a
-    chat template made from it, which is saved with the model. A missing pad token is harmless: padding is never read.
+    Without a chat template, or with an explicit `input_template` ("{}" is the user's text), it gets a chat template
+    made from that, which is saved with the model.
 
     Raises:
         InputError: no tokenizer there, no end token, or an input template without "{}".
@@ -96,11 +96,8 @@ class ComparisonTokenizer:
     def encode(self, prompts: list[list[Message]], responses: list[list[list[Message]]]) -> list[dict]:
         """Encode B prompts and their responses.
 
-        Args:
-            prompts: B lists of messages. responses: for each prompt, K lists of messages.
-
-        Returns:
-            B dicts: prompt_ids, response_ids (K lists that end in the end token), booleans prompt_cut and response_cut.
+        prompts: B lists of messages. responses: for each prompt, K lists of messages. Returns B dicts: prompt_ids,
+        response_ids (K lists that end in the end token), booleans prompt_cut and response_cut.
 
         Raises:
             InputError: the chat template refuses these messages.
@@ -180,9 +177,7 @@ class ComparisonTokenizer:
         cut = self.max_length is not None and any(len(ids) >= self.max_length for ids in whole)
         gate = min(gate, min(len(ids) for ids in whole) - 1)
         if any(ids[:gate] != whole[0][:gate] for ids in whole):
-            raise InputError(
-                "input_format released needs a template that renders the first message alike for responses"
-            )
+            raise InputError("input_format released needs a template that renders the first message the same each time")
         responses = [[*ids[gate:-1], self.eos] for ids in whole]
         return {"prompt_ids": whole[0][:gate], "response_ids": responses, "prompt_cut": False, "response_cut": cut}
 

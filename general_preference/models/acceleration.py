@@ -1,7 +1,6 @@
 """Ways to run the same layers in less memory or time. None changes what is computed beyond rounding."""
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -27,15 +26,12 @@ _EXPENSIVE = (
 
 
 def checkpoint_activations(language_model, *, reentrant: bool, selective: bool) -> None:
-    """Recompute each layer's activations in backward instead of keeping them.
+    """Recompute each layer's activations in backward; `selective` keeps matrix products and attention.
 
-    reentrant: the older kind of `torch.utils.checkpoint`. selective: keep the results of matrix products and attention
-    (FlexAttention excepted: it is compiled as a whole), recompute the cheap rest.
+    FlexAttention is compiled as a whole and always recomputed. reentrant: the older kind of `torch.utils.checkpoint`.
     """
-    options: dict[str, bool | Callable] = {"use_reentrant": reentrant}
-    if selective:
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-    language_model.gradient_checkpointing_enable(options)
+    context = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
+    language_model.gradient_checkpointing_enable({"use_reentrant": reentrant} | context)
     if reentrant:
         language_model.enable_input_require_grads()
 

@@ -73,15 +73,10 @@ def row_layout(config, shared: bool) -> RowLayout:
 
 
 def attention_mask(config, segments: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype, shared: bool):
-    """What to pass to the backbone as `attention_mask`.
+    """What to pass to a backbone of this `dtype` as `attention_mask`, for (R, L) `segments` and `positions`.
 
-    Args:
-        segments, positions: (R, L) integers as described above. dtype: the backbone's.
-        shared: rows hold several responses. If not, rows are plain right-padded sequences.
-
-    Returns:
-        (R, L) 0/1 padding mask for plain rows; else a (R, 1, L, L) mask, boolean for sdpa and additive for eager, or a
-        dict of two for models that mix full and sliding-window layers.
+    Returns (R, L) 0/1 for plain right-padded rows (not `shared`); else a (R, 1, L, L) mask, boolean for sdpa and
+    additive for eager, or a dict of two for models that mix full and sliding-window layers.
     """
     if not shared:
         return (segments != PADDING).long()
@@ -94,8 +89,7 @@ def attention_mask(config, segments: torch.Tensor, positions: torch.Tensor, dtyp
         eager = config._attn_implementation == "eager"
         return (visible.logical_not().to(dtype) * torch.finfo(dtype).min if eager else visible)[:, None]
 
-    layers = _layer_types(config)
-    if layers == {"full_attention"}:
+    if (layers := _layer_types(config)) == {"full_attention"}:
         return for_kernel(visible)
     # The window counts logical positions: in the row, other responses may lie in between.
     windowed = for_kernel(visible & (positions[:, :, None] - positions[:, None, :] < config.sliding_window))
@@ -200,20 +194,14 @@ def by_sdpa(query, key, value, sequences: PackedSequences, scale: float | None, 
     """One call per sequence: (T, heads, head size) queries, (K, key-value heads, head size) keys -> queries' shape."""
     key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     # Slicing instead would make a gradient of the whole row's size for each sequence.
-    parts = zip(
-        query.transpose(0, 1).split(sequences.queries, dim=1),
-        key.transpose(0, 1).split(sequences.keys, dim=1),
-        value.transpose(0, 1).split(sequences.keys, dim=1),
-        sequences.masks(query.dtype),
-        strict=True,
-    )
+    counts = (sequences.queries, sequences.keys, sequences.keys)
+    parts = [t.transpose(0, 1)[None].split(c, dim=2) for t, c in zip((query, key, value), counts, strict=True)]
+    options = {"dropout_p": dropout, "scale": scale}
     found = [
-        F.scaled_dot_product_attention(
-            q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale
-        )[0].transpose(0, 1)
-        for q, k, v, mask in parts
+        F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
+        for q, k, v, mask in zip(*parts, sequences.masks(query.dtype), strict=True)
     ]
-    return torch.cat(found)
+    return torch.cat([part[0].transpose(0, 1) for part in found])
 
 
 def by_varlen(query, key, value, sequences: PackedSequences, scale: float | None, dropout: float) -> torch.Tensor:

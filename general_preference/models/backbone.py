@@ -18,8 +18,7 @@ from general_preference.models.attention import (
     shares_prompts,
 )
 from general_preference.models.kernels import choose_kernel
-from general_preference.models.log_probs import can_fuse, linear_log_probs
-from general_preference.models.losses import token_log_probs
+from general_preference.models.losses import can_fuse, linear_log_probs, token_log_probs
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +93,7 @@ class PackedBackbone(nn.Module):
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """Run the layers over the rows (R, L) of a `packing.Batch`, whose fields the arguments are.
 
-        Returns:
-            (R * L, hidden) last hidden states of the flattened rows; with `routed`, also each layer's router logits.
+        Returns (R * L, hidden) last hidden states of the flattened rows; with `routed` also each layer's router logits.
 
         Raises:
             RuntimeError: rows packed for another kernel, or an architecture that drops `sequences`.
@@ -121,15 +119,12 @@ class PackedBackbone(nn.Module):
     def sequence_log_probs(
         self, hidden: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor], count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed token log-probs of `count` sequences; logits exist for a few tokens at a time.
+        """Summed token log-probs of `count` sequences from the (R * L, hidden) of `hidden_states`.
 
-        Args:
-            hidden: (R * L, hidden) as `hidden_states` returns them.
-            targets: (predict_positions, target_ids, sequence_index), each (T,): hidden state `predict_positions[t]`
-                predicts token `target_ids[t]` of sequence `sequence_index[t]`.
+        targets: (predict_positions, target_ids, sequence_index), each (T,): hidden state `predict_positions[t]`
+        predicts token `target_ids[t]` of sequence `sequence_index[t]`.
 
-        Returns:
-            log-probs in nats and token counts, each (count,) in fp32 or better.
+        Returns log-probs in nats and token counts, each (count,) in fp32 or better.
         """
         predict_positions, target_ids, sequence_index = targets
         head = self.language_model.get_output_embeddings()
@@ -153,7 +148,7 @@ class PackedBackbone(nn.Module):
 
     @torch.no_grad()
     def verify_shared_prompts(self) -> float:
-        """Compare one shared-prompt row with separate rows; turn sharing off above 1e-4 (half precision: 1e-2).
+        """Compare a shared-prompt row with separate rows; turn sharing off above 1e-4 (half precision: 1e-2).
 
         Returns the largest difference, relative to the largest hidden state.
         """
@@ -161,9 +156,8 @@ class PackedBackbone(nn.Module):
         positions = torch.tensor([[*range(7), *range(7, 12), *range(7, 16)]], device=self.device)
         segments = torch.tensor([[0] * 7 + [1] * 5 + [2] * 9], device=self.device)
         mask = attention_mask(self.config, segments, positions, self.dtype, True)
-        alone = torch.cat([prompt, second])[None]
+        together, alone = torch.cat([prompt, first, second])[None], torch.cat([prompt, second])[None]
         training, run = self.training, self.eval().language_model.base_model
-        together = torch.cat([prompt, first, second])[None]
         shared = run(together, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
         plain = run(alone, attention_mask=torch.ones_like(alone), use_cache=False).last_hidden_state
         self.train(training)

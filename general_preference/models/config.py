@@ -1,7 +1,7 @@
 """What a model folder or hub repository says about itself: its preference head, tensors, adapter and identity.
 
-The `preference` object of a saved config.json is a `PreferenceConfig`; checkpoints without one (published GPM weights,
-the paper's own code) are described from the shapes of their head tensors. Loading needs the path and nothing else.
+`preference` in config.json is a `PreferenceConfig`; checkpoints without one (published GPM weights, the paper's code)
+are described from the shapes of their head tensors.
 """
 
 import dataclasses
@@ -74,19 +74,9 @@ class PreferenceConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "PreferenceConfig":
         """Read the object back; a field this version does not know is an error, never silently dropped."""
-        if not isinstance(values, dict):
-            raise InputError(f"config.json: preference is {values!r}, expected an object")
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise InputError(f"config.json has unknown preference fields {sorted(unknown)}: is it of a newer version?")
-        kinds = {"dim": int, "max_length": int | None, "temperature": int | float}
-        kinds |= dict.fromkeys(("prompt_gate", "normalize", "learnable_temperature"), bool)
-        for name, kind in kinds.items():
-            value = values.get(name, getattr(cls, name))
-            if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-                raise InputError(f"config.json: preference has a value of the wrong kind ({name} is {value!r})")
-        if (values.get("max_length") or MIN_LENGTH) < MIN_LENGTH:
-            raise InputError(f"config.json: max_length is {values['max_length']}, expected at least {MIN_LENGTH}")
         return cls(**values)
 
     @classmethod
@@ -116,18 +106,15 @@ HEAD_NAMES = ("value_head.weight", "prompt_head.weight")
 
 def saved_preference(path: str, trust_remote_code: bool = False) -> PreferenceConfig | None:
     """What the checkpoint at `path` says about its head; None for a plain language model."""
-    recorded = getattr(load_config(path, trust_remote_code), "preference", None)
-    if recorded is not None:
+    if (recorded := getattr(load_config(path, trust_remote_code), "preference", None)) is not None:
         return PreferenceConfig.from_dict(recorded)
     shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(path, HEAD_NAMES).items()}
     value_head, prompt_head = map(shapes.get, HEAD_NAMES)
     return None if value_head is None else PreferenceConfig.from_shapes(value_head, prompt_head)
 
 
-def trained_preference(
-    path: str, trust_remote_code: bool = False, temperature: float | None = None
-) -> PreferenceConfig:
-    """The head of a trained model; `temperature` is used where the checkpoint records none (published weights).
+def trained_preference(path: str, trust_remote_code: bool = False, temperature: float | None = None):
+    """The `PreferenceConfig` of a trained model; `temperature` is used where none is recorded (published weights).
 
     Raises:
         InputError: no such model, no heads, or another temperature is recorded.
@@ -161,8 +148,7 @@ def load_config(path: str, trust_remote_code: bool = False):
 
 def checkpoint_identity(path: str) -> list:
     """Names, sizes and times of the files at `path`, or its hub snapshot; of an adapter, also its base model's."""
-    base = adapter_base(path)
-    of_base = checkpoint_identity(base) if base else []
+    of_base = checkpoint_identity(base) if (base := adapter_base(path)) else []
     if not Path(path).is_dir():
         return [resolve(path, "config.json"), of_base]
     written = {"arguments.json", "data_summary.json", "eval_metrics.json"}  # by training, beside the model
@@ -173,7 +159,7 @@ def checkpoint_identity(path: str) -> list:
 
 def weights_digest(path: str) -> str:
     """A checksum of samples of the weights at `path` and of its adapter's base; copies have the same."""
-    digest = hashlib.blake2b(digest_size=8)
+    digest, base = hashlib.blake2b(digest_size=8), adapter_base(path)
     names = set(_weight_map(path).values()) or {"model.safetensors", "adapter_model.safetensors", HEADS_FILE}
     for file in filter(None, (resolve(path, name) for name in sorted(names))):
         with open(file, "rb") as weights:
@@ -181,8 +167,7 @@ def weights_digest(path: str) -> str:
             for start in (0, size // 2, max(size - SAMPLE, 0)):
                 weights.seek(start)
                 digest.update(weights.read(SAMPLE))
-    base = adapter_base(path)
-    return digest.hexdigest() + (f" on {weights_digest(base)}" if base is not None else "")
+    return digest.hexdigest() + (f" on {weights_digest(base)}" if base else "")
 
 
 def adapter_base(path: str) -> str | None:
@@ -238,5 +223,4 @@ def reason(path: str, error: Exception) -> str:
 
 def first_line(error: Exception) -> str:
     """The first line of what an error says, or its kind."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -6,11 +6,9 @@ from general_preference.errors import InputError
 
 
 def choose_device(wanted: str | torch.device = "auto", index: int = 0) -> torch.device:
-    """The device to run on.
+    """The device `wanted`, such as "cuda:1"; "auto" is a CUDA or ROCm GPU, else Apple's mps, else the CPU.
 
-    Args:
-        wanted: "auto" (a CUDA or ROCm GPU, else Apple's mps, else the CPU), or a device such as "cuda:1" or "cpu".
-        index: which GPU "auto" and a bare "cuda" mean, for the processes of one machine.
+    index: which GPU "auto" and a bare "cuda" mean, for the processes of one machine.
 
     Raises:
         InputError: no such device here.

@@ -29,11 +29,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2, tor
 
 
 def asked_of_transformers(wanted: str) -> str | None:
-    """The `attn_implementation` to load a model with; None lets transformers choose.
-
-    Raises:
-        InputError: no such kernel, or flash-attn is not installed.
-    """
+    """The `attn_implementation` to load a model with (None: transformers chooses), or InputError if there is none."""
     if wanted not in CHOICES:
         raise InputError(f"attn_implementation {wanted!r} is none of {', '.join(CHOICES)}")
     if wanted == "flash_attention_2" and not is_flash_attn_2_available():
@@ -44,9 +40,7 @@ def asked_of_transformers(wanted: str) -> str | None:
 def choose_kernel(config, wanted: str, loaded: str, device: torch.device, dtype: torch.dtype, training: bool) -> str:
     """The kernel (a value of `_attn_implementation`) that a model runs on `device` in `dtype`.
 
-    Args:
-        wanted: one of `CHOICES`. loaded: the kernel with which transformers loaded the model.
-        training: gradients and dropout are needed, and a minute of compilation is worth it.
+    wanted: one of `CHOICES`. loaded: what transformers chose. training: gradients and dropout are needed.
 
     Raises:
         InputError: `wanted` is a kernel that this model or device cannot run exactly.
@@ -98,12 +92,17 @@ def kernel_error(config, kernel: str, device: torch.device, dtype: torch.dtype, 
     heads = config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    segments, positions = [], []
+    for prompt, responses in lengths:
+        for number, count in enumerate([prompt, *responses]):
+            segments += [number] * count
+            positions += range(prompt, prompt + count) if number else range(prompt)
+    total = len(segments)
     # Padded to FlexAttention's blocks of 128; padding sees itself alone and is cut off again.
-    parts = [(number, count) for prompt, responses in lengths for number, count in enumerate([prompt, *responses])]
-    total = sum(count for _, count in parts)
-    length = total + (-total % 128 if kernel == FLEX else 0)
+    padding = -total % 128 if kernel == FLEX else 0
+    rows = torch.tensor([[segments + [attention.PADDING] * padding], [positions + [0] * padding]], device=device)
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, count, length, size) for count in (heads, shared, shared, heads)]
+    shapes = [(1, count, total + padding, size) for count in (heads, shared, shared, heads)]
     query, key, value, weight = (torch.randn(shape, generator=generator).to(dtype).to(device) for shape in shapes)
     module = torch.nn.Module().train(gradients)
     module.config = type("Config", (), {"_attn_implementation": kernel})
@@ -112,12 +111,7 @@ def kernel_error(config, kernel: str, device: torch.device, dtype: torch.dtype, 
     def by_kernel(query, key, value):
         if kernel != FLEX:
             return attention.packed_attention(module, query, key, value, None, sequences=sequences)[0]
-        padding = length - total
-        segments = [number for number, count in parts for _ in range(count)] + [attention.PADDING] * padding
-        spans = [span for prompt, some in lengths for span in [(0, prompt), *((prompt, prompt + n) for n in some)]]
-        positions = [position for span in spans for position in range(*span)] + [0] * padding
-        mask = attention.block_mask(*(torch.tensor([row], device=device) for row in (segments, positions)))
-        return flex_attention_forward(module, query, key, value, mask)[0][:, :total]
+        return flex_attention_forward(module, query, key, value, attention.block_mask(*rows))[0][:, :total]
 
     def one_by_one(*tensors):
         found = []

@@ -1,7 +1,4 @@
-"""Backbones from folders and hub names: the causal LM, its LoRA adapter, partitioned or in 4 bits.
-
-Heads are added by reward_model.py; what a folder says without loading a model is read in config.py.
-"""
+"""Backbones from folders and hub names: the causal LM, its LoRA adapter, partitioned or in 4 bits."""
 
 import torch
 import transformers
@@ -28,8 +25,7 @@ def load_backbone(
 ):
     """The causal LM at `path`, with its LoRA adapter if the folder holds one."""
     config = load_config(path, trust_remote_code)
-    base = adapter_base(path)
-    if base is not None:
+    if (base := adapter_base(path)) is not None:
         try:
             model = load_backbone(base, dtype, attn_implementation, trust_remote_code, load_in_4bit, device)
         except InputError as error:
@@ -41,10 +37,10 @@ def load_backbone(
     asked = asked_of_transformers(attn_implementation)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # heads are "unexpected" to a causal LM; missing weights are checked
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "attn_implementation": asked}
     try:
-        options |= {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": trust_remote_code}
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=asked, **options
+            path, config=config, use_safetensors=True, output_loading_info=True, **options
         )
     except torch.OutOfMemoryError:
         raise

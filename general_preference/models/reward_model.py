@@ -21,8 +21,8 @@ from general_preference.models.config import (
     saved_preference,
     trained_preference,
 )
-from general_preference.models.experts import load_balancing_loss
 from general_preference.models.loading import load_backbone, partitioned_loading
+from general_preference.models.losses import load_balancing_loss
 from general_preference.models.saving import CardFacts, push_reward_model, read_card_facts, save_reward_model
 from general_preference.models.score import normalize_embedding
 
@@ -49,7 +49,7 @@ class Temperature(nn.Module):
 
 
 class RewardModel(PackedBackbone):
-    """Causal LM `backbone` + embedding head + prompt gate. Heads and gate run in fp32 whatever the backbone's dtype.
+    """Causal LM `backbone` + embedding head + prompt gate, both in fp32 whatever the backbone's dtype.
 
     `preference` is saved with the weights; `card` is what the saved README.md says besides.
     """
@@ -88,19 +88,16 @@ class RewardModel(PackedBackbone):
         targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         counted: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Embed every response and gate every prompt of a batch in one pass.
-
-        Args: the fields of `packing.Batch`: rows (R, L) of G prompts and N responses; `targets` and `counted` may be
-            None, for no regularizer and no load-balancing loss.
+        """Embed every response and gate every prompt of a `packing.Batch`, whose fields the arguments are, in one pass.
 
         Returns:
             embeddings: (N, D). temperature: (1,), learned or fixed. prompt_hidden_states: (G, hidden).
             gates: (G, P), only if the model has a gate.
             log_probs, counts: (N + G,) summed log-prob in nats and tokens per sequence, only with `targets`.
-            aux_loss: scalar, see `experts.load_balancing_loss`, only with `counted`.
+            aux_loss: scalar, see `losses.load_balancing_loss`, only with `counted`.
         """
-        rows, routed = (input_ids, position_ids, segments, shared, sequences), counted is not None
-        hidden, router_logits = self.hidden_states(*rows, routed)
+        rows = (input_ids, position_ids, segments, shared, sequences)
+        hidden, router_logits = self.hidden_states(*rows, routed=counted is not None)
         embeddings = self.value_head(hidden[response_ends])
         if self.preference.normalize:
             embeddings = normalize_embedding(embeddings)
@@ -145,16 +142,15 @@ def get_reward_model(
     trust_remote_code: bool = False,
     seed: int = 42,
 ) -> RewardModel:
-    """A preference model to train, on top of a language model or of an earlier preference model.
+    """A preference model to train, from a language model or an earlier preference model (the paper's arguments).
 
-    The arguments are those of the paper's function. A plain language model gets new heads (N(0, 1/hidden), by `seed`);
-    a preference model keeps its own, unless `init_value_head` / `init_prompt_head` ask for new ones.
+    A plain language model gets new heads (N(0, 1/hidden), by `seed`); a preference model keeps its own, unless
+    `init_value_head` / `init_prompt_head` ask for new ones.
 
     Args:
-        bf16: load the backbone in bfloat16, else in fp32.
+        bf16: the backbone in bfloat16, else fp32. load_in_4bit: in 4 bits (bitsandbytes), frozen under adapters.
         is_general_preference, value_head_dim (default 2), add_prompt_head: the head if `preference` is not given.
         ds_config: a DeepSpeed configuration; with ZeRO stage 3 no process holds the whole backbone (except in 4 bits).
-        load_in_4bit: the backbone in 4 bits (bitsandbytes), frozen under adapters.
         attn_implementation: one of `kernels.CHOICES`; the kernel is chosen where the model runs.
 
     Raises:
@@ -168,8 +164,7 @@ def get_reward_model(
     if saved is not None:
         saved.check(path, head=preference.head, dim=preference.dim, prompt_gate=preference.prompt_gate)
     attention = "flash_attention_2" if use_flash_attention_2 else attn_implementation
-    partitioned = partitioned_loading(ds_config)
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    partitioned, dtype = partitioned_loading(ds_config), torch.bfloat16 if bf16 else torch.float32
     backbone = load_backbone(path, dtype, attention, trust_remote_code, load_in_4bit)
     if lora_rank > 0:
         if hasattr(backbone, "peft_config"):
@@ -201,9 +196,7 @@ def load_reward_model(
     Raises:
         InputError: no such model, a plain language model without heads, or weights that cannot be read.
     """
-    if preference is None:
-        preference = trained_preference(path, trust_remote_code)
-    device = torch.device(device)
+    preference, device = preference or trained_preference(path, trust_remote_code), torch.device(device)
     backbone = load_backbone(path, dtype, attn_implementation, trust_remote_code, device=device)
     model = RewardModel(backbone, preference, attn_implementation)
     _copy_heads(model, path, HEAD_NAMES)
@@ -219,13 +212,9 @@ def _copy_heads(model: RewardModel, path: str, names) -> None:
     tensors = read_tensors(path, names)
     for name in names:
         head = getattr(model, name.split(".")[0])
-        found, needed = (
-            part if part is None else tuple(part.shape) for part in (tensors.get(name), head and head.weight)
-        )
-        if found is None and needed is not None:
-            raise InputError(f"{path} has no {name}, which its configuration describes")
+        found = f"has {name} of shape {tuple(tensors[name].shape)}" if name in tensors else f"has no {name}"
+        needed = f"has no {name}" if head is None else f"has {name} of shape {tuple(head.weight.shape)}"
         if found != needed:
-            problem = f"has no {name}" if found is None else f"has {name} of shape {found}"
-            raise InputError(f"{path} {problem}, but its configuration describes {needed}")
+            raise InputError(f"{path} {found}, but the model that its configuration describes {needed}")
         if head is not None:
             head.weight.data.copy_(tensors[name])

@@ -49,8 +49,8 @@ def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_s
 def push_reward_model(model, repo_id: str, *, private=None, token=None, revision=None, tags=None, **options):
     """Upload what `save_reward_model` writes and return huggingface_hub's CommitInfo.
 
-    Takes the arguments of transformers' `push_to_hub`, whose mixin is not used because it replaces the card. A missing
-    repository is created; an existing README.md is kept. The tokenizer has its own `push_to_hub`.
+    Takes the arguments of transformers' `push_to_hub`, whose mixin would replace the card. A missing repository is
+    created; an existing README.md is kept.
     """
     api, max_shard_size = HfApi(token=token), options.pop("max_shard_size", "50GB")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -132,9 +132,9 @@ def model_card(preference: PreferenceConfig, facts: CardFacts, tags: list[str] |
         pipeline_tag="text-classification",
         tags=["reward-model", "preference-model", preference.head, "arxiv:2410.02197", *(tags or [])],
     )
-    rows = [(name, row.get("accuracy", 0), row.get("loss", 0), row.get("n", 0)) for name, row in facts.results.items()]
     table = ["| held-out comparisons | accuracy | loss | n |", "|---|---:|---:|---:|"]
-    table += [f"| {name} | {accuracy:.4f} | {loss:.4f} | {n} |" for name, accuracy, loss, n in rows]
+    for name, row in facts.results.items():
+        table.append(f"| {name} | {row.get('accuracy', 0):.4f} | {row.get('loss', 0):.4f} | {row.get('n', 0)} |")
     return ModelCard.from_template(
         data,
         template_str=_TEMPLATE,

@@ -40,10 +40,7 @@ def preference_score(first: torch.Tensor, second: torch.Tensor, gate: torch.Tens
 def plane_scores(first: torch.Tensor, second: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
     """What each plane adds to `preference_score`: gate_p * (first[2p] * second[2p+1] - first[2p+1] * second[2p]).
 
-    Args, Raises: as `preference_score`.
-
-    Returns:
-        (..., P) in fp32 or better, antisymmetric, without an odd D's scalar difference.
+    Args, Raises: as `preference_score`. Returns (..., P) in fp32 or better, without an odd D's scalar difference.
     """
     dim = first.shape[-1]
     planes = dim // 2
@@ -60,11 +57,8 @@ def plane_scores(first: torch.Tensor, second: torch.Tensor, gate: torch.Tensor |
 def preference_matrix(embeddings: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
     """All pairwise scores of K responses to one prompt: entry (i, j) is the score of response i against response j.
 
-    Args:
-        embeddings: (..., K, D). gate: (..., P), shared by the K responses, or None.
-
-    Returns:
-        (..., K, K) scores, exactly antisymmetric, zero on the diagonal. K forward passes are enough for K * K scores.
+    embeddings: (..., K, D). gate: (..., P), shared by the K responses, or None. Returns (..., K, K) scores, exactly
+    antisymmetric.
     """
     gate = None if gate is None else gate[..., None, None, :]
     return preference_score(embeddings[..., :, None, :], embeddings[..., None, :, :], gate)

@@ -14,10 +14,8 @@ def preference_sums(
 ) -> Tensor:
     """Sums that describe M scored preferences. Never waits for an accelerator.
 
-    Args:
-        score, label, loss: (M,) score of first against second, probability in [0, 1] that first is preferred, loss.
-        temperature: tau of P = sigmoid(score / tau).
-        counted: (M,) booleans, which preferences count; None for all.
+    score, label, loss: (M,) score of first against second, probability in [0, 1] that first is preferred, loss.
+    temperature: tau of P = sigmoid(score / tau). counted: (M,) booleans, which preferences count; None for all.
 
     Returns:
         (6 + 3 * CALIBRATION_BINS,) float64: count, loss, correct, ties, probability, margin; then per confidence bin

@@ -11,8 +11,7 @@ import torch
 
 from general_preference.datasets.packing import Batch, Collator
 from general_preference.models.attention import RowLayout
-from general_preference.models.experts import balance_coefficient
-from general_preference.models.losses import preference_loss, regularizer
+from general_preference.models.losses import balance_coefficient, preference_loss, regularizer
 from general_preference.models.reward_model import RewardModel
 from general_preference.models.score import preference_score
 from general_preference.models.statistics import preference_statistics, preference_sums
