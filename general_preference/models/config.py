@@ -77,6 +77,13 @@ class PreferenceConfig:
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise InputError(f"config.json has unknown preference fields {sorted(unknown)}: is it of a newer version?")
+        kinds = {"dim": (int,), "max_length": (int, type(None)), "temperature": (int, float)}
+        kinds |= dict.fromkeys(("prompt_gate", "normalize", "learnable_temperature"), (bool,))
+        for name in kinds.keys() & values.keys():
+            if type(values[name]) not in kinds[name]:
+                raise InputError(f"config.json: preference has a value of the wrong kind ({name} is {values[name]!r})")
+        if (values.get("max_length") or MIN_LENGTH) < MIN_LENGTH:
+            raise InputError(f"config.json: max_length is {values['max_length']}, expected at least {MIN_LENGTH}")
         return cls(**values)
 
     @classmethod
