@@ -33,16 +33,10 @@ def flag(default, text: str, **metadata):
     return field(default=default, metadata={"help": text, **metadata})
 
 
-def parse_flags(
-    groups: tuple[type, ...],
-    argv: list[str] | None,
-    description: str,
-    replaced: Callable[[argparse.Namespace], tuple[str, ...]] = lambda flags: (),
-) -> list:
+def parse_flags(groups: tuple[type, ...], argv: list[str] | None, description: str, replaced=lambda flags: ()) -> list:
     """One filled dataclass per group. Unknown flags and values of the wrong type exit with code 2, as argparse does.
 
-    Args:
-        replaced: from the flags of the command line alone, keys of the --config file that they make meaningless.
+    replaced: from the Namespace of the command line alone, keys of the --config file that it makes meaningless.
     """
     parser = HfArgumentParser(groups, allow_abbrev=False, description=description)
     parser.error = functools.partial(_refuse, parser)
@@ -125,14 +119,14 @@ def exit_code(work: Callable[[], None], kept: str) -> int:
     if is_main_process() or not everywhere:
         sys.stderr.write(message + "\n")
         sys.stderr.flush()
-    elif code in (1, 2):  # a launcher ends all processes as soon as one has failed
+    elif code < 3:  # a launcher ends all processes as soon as one has failed
         time.sleep(PATIENCE)
     return code
 
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGINT raise `Stopped` where they arrive; of several processes, which wait for each other, each ends."""
+    """SIGTERM and SIGINT raise `Stopped` where they arrive; one of several processes, which wait for it, just ends."""
 
     def stop(number, _frame):
         raise Stopped(number)

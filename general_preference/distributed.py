@@ -1,9 +1,9 @@
 """The processes of one run: ranks, collectives, and work that all of them must agree on. No engine, no device.
 
-Starting, watching and restarting processes is torchrun's work (scripts/launch.py); a run without a launcher is a world
-of one.
+torchrun starts, watches and restarts them (scripts/launch.py); without a launcher there is one.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,11 +19,11 @@ from general_preference.errors import InputError, RunError
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
-class DistributedContext:
+class DistributedContext(contextlib.AbstractContextManager):
     """Ranks and collectives of an initialized process group; objects and CPU tensors always go over gloo."""
 
     def __init__(self):
-        """Read the ranks of the process group that exists."""
+        """Of the process group that exists."""
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.is_main = self.rank == 0
@@ -44,22 +44,17 @@ class DistributedContext:
         """
         if dist.is_initialized():
             return cls()
+        limit = timedelta(seconds=timeout)
         if os.environ.get("WORLD_SIZE", "1") == "1":
-            for name, value in ALONE.items():
-                os.environ.setdefault(name, value)
-            dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout)
-            )
-            return cls()
-        if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
-            raise InputError(
-                "WORLD_SIZE is set, but not RANK and MASTER_ADDR: start with scripts/launch.py or torchrun"
-            )
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-        # torchrun keeps its store over restarts, and with it the addresses of processes that are gone.
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        options = {"store": store, "rank": rank, "world_size": world_size}
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **options)
+            os.environ |= ALONE | os.environ
+            store, rank, world_size = dist.HashStore(), 0, 1
+        elif "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+            raise InputError("WORLD_SIZE is set without RANK and MASTER_ADDR: start with scripts/launch.py or torchrun")
+        else:
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+            # torchrun keeps its store over restarts, and with it the addresses of processes that are gone.
+            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         return cls()
 
     def main_process_first(self, work: Callable[[], Any], main_only: bool = False) -> Any:
@@ -112,16 +107,15 @@ class DistributedContext:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes, in place."""
-        dist.all_reduce(tensor, group=self._group_of(tensor))
-        return tensor
+        return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         """The largest of each element over all processes, in place."""
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group_of(tensor))
-        return tensor
+        return self._reduce(tensor, dist.ReduceOp.MAX)
 
-    def _group_of(self, tensor: torch.Tensor):
-        return self._host_group if tensor.device.type == "cpu" else None
+    def _reduce(self, tensor: torch.Tensor, operation) -> torch.Tensor:
+        dist.all_reduce(tensor, operation, group=self._host_group if tensor.device.type == "cpu" else None)
+        return tensor
 
     def gather_objects(self, value: Any) -> list:
         """One picklable value of each process, on all of them."""
@@ -144,16 +138,12 @@ class DistributedContext:
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
-    def __enter__(self) -> "DistributedContext":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *_) -> None:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    __exit__ = close
 
 
 def is_main_process() -> bool:

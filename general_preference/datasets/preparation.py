@@ -7,28 +7,20 @@ import json
 from dataclasses import asdict, dataclass
 
 import datasets
+import numpy
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from general_preference.datasets.sources import Source, load_source, record_location
+from general_preference.datasets.sources import INTEGERS, PREFERENCES, TEXT, Source, load_source, record_location
 from general_preference.datasets.tokenization import ComparisonTokenizer, stable_hash
 from general_preference.errors import InputError
 
 COUNTS = ("empty", "identical", "prompt_cut", "response_cut", "identical_after_cut")
-TOKENIZED = datasets.Features(
-    {
-        "id": datasets.Value("string"),
-        "subset": datasets.Value("string"),
-        "prompt_key": datasets.Value("string"),
-        "prompt_ids": datasets.List(datasets.Value("int32")),
-        "response_ids": datasets.List(datasets.List(datasets.Value("int32"))),
-        "first": datasets.List(datasets.Value("int32")),
-        "second": datasets.List(datasets.Value("int32")),
-        "label": datasets.List(datasets.Value("float64")),
-        "margin": datasets.Value("float64"),
-        "length": datasets.Value("int32"),
-        **{name: datasets.Value("bool") for name in COUNTS},
-    }
-)
+_IDS = {"prompt_ids": INTEGERS, "response_ids": datasets.List(INTEGERS)}
+_KEYS = {"id": TEXT, "subset": TEXT, "prompt_key": TEXT}
+_NUMBERS = {"length": datasets.Value("int32")} | dict.fromkeys(COUNTS, datasets.Value("bool"))
+TOKENIZED = datasets.Features(_KEYS | _IDS | PREFERENCES | _NUMBERS)
 
 
 @dataclass
@@ -210,18 +202,13 @@ def split_by_prompt(
 
 def _units(prompt_keys: list[str], groups: list[int] | None) -> list[list[int]]:
     """Row indices that must stay together: groups, joined where they share a prompt."""
-    parent: dict[object, object] = {}
-
-    def root(node):
-        while parent.setdefault(node, node) != node:
-            parent[node] = node = parent[parent[node]]
-        return node
-
-    for index, key in enumerate(prompt_keys):
-        parent[root(index if groups is None else groups[index])] = root(key)
-    units: dict[object, list[int]] = {}
-    for index, key in enumerate(prompt_keys):
-        units.setdefault(root(key), []).append(index)
+    _, prompts = numpy.unique(prompt_keys, return_inverse=True)
+    _, others = numpy.unique(range(len(prompts)) if groups is None else groups, return_inverse=True)
+    edges = coo_array((numpy.ones(len(prompts)), (prompts, len(prompts) + others)), shape=2 * (2 * len(prompts),))
+    _, parts = connected_components(edges, directed=False)
+    units: dict[int, list[int]] = {}
+    for index, part in enumerate(parts[prompts].tolist()):
+        units.setdefault(part, []).append(index)
     return list(units.values())
 
 

@@ -21,18 +21,17 @@ logger = logging.getLogger(__name__)
 READER_VERSION = 5  # part of the cache key: raise it when the meaning of a row changes
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SAVED = "state.json"  # marks a folder written by `Dataset.save_to_disk`
-_MESSAGE = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+TEXT, FLOAT, INTEGERS = datasets.Value("string"), datasets.Value("float64"), datasets.List(datasets.Value("int32"))
+_MESSAGES = datasets.List({"role": TEXT, "content": TEXT})
+PREFERENCES = {"first": INTEGERS, "second": INTEGERS, "label": datasets.List(FLOAT), "margin": FLOAT}
 ROW = datasets.Features(
     {
-        "id": datasets.Value("string"),
-        "subset": datasets.Value("string"),
-        "prompt": datasets.List(_MESSAGE),
-        "responses": datasets.List(datasets.List(_MESSAGE)),
-        "first": datasets.List(datasets.Value("int32")),
-        "second": datasets.List(datasets.Value("int32")),
-        "label": datasets.List(datasets.Value("float64")),
-        "margin": datasets.Value("float64"),
-        "problem": datasets.Value("string"),
+        "id": TEXT,
+        "subset": TEXT,
+        "prompt": _MESSAGES,
+        "responses": datasets.List(_MESSAGES),
+        **PREFERENCES,
+        "problem": TEXT,
     }
 )
 

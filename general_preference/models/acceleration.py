@@ -11,18 +11,10 @@ from transformers.utils import is_liger_kernel_available
 from general_preference.errors import InputError
 
 # What selective checkpointing keeps: the results that take a matrix product or an attention kernel to make again.
-_EXPENSIVE = (
-    "aten::mm",
-    "aten::addmm",
-    "aten::bmm",
-    "aten::_grouped_mm",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "torch_attn::_varlen_attn",
-    "flash_attn::_flash_attn_varlen_forward",
-)
+_ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+_EXPENSIVE = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "_grouped_mm")}
+_EXPENSIVE |= {f"aten::_scaled_dot_product_{name}" for name in _ATTENTION}
+_EXPENSIVE |= {"torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward"}
 
 
 def checkpoint_activations(language_model, *, reentrant: bool, selective: bool) -> None:

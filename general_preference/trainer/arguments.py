@@ -51,9 +51,7 @@ class ModelArguments:
         """The head these flags ask for; InputError where they contradict each other."""
         head = self.preference_head or ("gpm" if self.is_general_preference else "bt")
         if self.is_general_preference and head == "bt":
-            raise InputError(
-                "--is_general_preference asks for a GPM and --preference_head bt for Bradley-Terry: drop one"
-            )
+            raise InputError("--is_general_preference asks for a GPM, --preference_head bt for Bradley-Terry: drop one")
         if self.normalize and head == "bt":
             raise InputError("--normalize has no meaning for --preference_head bt (one number): drop it")
         dim = self.value_head_dim if self.value_head_dim is not None else {"bt": 1, "gpm": 2, "hybrid": 3}[head]
@@ -92,9 +90,7 @@ class DataArguments:
         check_at_least(self, 1, "max_samples", "group_size", "preprocessing_workers")
         check_at_least(self, 8, "max_len")  # room for a prompt and a response
         if self.group_size > 1 and self.dataset_probs and self.dataset.count(","):
-            raise InputError(
-                "--group_size keeps neighbors together and --dataset_probs draws record by record: drop one"
-            )
+            raise InputError("--group_size keeps neighbors together, --dataset_probs draws one by one: drop one")
 
 
 @dataclass
@@ -118,9 +114,7 @@ class LossArguments:
     def check(self) -> None:
         """InputError for values that cannot be used together."""
         if self.loss == "regression" and self.margin_loss:
-            raise InputError(
-                "--margin_loss belongs to --loss logistic; --loss regression has --regression_target_margin instead"
-            )
+            raise InputError("--margin_loss belongs to --loss logistic; regression has --regression_target_margin")
         if not 0 <= self.ptx_loss_coef <= 1:
             raise InputError(f"--ptx_loss_coef {self.ptx_loss_coef} must lie between 0 and 1")
         check_at_least(self, 0, "aux_loss_coef")
@@ -244,9 +238,7 @@ class Arguments:
         if engine.selective_checkpointing and engine.gradient_checkpointing_use_reentrant:
             raise InputError("--selective_checkpointing and --gradient_checkpointing_use_reentrant exclude each other")
         if engine.gradient_checkpointing_use_reentrant and not engine.gradient_checkpointing:
-            raise InputError(
-                "--gradient_checkpointing_use_reentrant says how: add --gradient_checkpointing, or drop it"
-            )
+            raise InputError("--gradient_checkpointing_use_reentrant is a kind of --gradient_checkpointing: add that")
         for name in ("torch_compile", "use_liger_kernel"):  # they write into tensors that it believes to be unchanged
             if engine.selective_checkpointing and getattr(engine, name):
                 raise InputError(f"--selective_checkpointing and --{name} exclude each other: drop one")
@@ -259,10 +251,8 @@ class Arguments:
             raise InputError("--adam_offload moves what ZeRO partitions: use --zero_stage 1 to 3, not 0, or drop it")
         own = "bf16" if engine.bf16 else "fp32"
         if engine.zero_stage == 0 and engine.grad_accum_dtype not in (None, own):
-            raise InputError(
-                f"--grad_accum_dtype {engine.grad_accum_dtype} with --zero_stage 0 must be {own}, in which it trains: "
-                "use --zero_stage 1 to 3, or drop it"
-            )
+            found = f"--grad_accum_dtype {engine.grad_accum_dtype} with --zero_stage 0 must be {own}"
+            raise InputError(f"{found}, in which it trains: use --zero_stage 1 to 3, or drop it")
         if engine.zpg > 1 and engine.zero_stage != 3:
             raise InputError(f"--zpg {engine.zpg} needs --zero_stage 3, not {engine.zero_stage}")
         self.check_routing(self.loss.aux_loss_coef)

@@ -1,7 +1,7 @@
 """What a run leaves on disk to go on from, and its finished models.
 
-`step_N/` holds one file per process (shards.py) and `manifest.json`: the run's state, size and checksum of each file. It
-is written as `.writing_step_N`, flushed and renamed; `latest` names the newest. Loading skips what is damaged or
+`step_N/` holds one file per process (shards.py) and `manifest.json`: the run's state, size and checksum of each file.
+It is written as `.writing_step_N`, flushed and renamed; `latest` names the newest. Loading skips what is damaged or
 incomplete, says why, and takes the newest that is whole.
 """
 
@@ -154,7 +154,7 @@ class CheckpointStore:
         found.sort(key=lambda path: (_step_of(path) <= newest, _step_of(path)), reverse=True)
         total = 0
         for number, path in enumerate(found, 1):
-            total += folder_bytes(path)
+            total += sum(file.stat().st_size for file in path.iterdir())
             if number > 1 and (number > self.max_number or total > self.max_bytes):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -192,11 +192,6 @@ def _read_manifest(folder: Path) -> tuple[dict | None, str | None]:
     return content, None
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def save_model(engine: Engine, tokenizer, folder: Path) -> None:
     """Save the model and its tokenizer into `folder`, written beside it and then moved in. Collective.
 
@@ -223,13 +218,9 @@ def save_model(engine: Engine, tokenizer, folder: Path) -> None:
 
 
 def _move_model(temporary: Path, folder: Path) -> None:
-    for stale in [
-        folder / "config.json",
-        *folder.glob("*.safetensors"),
-        *folder.glob("*.safetensors.index.json"),
-        folder / "adapter_config.json",
-    ]:
-        stale.unlink(missing_ok=True)
+    for pattern in ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json"):
+        for stale in list(folder.glob(pattern)):
+            stale.unlink()
     # config.json comes last: without it the folder is no model yet.
     for file in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
         if file.is_dir():

@@ -43,12 +43,7 @@ def read_overrides(path: str) -> dict:
 
 
 def engine_config(
-    engine: EngineArguments,
-    optimizer: OptimizerArguments,
-    *,
-    on_gpu: bool,
-    world_size: int = 1,
-    overrides: dict | None = None,
+    engine: EngineArguments, optimizer: OptimizerArguments, *, on_gpu: bool, world_size: int = 1, overrides=None
 ) -> dict:
     """The configuration that the arguments describe, with `overrides` merged over it (objects deeply).
 
@@ -115,9 +110,8 @@ def _check(engine: EngineArguments, optimizer: OptimizerArguments, world_size: i
     for name, (argument, value) in arguments.items():
         found = _at(path, overrides, name)
         if found is not None and value is not None and found != value:
-            raise _refused(
-                path, f"says {name} = {json.dumps(found)}, but {argument} is {json.dumps(value)}: change one"
-            )
+            there = f"says {name} = {json.dumps(found)}"
+            raise _refused(path, f"{there}, but {argument} is {json.dumps(value)}: change one")
     for name, usual in _FIXED.items():
         found = _at(path, overrides, name)
         if found is not None and found != usual and found != {}:

@@ -88,9 +88,8 @@ class DeepSpeedEngine:
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its progress
             deepspeed.init_distributed(dist_backend=backend, verbose=False)  # takes over the group just made
         if self.context.world_size % engine.zpg:
-            raise InputError(
-                f"zpg {engine.zpg} does not divide the {self.context.world_size} processes: use the number per node"
-            )
+            count = self.context.world_size
+            raise InputError(f"zpg {engine.zpg} does not divide the {count} processes: use the number per node")
         self._config = self._read_config()
         set_seed(optimizer.seed)
         self.engine: Any = None
@@ -108,7 +107,7 @@ class DeepSpeedEngine:
 
     @property
     def model(self) -> RewardModel:
-        """Inside DeepSpeed's engine."""
+        """As DeepSpeed's engine holds it."""
         return self.engine.module
 
     def config(self) -> dict:
@@ -156,9 +155,8 @@ class DeepSpeedEngine:
             compile_layers(model.language_model)
         self._match_partitioned(model)
         config = self.config()
-        options = {
-            "lr": arguments.learning_rate, "betas": tuple(arguments.adam_betas), "weight_decay": arguments.l2
-        }  # fmt: skip
+        betas = tuple(arguments.adam_betas)
+        options = {"lr": arguments.learning_rate, "betas": betas, "weight_decay": arguments.l2}
         if offloads_optimizer(config):
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles an operator when first used
 

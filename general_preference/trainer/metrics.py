@@ -189,15 +189,11 @@ class MetricsAccumulator:
             found = [entry for part in self.engine.context.gather_objects(bad) for entry in part]
             first = min((step for step, _ in found), default=0)
             names = list(dict.fromkeys(name for step, name in found if step == first))
-            raise NonFiniteError(
-                f"the loss is not finite at step {first}, in {len(names)} comparisons: {'; '.join(names[:4])}"
-                f"{'; ...' if len(names) > 4 else ''}. Look at these records, or lower the learning rate",
-                everywhere=True,
-            )
+            shown = "; ".join(names[:4] + ["..."] * (len(names) > 4))
+            where = f"at step {first}, in {len(names)} comparisons: {shown}"
+            raise NonFiniteError(f"the loss is not finite {where}. Look at these records, or lower the learning rate")
         finite = torch.isfinite(torch.stack([norm for _, norm in self.norms])).tolist()
         for (step, _), fine in zip(self.norms, finite, strict=True):
             if not fine:  # the engine skips such a step, or spoils the weights
-                raise NonFiniteError(
-                    f"the gradient is not finite at step {step}, though the loss is: lower the learning rate",
-                    everywhere=True,
-                )
+                problem = f"the gradient is not finite at step {step}, though the loss is"
+                raise NonFiniteError(f"{problem}: lower the learning rate")

@@ -1,11 +1,9 @@
 """Weights and optimizer states on disk as flat fragments: every process writes what it owns and reads what it owns now.
 
-ZeRO cuts all parameters, end to end, into one stretch per process. A process writes its stretches into one safetensors
-file with a table of which part of which parameter lies where; a reader takes what it owns from the files that hold it.
-So the number of processes and the ZeRO stage may change in between, all processes write and read at the same time,
-nothing is gathered in one place, and no pickle is loaded. (DeepSpeed's universal checkpoints convert a finished
-checkpoint into a second, whole copy first, and know neither ZeRO 0 nor parameter groups with their own options under
-ZeRO 3.)
+A safetensors file holds what one process owns under ZeRO, with a table of which part of which parameter lies where; a
+reader takes what it owns from the files that hold it. So the number of processes and the ZeRO stage may change, nothing
+is gathered in one place, and no pickle is loaded. (DeepSpeed's universal checkpoints make a second, whole copy first,
+and know neither ZeRO 0 nor parameter groups with their own options under ZeRO 3.)
 """
 
 import json

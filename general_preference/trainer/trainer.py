@@ -169,10 +169,8 @@ class Trainer:
             results = {name: self.evaluate(name, requests) for name in self.eval_sets}
             for name, row in results.items():
                 if not math.isfinite(row["loss"]):
-                    raise NonFiniteError(
-                        f"the evaluation loss on {name} is not finite after step {step}: lower the learning rate",
-                        everywhere=True,
-                    )
+                    where = f"the evaluation loss on {name} is not finite after step {step}"
+                    raise NonFiniteError(f"{where}: lower the learning rate")
             rows = {f"eval/{name}/{key}": value for name, row in results.items() for key, value in row.items()}
             if self.logger is not None:
                 self.logger.log(step, rows)
@@ -189,12 +187,9 @@ class Trainer:
     def evaluate(self, name: str, requests: StopRequests | None = None) -> dict[str, float]:
         """Statistics of one evaluation set, each comparison exactly once, the same numbers on every process."""
         comparisons, engine, context = self.eval_sets[name], self.engine, self.context
-        items = evaluation_batches(
-            comparisons.table["length"][:],
-            micro_batch_size=self.arguments.optimizer.micro_train_batch_size,
-            world_size=context.world_size,
-            rank=context.rank,
-        )
+        lengths, micro = comparisons.table["length"][:], self.arguments.optimizer.micro_train_batch_size
+        processes = {"world_size": context.world_size, "rank": context.rank}
+        items = evaluation_batches(lengths, micro_batch_size=micro, **processes)
         engine.train_mode(False)
         self.objective.begin_evaluation(name)
         loader = self._loader(comparisons, items, self.objective.collate_evaluation)
