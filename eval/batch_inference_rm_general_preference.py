@@ -4,9 +4,8 @@
     python eval/batch_inference_rm_general_preference.py --pretrain MODEL --dataset FILE --output_path results.jsonl
     torchrun --nproc-per-node 8 eval/batch_inference_rm_general_preference.py ...                the same on 8 devices
 
-Writes OUTPUT (one JSON line per comparison, in the order of the data), OUTPUT's name with .summary.json (accuracy with
-its 95 % interval, loss, calibration, per subset) and .reliability.png. Started again after a stop, it continues. Exit
-codes, each with one line: 1 the run failed, 2 what was given cannot be used, 130 interrupted.
+Writes OUTPUT (a JSON line per comparison, in the order of the data) and beside it .summary.json (accuracy, loss,
+calibration per subset) and .reliability.png. Started again after a stop, it continues.
 """
 
 import logging
@@ -58,9 +57,8 @@ class BatchArguments:
 
     def check(self) -> None:
         """InputError for what cannot work, before anything is loaded."""
-        for name in ("pretrain", "dataset"):
-            if not getattr(self, name):
-                raise InputError(f"--{name} is missing")
+        if missing := [name for name in ("pretrain", "dataset") if not getattr(self, name)]:
+            raise InputError(f"--{missing[0]} is missing")
         check_positive(self, "max_samples", "micro_batch_size")
         if Path(self.output_path).is_dir():
             raise InputError(f"--output_path {self.output_path} is a folder: name a file in it")
@@ -86,8 +84,8 @@ def run(arguments: BatchArguments, inference: InferenceArguments) -> None:
         logger.info("%s", "\n".join(map(str, read)))
         names = ("pretrain", "dataset", "dataset_probs", "max_samples", "seed")
         asked = {name: getattr(arguments, name) for name in names}
-        content = table._fingerprint  # of the files' sizes and times, the tokenizer, and the draw
-        others = {"save_embeddings": arguments.save_embeddings, "comparisons": content}
+        # The fingerprint is of the files' sizes and times, the tokenizer, and the draw.
+        others = {"save_embeddings": arguments.save_embeddings, "comparisons": table._fingerprint}
         settings = run_settings(rm, arguments.pretrain, asked, **others)
         with store.open(context, len(table), settings, arguments.overwrite):
             make_row = partial(result_row, tau=rm.tau, save_embeddings=arguments.save_embeddings)

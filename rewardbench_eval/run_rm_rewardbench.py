@@ -5,9 +5,8 @@
     python rewardbench_eval/run_rm_rewardbench.py --model MODEL --rewardbench_version 2 --dataset rows.parquet
     torchrun --nproc-per-node 8 rewardbench_eval/run_rm_rewardbench.py --model MODEL                     on 8 devices
 
-Writes into --output_dir, all named after the model: .json (the official layout), .jsonl (one line per row, in their
-order), .summary.json (sections, intervals, and what the run was made with) and .png. Started again after a stop, it
-continues. Exit codes, each with one line: 1 the run failed, 2 what was given cannot be used, 130 interrupted.
+Writes MODEL.json (the official layout), .jsonl (a line per row), .summary.json (sections, intervals, what the run was
+made with) and .png into --output_dir. Started again after a stop, it continues. Exit codes: as of the training script.
 """
 
 import json
@@ -71,15 +70,14 @@ class RewardBenchArguments:
     is_custom_model: bool | None = flag(None, "always so here: models of this repository; false is an error")
     not_quantized: bool | None = flag(None, "always so here: weights are never quantized; false is an error")
     do_not_save: bool | None = flag(None, "always so here: nothing is uploaded to the hub; false is an error")
-    disable_beaker_save: bool = flag(False, "accepted and not used: nothing is written for Beaker jobs")
+    disable_beaker_save: bool = flag(False, "always so here")
 
     def check(self) -> None:
         """InputError for what cannot work, before anything is loaded."""
         if not self.model:
             raise InputError("--model is missing")
-        for name in ("dataset", "tokenizer", "chat_template", "output_dir"):
-            if getattr(self, name) == "":
-                raise InputError(f"--{name} is empty: give it a value, or drop it")
+        if empty := [name for name, value in vars(self).items() if value == ""]:
+            raise InputError(f"--{empty[0]} is empty: give it a value, or drop it")
         check_positive(self, "batch_size")
         if False in (self.is_custom_model, self.not_quantized, self.do_not_save):
             raise InputError("--is_custom_model, --not_quantized, --do_not_save: false is not possible, see --help")
@@ -131,14 +129,13 @@ def run(arguments: RewardBenchArguments, inference: InferenceArguments) -> None:
         rm = context.main_process_first(lambda: inference.load(arguments.model, context.local_rank, **options))
         workers = inference.preprocessing_workers
         table = context.main_process_first(lambda: tokenize(rows, rm.encoder, workers, benchmark.title))
-        read = summarize_table(benchmark.title, table)
-        logger.info("%s", read)
+        logger.info("%s", read := summarize_table(benchmark.title, table))
         if read.identical_after_cut and read.identical + read.identical_after_cut == len(table):
             raise InputError("every row has responses with the same tokens: raise --max_length or fix the template")
         names = ("model", "dataset", "rewardbench_version", "pref_sets", "debug", "tokenizer", "chat_template")
         asked = {name: getattr(arguments, name) for name in names}
-        tokens, texts = rm.encoder.fingerprint(), data.content_fingerprint(rows)  # tokens: template, cuts
-        settings = run_settings(rm, arguments.model, asked, tokens=tokens, data=texts)
+        hashes = {"tokens": rm.encoder.fingerprint(), "data": data.content_fingerprint(rows)}
+        settings = run_settings(rm, arguments.model, asked, **hashes)
         with store.open(context, len(table), settings, arguments.overwrite):
             make_row = partial(report.best_of_n_row if benchmark.best_of_n else result_row, tau=rm.tau)
             score_table(rm, table, store, context, make_row, arguments.batch_size)
@@ -177,8 +174,8 @@ def finish(arguments: RewardBenchArguments, rm: GPMPipeline, read: Summary, stor
     results = report.summarize_subsets(benchmark, graded)
     prior = prior_score_of(arguments, store.settings) if benchmark is REWARDBENCH_1 else None
     scores = report.aggregate(benchmark, results, prior)
-    template = template_name(rm.tokenizer)
-    official = report.official_results(benchmark, results, arguments.name, rm.preference, template, winner)
+    of_model = arguments.name, rm.preference, template_name(rm.tokenizer)
+    official = report.official_results(benchmark, results, *of_model, winner)
     replace_text(store.beside(OFFICIAL), json.dumps(official, indent=4))
     title = f"{arguments.name} on {benchmark.title}" + (", first ten rows" if arguments.debug else "")
     drawn = draw_subsets(results, *report.picture_labels(benchmark), title, store.beside(PICTURE))
@@ -195,32 +192,27 @@ def finish(arguments: RewardBenchArguments, rm: GPMPipeline, read: Summary, stor
 
 def prior_score_of(arguments: RewardBenchArguments, settings: dict) -> float | None:
     """The same model's score on the prior sets, if it is in the same folder; else None."""
-    try:
-        found = json.loads(arguments.output(PREF_SETS, ".summary.json").read_text(encoding="utf-8"))
-        prior = found["scores"]["Prior Sets"]
-        same = all(found["settings"][name] == settings[name] for name in OF_THE_MODEL)
-    except (OSError, ValueError, LookupError, TypeError):
+    summary = arguments.output(PREF_SETS, ".summary.json")
+    if not summary.is_file():
         return None
-    if not same:
-        logger.warning("%s is of another model or other settings: not averaged", arguments.output(PREF_SETS))
-    return prior if same else None
+    found = json.loads(summary.read_text(encoding="utf-8"))
+    if all(found["settings"].get(name) == settings[name] for name in OF_THE_MODEL):
+        return found["scores"].get("Prior Sets")
+    logger.warning("%s is of another model or other settings: not averaged", summary)
+    return None
 
 
 def provenance(rm: GPMPipeline, read: Summary, processes: int) -> dict:
     """What is needed to repeat the run."""
+    device = torch.cuda.get_device_name(rm.device) if rm.device.type == "cuda" else rm.device.type
+    packages = {one.name: one.version for one in distributions() if one.name in PACKAGES}
     return {
-        "command": sys.argv,
-        "preference": asdict(rm.preference),
-        "input_format": rm.preference.input_format,
-        "chat_template": rm.tokenizer.chat_template,
-        "truncation": {"max_length": rm.max_length, **asdict(read)},
-        "dtype": str(rm.model.dtype).removeprefix("torch."),
+        "command": sys.argv, "processes": processes, "python": platform.python_version(), "packages": packages,
+        "preference": asdict(rm.preference), "input_format": rm.preference.input_format,
+        "chat_template": rm.tokenizer.chat_template, "truncation": {"max_length": rm.max_length, **asdict(read)},
+        "dtype": str(rm.model.dtype).removeprefix("torch."), "device": device,
         "attn_implementation": rm.model.config._attn_implementation,
-        "device": torch.cuda.get_device_name(rm.device) if rm.device.type == "cuda" else rm.device.type,
-        "processes": processes,
-        "python": platform.python_version(),
-        "packages": {one.name: one.version for one in distributions() if one.name in PACKAGES},
-    }
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 #!/usr/bin/env python3
-"""Several training runs side by side: held-out accuracy as a table and a bar chart, and one cycle as each run sees it.
-
-python scripts/compare_runs.py RUN_FOLDER [RUN_FOLDER ...] [--output comparison.png] [--cycle test.jsonl]
-"""
+"""Several training runs side by side: held-out accuracy as a table and a bar chart, and one cycle as each sees it."""
 
 import argparse
 import json

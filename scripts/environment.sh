@@ -1,9 +1,8 @@
 # Sourced by the launchers: an environment in which everything can be imported, and how to start a script here.
 #
 # Uses the active Python if it has all packages; otherwise makes ROOT/.venv and installs requirements.txt there, once.
-# Sets: PATH, PYTHONPATH (this checkout), GPUS (their number), NPROC, LAUNCH (the start of a command).
-# Reads: PYTHON (which interpreter makes .venv, default python3), NPROC (processes, default one per GPU), RESTARTS (how
-# often a run whose process died starts again, default 0), ALSO_NEEDED (more packages: deepspeed to train).
+# Reads: PYTHON (which makes .venv, default python3), NPROC (processes, default one per GPU), RESTARTS (how often a run
+# whose process died starts again, default 0), ALSO_NEEDED (more packages). Sets: PATH, PYTHONPATH, GPUS, NPROC, LAUNCH.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -1,10 +1,6 @@
-#!/usr/bin/env python3
-"""torchrun that ends with the exit code of the first process that failed, without torchrun's own messages.
+"""torchrun (same options) that ends with the exit code of the first process that failed, without its own messages.
 
-    python scripts/launch.py --nproc-per-node 8 scripts/train_rm_general_preference.py ...       options are torchrun's
-
-SIGTERM and SIGINT go to every process, which then may take as long as saving takes. Nothing restarts after refused
-input or a signal. Exit codes: the process's own, 128 + a signal's number, 1 where nodes do not meet.
+Signals reach all processes, which end when they have saved; they and refused input (exit code 2) restart nothing.
 """
 
 import logging
@@ -32,24 +28,22 @@ class Agent(LocalElasticAgent):
 
 
 def main(argv: list[str]) -> int:
-    """Run, and turn torchrun's exceptions into exit codes."""
     launcher.api.LocalElasticAgent = Agent
     logging.disable(logging.ERROR)  # what torchrun says beside its processes
     options = run.parse_args(["--shutdown-timeout=86400", "--monitor-interval=0.1", *argv])
     try:
         run.run(options)
-        return 0
     except ChildFailedError as error:  # a killed process makes others fail, and torchrun ends the rest by SIGTERM
-        ends = sorted((end.exitcode in (-15, 143), end.exitcode > 0, rank) for rank, end in error.failures.items())
-        code = error.failures[rank := ends[0][2]].exitcode
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        rank, code = min(codes.items(), key=lambda end: (end[1] in (-15, 143), end[1] > 0, end[0]))
         if code < 0:
             sys.stderr.write(f"error: process {rank} was ended by {signal.Signals(-code).name}\n")
         return code if code > 0 else 128 - code
     except SignalException as stop:
         return 128 + stop.sigval
     except RendezvousError:
-        sys.stderr.write(f"error: the nodes did not meet at {options.rdzv_endpoint} in time: did every node start?\n")
-        return 1
+        sys.exit(f"error: the nodes did not meet at {options.rdzv_endpoint} in time: did every node start?")
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 
     python scripts/merge_lora.py ADAPTER OUTPUT [--dtype auto|float32|bfloat16|float16]
 
-Merging runs in fp32, a half-precision dtype then rounds the weights. An adapter trained with --load_in_4bit is merged
-into the unquantized base. Exit codes: 0 done, 1 failed, 2 unusable input, 130 interrupted.
+Merging runs in fp32; an adapter trained with --load_in_4bit is merged into the unquantized base.
 """
 
 import argparse
@@ -57,8 +56,7 @@ def merge(adapter: str, output: Path, dtype: str = "auto", trust_remote_code: bo
     temporary.mkdir(parents=True)
     model.save_pretrained(str(temporary))
     tokenizer.save_pretrained(str(temporary))
-    card = resolve(adapter, "README.md")
-    if card is not None:  # head, data and results are those of the merged model too
+    if (card := resolve(adapter, "README.md")) is not None:  # head, data and results are those of the merged model too
         shutil.copyfile(card, temporary / "README.md")
     if output.is_dir():
         output.rmdir()

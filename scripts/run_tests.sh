@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Check the code and run all tests, in an environment made on the spot if none is active. Arguments go to pytest.
 #
-#   bash scripts/run_tests.sh
 #   bash scripts/run_tests.sh -k score -x -n 0
 #
 # Two test files run side by side; -n 0 runs one after the other, as debuggers want it.

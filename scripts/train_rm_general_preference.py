@@ -5,8 +5,8 @@
     python scripts/launch.py --nproc-per-node 8 scripts/train_rm_general_preference.py ...   the same on 8 devices
     python scripts/train_rm_general_preference.py --config RUN/arguments.json                a run once more
 
-torchrun and deepspeed start it too. The launchers beside this file set it up; `--help` explains every flag. Exit codes:
-0 done, 1 the run failed, 2 what was given cannot be used (one line says why), 130 and 143 ended by SIGINT or SIGTERM.
+The launchers beside this file set it up; `--help` explains every flag. Exit codes: 0 done, 1 the run failed, 2 what was
+given cannot be used (one line says why), 130 and 143 ended by SIGINT or SIGTERM.
 """
 
 import functools
@@ -25,12 +25,7 @@ if __name__ == "__main__":
     restart_with_cpu_settings()
 
 from general_preference.cli import exit_code, format_table, quiet_other_libraries
-from general_preference.datasets.preparation import (
-    load_tokenized,
-    parse_probabilities,
-    split_and_blend,
-    summarize_table,
-)
+from general_preference.datasets import preparation
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.distributed import is_main_process
@@ -92,10 +87,9 @@ def print_plan(arguments: Arguments) -> None:
 
 def folders(arguments: Arguments) -> dict[Path, str]:
     """The folders that this run alone may write, and the flags that name them."""
-    output = arguments.output
-    folder = Path(output.save_path)
-    inside = output.checkpoint_folder.resolve().is_relative_to(folder.resolve())
-    return {folder: "--save_path"} | ({} if inside else {output.checkpoint_folder: "--ckpt_path"})
+    folder, checkpoints = Path(arguments.output.save_path), arguments.output.checkpoint_folder
+    inside = checkpoints.resolve().is_relative_to(folder.resolve())
+    return {folder: "--save_path"} | ({} if inside else {checkpoints: "--ckpt_path"})
 
 
 def run(arguments: Arguments, engine) -> None:
@@ -128,9 +122,10 @@ def run(arguments: Arguments, engine) -> None:
     if context.world_size > 1:
         logger.info("tokens of the fullest process: %.1f %% above the mean", 100 * trainer.sampler.imbalance())
     if context.is_main:
+        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "datasets")}
         arguments.save(
             folder, world_size=context.world_size, steps=trainer.steps, attention=kernel,
-            aux_loss_coef=objective.aux_loss_coef, versions=versions(), deepspeed_config=without_keys(engine.config()),
+            aux_loss_coef=objective.aux_loss_coef, versions=versions, deepspeed_config=without_keys(engine.config()),
         )  # fmt: skip
         replace_text(folder / "data_summary.json", "[" + ", ".join(summary.to_json() for summary in summaries) + "]")
     results = trainer.fit()
@@ -142,13 +137,10 @@ def run(arguments: Arguments, engine) -> None:
 
 def check_restarts(arguments: Arguments) -> None:
     """Refuse checkpoints of an earlier run, from which a restarted one would continue instead of starting over."""
-    folder = arguments.output.checkpoint_folder
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    folder, restarts = arguments.output.checkpoint_folder, int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts and not arguments.output.load_checkpoint and (folder / "latest").exists():
-        raise InputError(
-            f"--ckpt_path {folder} holds checkpoints of an earlier run, which a restart would continue: remove them, "
-            "add --load_checkpoint, or allow no restarts"
-        )
+        found = f"--ckpt_path {folder} holds checkpoints of an earlier run, which a restart would continue"
+        raise InputError(f"{found}: remove them, add --load_checkpoint, or allow no restarts")
 
 
 def resolve_preference(arguments: Arguments) -> PreferenceConfig:
@@ -157,16 +149,10 @@ def resolve_preference(arguments: Arguments) -> PreferenceConfig:
     saved = saved_preference(model.pretrain, model.trust_remote_code)
     if saved is None:
         return model.preference(arguments.data.max_len or DEFAULT_MAX_LEN)
-    saved.check(
-        model.pretrain,
-        head=model.preference_head or ("gpm" if model.is_general_preference else None),
-        dim=model.value_head_dim,
-        prompt_gate=model.add_prompt_head or None,
-        gate=model.gate,
-        normalize=model.normalize,
-        temperature=model.general_preference_tau,
-        input_format=model.input_format,
-    )
+    same = {name: getattr(model, name) for name in ("gate", "normalize", "input_format")}
+    same["head"] = model.preference_head or ("gpm" if model.is_general_preference else None)
+    same |= {"dim": model.value_head_dim, "prompt_gate": model.add_prompt_head or None}
+    saved.check(model.pretrain, temperature=model.general_preference_tau, **same)
     saved.max_length = arguments.data.max_len or saved.max_length or DEFAULT_MAX_LEN
     saved.learnable_temperature = model.learnable_temperature
     return saved
@@ -175,31 +161,21 @@ def resolve_preference(arguments: Arguments) -> PreferenceConfig:
 def make_tokenizer(arguments: Arguments):
     """The tokenizer of --pretrain, with the chat template that the flags ask for."""
     model = arguments.model
-    return load_tokenizer(
-        model.pretrain,
-        use_fast=not model.disable_fast_tokenizer,
-        input_template=model.input_template,
-        trust_remote_code=model.trust_remote_code,
-    )
+    options = {"use_fast": not model.disable_fast_tokenizer, "trust_remote_code": model.trust_remote_code}
+    return load_tokenizer(model.pretrain, input_template=model.input_template, **options)
 
 
 def prepare_data(arguments: Arguments, encoder: ComparisonTokenizer):
     """(training table, {set: evaluation table}, summaries) from --dataset and --eval_dataset."""
-    data, seed = arguments.data, arguments.optimizer.seed
+    data = arguments.data
     options = {"skip_bad": data.on_bad_record == "skip", "workers": data.preprocessing_workers}
     sources = parse_sources(data.dataset)
-    probabilities = parse_probabilities(data.dataset_probs, len(sources))
+    probabilities = preparation.parse_probabilities(data.dataset_probs, len(sources))
     held_out_sources = parse_sources(data.eval_dataset) if data.eval_dataset else []
-    tables, left_out = load_tokenized(sources, encoder, custom=data.is_custom_dataset, **options)
-    train_table, held_out = split_and_blend(
-        tables,
-        probabilities,
-        data.train_split_ratio,
-        seed=seed,
-        max_samples=data.max_samples,
-        group_size=data.group_size,
-    )
-    eval_tables, eval_left_out = load_tokenized(held_out_sources, encoder, **options)
+    tables, left_out = preparation.load_tokenized(sources, encoder, custom=data.is_custom_dataset, **options)
+    split = {"max_samples": data.max_samples, "group_size": data.group_size, "seed": arguments.optimizer.seed}
+    train_table, held_out = preparation.split_and_blend(tables, probabilities, data.train_split_ratio, **split)
+    eval_tables, eval_left_out = preparation.load_tokenized(held_out_sources, encoder, **options)
     named = dict(zip((source.name for source in held_out_sources), eval_tables, strict=True))
     if arguments.loss.margin_loss and not any(train_table["margin"][:]):
         raise InputError("--margin_loss: no record of --dataset has a margin: drop the flag, or add margins")
@@ -210,29 +186,19 @@ def prepare_data(arguments: Arguments, encoder: ComparisonTokenizer):
     elif data.train_split_ratio < 1:
         raise InputError(f"--train_split_ratio {data.train_split_ratio} leaves nothing to evaluate on: lower it")
     trained_on = set(train_table["prompt_key"][:])
-    summaries = [summarize_table("train", train_table, sum(left_out.values()))]
-    summaries += [summarize_table(name, table, eval_left_out.get(name, 0), trained_on) for name, table in named.items()]
+    summarize = preparation.summarize_table
+    summaries = [summarize("train", train_table, sum(left_out.values()))]
+    summaries += [summarize(name, table, eval_left_out.get(name, 0), trained_on) for name, table in named.items()]
     return train_table, named, summaries
 
 
 def make_model(arguments: Arguments, preference: PreferenceConfig, deepspeed_config: dict):
     """The model with its heads, adapters and frozen parts, before the engine wraps it."""
-    options = arguments.model
-    model = get_reward_model(
-        options.pretrain,
-        bf16=arguments.engine.bf16,
-        load_in_4bit=options.load_in_4bit,
-        lora_rank=options.lora_rank,
-        lora_alpha=options.lora_alpha,
-        target_modules=options.target_modules,
-        lora_dropout=options.lora_dropout,
-        use_flash_attention_2=options.flash_attn,
-        ds_config=deepspeed_config,
-        preference=preference,
-        attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code,
-        seed=arguments.optimizer.seed,
-    )
+    wanted, names = arguments.model, ("load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "target_modules")
+    options = {name: getattr(wanted, name) for name in (*names, "attn_implementation", "trust_remote_code")}
+    options |= {"use_flash_attention_2": wanted.flash_attn, "seed": arguments.optimizer.seed}
+    options |= {"bf16": arguments.engine.bf16, "ds_config": deepspeed_config}
+    model = get_reward_model(wanted.pretrain, preference=preference, **options)
     check_positions(model, preference.max_length)
     model.freeze_unused(language_model_head=arguments.loss.add_pretrain_loss)
     model.card.datasets = [source.path for source in parse_sources(arguments.data.dataset)]
@@ -247,11 +213,6 @@ def check_positions(model, max_length: int) -> None:
     trained = getattr(model.config, "max_position_embeddings", None)
     if trained is not None and max_length > trained:
         logger.warning("--max_len %d exceeds the %d positions this model was made for", max_length, trained)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes, for arguments.json."""
-    return {name: version(name) for name in ("torch", "transformers", "deepspeed", "datasets")}
 
 
 if __name__ == "__main__":
