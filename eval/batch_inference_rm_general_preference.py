@@ -23,12 +23,12 @@ import datasets
 import torch
 
 from general_preference import GPMPipeline
-from general_preference.cli import exit_code, flag, format_table, parse_flags, quiet_other_libraries
+from general_preference.cli import check_at_least, exit_code, flag, format_table, parse_flags, quiet_other_libraries
 from general_preference.datasets.preparation import Summary, load_tokenized, parse_probabilities, summarize_table
 from general_preference.datasets.sources import parse_sources
 from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
-from general_preference.inference.arguments import InferenceArguments, check_positive
+from general_preference.inference.arguments import InferenceArguments
 from general_preference.inference.batch import ResultStore, result_row, run_settings, score_table, summarize_rows
 from general_preference.plots import draw_reliability
 
@@ -59,7 +59,7 @@ class BatchArguments:
         """InputError for what cannot work, before anything is loaded."""
         if missing := [name for name in ("pretrain", "dataset") if not getattr(self, name)]:
             raise InputError(f"--{missing[0]} is missing")
-        check_positive(self, "max_samples", "micro_batch_size")
+        check_at_least(self, 1, "max_samples", "micro_batch_size")
         if Path(self.output_path).is_dir():
             raise InputError(f"--output_path {self.output_path} is a folder: name a file in it")
 

@@ -6,13 +6,6 @@ from general_preference.models.reward_model import RewardModel, get_reward_model
 from general_preference.models.score import preference_matrix, preference_probability, preference_score
 
 __all__ = [
-    "GPMPipeline",
-    "RewardModel",
-    "generate_high_dim_result_with_prompt",
-    "get_reward_model",
-    "language_model_loss",
-    "preference_loss",
-    "preference_matrix",
-    "preference_probability",
-    "preference_score",
-]
+    "GPMPipeline", "RewardModel", "generate_high_dim_result_with_prompt", "get_reward_model", "language_model_loss",
+    "preference_loss", "preference_matrix", "preference_probability", "preference_score",
+]  # fmt: skip

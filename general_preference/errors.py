@@ -22,9 +22,6 @@ class RunError(RuntimeError):
 class NonFiniteError(RunError):
     """A loss or score became NaN or infinite; the message names the comparisons. Exit code 1."""
 
-    def __init__(self, message: str):
-        super().__init__(message, everywhere=True)
-
 
 class Stopped(BaseException):
     """SIGTERM or SIGINT (`signal_number`) ended the run; `said` is what was saved. No Exception: it is no fault."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from general_preference.models.score import preference_score
+from general_preference.models.score import preference_score, simple_cycles
 from general_preference.models.statistics import wilson_interval
 
 logger = logging.getLogger(__name__)
@@ -76,18 +76,15 @@ class EmbeddedCycle:
 
 def find_cycle(edges: list[tuple[int, int]]) -> list[int] | None:
     """The longest simple cycle among (winner, loser) pairs, starting at its smallest index; None if there is none."""
-    import networkx  # only here: the import is slow
-
-    cycles = networkx.simple_cycles(networkx.DiGraph(edges))
-    turned = (cycle[(at := cycle.index(min(cycle))) :] + cycle[:at] for cycle in cycles)
-    return min(turned, key=lambda one: (-len(one), one), default=None)
+    return min(simple_cycles(edges), key=lambda one: (-len(one), one), default=None)
 
 
 def embedded_cycle(name: str, batch, output: dict[str, torch.Tensor], tokenizer) -> EmbeddedCycle | None:
     """The first cycle of stated preferences in a `Batch`, with the model's output for it; None if there is none."""
     for index in range(len(batch.prompt_ends)):
         mine = batch.comparison_index == index
-        members = find_cycle(list(zip(batch.first[mine].tolist(), batch.second[mine].tolist(), strict=True)))
+        edges = list(zip(batch.first[mine].tolist(), batch.second[mine].tolist(), strict=True))
+        members = find_cycle(edges)
         if members is not None and len(members) > 2:
             texts = [_response_text(batch, end, tokenizer) for end in batch.response_ends[members].tolist()]
             gate = output["gates"][index].float().cpu() if "gates" in output else None

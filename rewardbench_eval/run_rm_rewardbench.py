@@ -26,14 +26,14 @@ if __name__ == "__main__":
 import torch
 
 from general_preference import GPMPipeline
-from general_preference.cli import exit_code, flag, parse_flags, quiet_other_libraries
+from general_preference.cli import check_at_least, exit_code, flag, parse_flags, quiet_other_libraries
 from general_preference.datasets.preparation import Summary, summarize_table, tokenize
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import DEFAULT_TEMPLATE, load_tokenizer, plain_template
 from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
 from general_preference.files import replace_text
-from general_preference.inference.arguments import InferenceArguments, check_positive
+from general_preference.inference.arguments import InferenceArguments
 from general_preference.inference.batch import ResultStore, result_row, run_settings, score_table
 from general_preference.inference.ranking import SCORE_METHODS
 from general_preference.plots import draw_subsets
@@ -78,7 +78,7 @@ class RewardBenchArguments:
             raise InputError("--model is missing")
         if empty := [name for name, value in vars(self).items() if value == ""]:
             raise InputError(f"--{empty[0]} is empty: give it a value, or drop it")
-        check_positive(self, "batch_size")
+        check_at_least(self, 1, "batch_size")
         if False in (self.is_custom_model, self.not_quantized, self.do_not_save):
             raise InputError("--is_custom_model, --not_quantized, --do_not_save: false is not possible, see --help")
         if self.pref_sets and self.rewardbench_version == 2:

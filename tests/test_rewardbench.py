@@ -431,7 +431,7 @@ def test_empty_responses_are_scored_where_that_is_wanted(saved, tmp_path):
         (["--chat_template", "FOLDER"], "Is a directory"),
         (["--chat_template", "BROKEN"], "is no chat template"),
         (["--chat_template", "BINARY"], "can't decode byte"),
-        (["--model_name", ""], "is no name"),
+        (["--model_name", ""], "--model_name is empty"),
         (["--tokenizer", "/nowhere/tokenizer"], "cannot load the tokenizer"),
         (["--flash_attn", "--attn_implementation", "eager"], "disagree"),
         (["--rewardbench_version", "2"], "unknown subset 'alpacaeval-easy'"),

@@ -119,10 +119,7 @@ def test_packed_micro_batches_of_a_step_carry_equally_many_tokens():
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 50), st.integers(1, 7), st.integers(1, 4))
 def test_evaluation_covers_everything_once(count, micro, world):
-    ranks = [
-        evaluation_batches(lengths_of(count), micro_batch_size=micro, world_size=world, rank=rank)
-        for rank in range(world)
-    ]
+    ranks = [evaluation_batches(lengths_of(count), micro, world, rank) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     seen = [index for batches in ranks for batch in batches for index, weight in batch if weight > 0]
     assert sorted(seen) == list(range(count))

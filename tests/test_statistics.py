@@ -6,8 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from general_preference.models.statistics import empty_sums, preference_statistics, preference_sums
+from general_preference.models.statistics import CALIBRATION_BINS, preference_statistics, preference_sums
 from general_preference.plots import find_cycle
+
+EMPTY = torch.zeros(6 + 3 * CALIBRATION_BINS, dtype=torch.float64)
 
 
 def statistics(score, label, loss=None, temperature=1.0):
@@ -43,7 +45,7 @@ def test_parts_add_up(first, second, seed):
     score, label, loss = (torch.randn(first + second, generator=generator) for _ in range(3))
     label = (label > 0).float()
     whole = preference_sums(score, label, loss, 0.5)
-    parts = empty_sums() + sum(
+    parts = EMPTY + sum(
         preference_sums(score[part], label[part], loss[part], 0.5) for part in (slice(0, first), slice(first, None))
     )
     torch.testing.assert_close(whole, parts)
@@ -56,12 +58,12 @@ def test_what_does_not_count_changes_nothing():
     score[~counted], loss[~counted] = float("nan"), float("inf")
     found = preference_sums(score, label, loss, 0.5, counted)
     torch.testing.assert_close(found, preference_sums(score[counted], label[counted], loss[counted], 0.5))
-    assert preference_sums(score, label, loss, 0.5, torch.zeros(40, dtype=torch.bool)).tolist() == empty_sums().tolist()
+    assert preference_sums(score, label, loss, 0.5, torch.zeros(40, dtype=torch.bool)).tolist() == EMPTY.tolist()
     assert torch.isnan(preference_sums(score, label, loss, 0.5)).any(), "a score that counts is never hidden"
 
 
 def test_nothing_counted():
-    assert preference_statistics(empty_sums()) == {"n": 0}
+    assert preference_statistics(EMPTY) == {"n": 0}
 
 
 def test_cycles_are_found():

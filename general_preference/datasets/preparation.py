@@ -7,7 +7,6 @@ import json
 from dataclasses import asdict, dataclass
 
 import datasets
-import numpy
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -87,16 +86,16 @@ def _encode_rows(rows: dict, indices: list[int], encoder: ComparisonTokenizer) -
         if not row["prompt_ids"]:
             raise InputError(f"{place}: the prompt has no tokens; expected some text before the responses")
     contents = [[[message["content"] for message in response] for response in some] for some in rows["responses"]]
+    repeated = list(map(_repeats, contents))
+    repeated_ids = [_repeats(row["response_ids"]) for row in encoded]
     return {
         **{name: rows[name] for name in ("id", "subset", "first", "second", "label", "margin")},
         **{name: [row[name] for row in encoded] for name in encoded[0]},
         "prompt_key": [stable_hash(prompt) for prompt in rows["prompt"]],
         "length": [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in encoded],
         "empty": [any(not "".join(response).strip() for response in some) for some in contents],
-        "identical": [_repeats(some) for some in contents],
-        "identical_after_cut": [
-            _repeats(row["response_ids"]) and not _repeats(some) for row, some in zip(encoded, contents, strict=True)
-        ],
+        "identical": repeated,
+        "identical_after_cut": [ids and not text for ids, text in zip(repeated_ids, repeated, strict=True)],
     }
 
 
@@ -202,9 +201,10 @@ def split_by_prompt(
 
 def _units(prompt_keys: list[str], groups: list[int] | None) -> list[list[int]]:
     """Row indices that must stay together: groups, joined where they share a prompt."""
-    _, prompts = numpy.unique(prompt_keys, return_inverse=True)
-    _, others = numpy.unique(range(len(prompts)) if groups is None else groups, return_inverse=True)
-    edges = coo_array((numpy.ones(len(prompts)), (prompts, len(prompts) + others)), shape=2 * (2 * len(prompts),))
+    known = {key: number for number, key in enumerate(dict.fromkeys(prompt_keys))}
+    prompts, count = [known[key] for key in prompt_keys], len(prompt_keys)
+    others = [count + group for group in (range(count) if groups is None else groups)]
+    edges = coo_array(([True] * count, (prompts, others)), shape=(2 * count, 2 * count))
     _, parts = connected_components(edges, directed=False)
     units: dict[int, list[int]] = {}
     for index, part in enumerate(parts[prompts].tolist()):
@@ -212,9 +212,7 @@ def _units(prompt_keys: list[str], groups: list[int] | None) -> list[list[int]]:
     return list(units.values())
 
 
-def summarize_table(
-    name: str, table: datasets.Dataset, left_out: int = 0, trained_prompts: set[str] | None = None
-) -> Summary:
+def summarize_table(name: str, table: datasets.Dataset, left_out=0, trained_prompts: set[str] | None = None) -> Summary:
     """Count what a prepared table holds; `trained_prompts` are the prompt keys of the training table."""
     columns = table.with_format("numpy")
     lengths = columns["length"][:]

@@ -109,9 +109,7 @@ class StepSampler:
         return [batch for number, side in enumerate(sides) for batch in (side[::-1] if number % 2 else side)]
 
 
-def evaluation_batches(
-    lengths: list[int], *, micro_batch_size: int, world_size: int = 1, rank: int = 0
-) -> list[list[Item]]:
+def evaluation_batches(lengths: list[int], micro_batch_size: int, world_size: int, rank: int) -> list[list[Item]]:
     """The micro-batches of one process, equally many on each, that cover every comparison once; repeats weigh 0."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     items = [(index, 1.0) for index in order]
@@ -122,8 +120,5 @@ def evaluation_batches(
 def _side_by_side(items: list[Item], micro: int, world_size: int) -> list[list[Item]]:
     """Micro-batches of similar length, from items in order of length; those that run at the same time take turns."""
     stride = world_size * micro
-    return [
-        items[start + rank : start + stride : world_size]
-        for start in range(0, len(items), stride)
-        for rank in range(world_size)
-    ]
+    steps = (items[start : start + stride] for start in range(0, len(items), stride))
+    return [step[rank::world_size] for step in steps for rank in range(world_size)]

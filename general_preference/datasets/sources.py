@@ -24,16 +24,8 @@ SAVED = "state.json"  # marks a folder written by `Dataset.save_to_disk`
 TEXT, FLOAT, INTEGERS = datasets.Value("string"), datasets.Value("float64"), datasets.List(datasets.Value("int32"))
 _MESSAGES = datasets.List({"role": TEXT, "content": TEXT})
 PREFERENCES = {"first": INTEGERS, "second": INTEGERS, "label": datasets.List(FLOAT), "margin": FLOAT}
-ROW = datasets.Features(
-    {
-        "id": TEXT,
-        "subset": TEXT,
-        "prompt": _MESSAGES,
-        "responses": datasets.List(_MESSAGES),
-        **PREFERENCES,
-        "problem": TEXT,
-    }
-)
+_TEXTS = dict.fromkeys(("id", "subset", "problem"), TEXT)
+ROW = datasets.Features(_TEXTS | PREFERENCES | {"prompt": _MESSAGES, "responses": datasets.List(_MESSAGES)})
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,7 @@ def load_tokenizer(
     return prepare_tokenizer(tokenizer, path, input_template)
 
 
-def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, name: str, input_template: str | None = None
-) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, input_template: str | None = None):
     """Make a tokenizer that is in memory ready for comparisons, as `load_tokenizer` does; errors call it `name`."""
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no end token (eos_token): the embedding is read there, set one")
@@ -107,10 +105,8 @@ class ComparisonTokenizer:
         texts = [self._render(prompt, some) for prompt, some in zip(prompts, responses, strict=True)]
         prompt_ids = self._ids([prompt for prompt, _ in texts])
         flat = iter(self._ids([text for _, some in texts for text in some]))
-        return [
-            self._truncate(self._one_bos(ids), [next(flat) for _ in some])
-            for ids, (_, some) in zip(prompt_ids, texts, strict=True)
-        ]
+        pairs = zip(prompt_ids, texts, strict=True)
+        return [self._truncate(self._one_bos(ids), [next(flat) for _ in some]) for ids, (_, some) in pairs]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
@@ -143,9 +139,8 @@ class ComparisonTokenizer:
     def _apply(self, messages: list[Message], add_generation_prompt: bool) -> tuple[list[Message], str]:
         """Render messages; if the template refuses the system role, its text goes in front of the first message."""
         try:
-            return messages, self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+            return messages, self.tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # templates raise Jinja errors of their own choosing
             if len(messages) > 1 and messages[0]["role"] == "system":
                 merged = messages[0]["content"] + "\n\n" + messages[1]["content"]

@@ -3,10 +3,12 @@
 import os
 from dataclasses import dataclass
 
-from general_preference.cli import flag
+import torch
+
+from general_preference.cli import check_at_least, flag
 from general_preference.errors import InputError
 from general_preference.inference.pipeline import GPMPipeline
-from general_preference.models.device import choose_device, use_device
+from general_preference.models.device import choose_device
 from general_preference.models.kernels import CHOICES
 
 
@@ -18,7 +20,7 @@ class InferenceArguments:
     value_head_dim: int | None = flag(None, "the size D the model is expected to have; a contradiction is an error")
     add_prompt_head: bool | None = flag(None, "whether the model is expected to have a gate; else an error")
     general_preference_tau: float | None = flag(
-        None, "temperature of published weights, which record none (default 0.1)", aliases=["--tau"]
+        None, "temperature of published weights; default 0.1", aliases=["--tau"]
     )
     bf16: bool | None = flag(None, "bfloat16 backbone; default on GPUs that compute it fast")
     flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
@@ -31,7 +33,7 @@ class InferenceArguments:
 
     def check(self) -> None:
         """InputError for what cannot work, before anything is loaded."""
-        check_positive(self, "batch_tokens", "preprocessing_workers")
+        check_at_least(self, 1, "batch_tokens", "preprocessing_workers")
         if self.flash_attn and self.attn_implementation not in ("auto", "flash_attention_2"):
             raise InputError(f"--flash_attn and --attn_implementation {self.attn_implementation} disagree: drop one")
 
@@ -40,13 +42,7 @@ class InferenceArguments:
         same = ("is_general_preference", "value_head_dim", "add_prompt_head", "bf16", "batch_tokens")
         options |= {name: getattr(self, name) for name in (*same, "trust_remote_code")}
         options["attn_implementation"] = "flash_attention_2" if self.flash_attn else self.attn_implementation
-        device = use_device(choose_device(self.device, local_rank))
+        device = choose_device(self.device, local_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         return GPMPipeline(path, device=device, tau=self.general_preference_tau, **options)
-
-
-def check_positive(arguments: object, *names: str) -> None:
-    """InputError for a flag below 1; None is no value."""
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value} must be at least 1")

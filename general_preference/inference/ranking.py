@@ -11,6 +11,7 @@ from fractions import Fraction
 import torch
 
 from general_preference.errors import InputError
+from general_preference.models.score import simple_cycles
 
 SCORE_METHODS = ("borda", "copeland", "nash", "min")  # of `response_scores`
 _TOLERANCE = 1e-6  # what fp32 scores leave uncertain about a probability
@@ -168,14 +169,11 @@ def cycles(probabilities: Matrix, longest: int = 3) -> list[list[int]]:
     `longest` is the length of the longest one searched for, in K ** longest steps; without ties there is a cycle of
     three wherever there is any (Moon 1968, "Topics on Tournaments").
     """
-    import networkx  # only here: scoring needs no networkx
-
     matrix = _checked(probabilities)
     if longest < 3:
         raise InputError(f"a cycle has at least 3 members, not {longest}")
-    found = networkx.simple_cycles(networkx.DiGraph((matrix > 0.5).nonzero().tolist()), length_bound=longest)
-    turned = sorted(cycle[(at := cycle.index(min(cycle))) :] + cycle[:at] for cycle in found)
-    return sorted(turned, key=lambda one: min(matrix[one, one[1:] + one[:1]].tolist()), reverse=True)
+    found = sorted(simple_cycles((matrix > 0.5).nonzero().tolist(), longest))
+    return sorted(found, key=lambda one: min(matrix[one, one[1:] + one[:1]].tolist()), reverse=True)
 
 
 def _checked(probabilities: Matrix) -> torch.Tensor:

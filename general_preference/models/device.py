@@ -28,13 +28,6 @@ def choose_device(wanted: str | torch.device = "auto", index: int = 0) -> torch.
     return device
 
 
-def use_device(device: torch.device) -> torch.device:
-    """Make `device` the process's current one and return it."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 natively; emulation is many times slower than fp32."""
     if device.type == "cuda":  # torch.cuda.is_bf16_supported looks at the current device only

@@ -38,10 +38,9 @@ def load_backbone(
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # heads are "unexpected" to a causal LM; missing weights are checked
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "attn_implementation": asked}
+    options |= {"use_safetensors": True, "output_loading_info": True}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, use_safetensors=True, output_loading_info=True, **options
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # damaged files, and values in config.json that the architecture cannot be built with

@@ -13,6 +13,8 @@ One function serves every head: D = 1 is Bradley-Terry (score = first - second),
 hybrid head (arXiv 2605.17342) whose last coordinate is a scalar reward beside the planes.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 
@@ -81,3 +83,12 @@ def normalize_embedding(embedding: torch.Tensor) -> torch.Tensor:
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def simple_cycles(edges: list, longest: int | None = None) -> Iterator[list[int]]:
+    """The simple cycles among (winner, loser) pairs, each from its smallest index on. Needs networkx."""
+    import networkx  # only here: the import is slow, and scoring does without
+
+    for cycle in networkx.simple_cycles(networkx.DiGraph(edges), length_bound=longest):
+        at = cycle.index(min(cycle))
+        yield cycle[at:] + cycle[:at]

@@ -9,9 +9,7 @@ CALIBRATION_BINS = 15
 _FIELDS = ("n", "loss", "correct", "ties", "probability", "margin")
 
 
-def preference_sums(
-    score: Tensor, label: Tensor, loss: Tensor, temperature: float | Tensor, counted: Tensor | None = None
-) -> Tensor:
+def preference_sums(score: Tensor, label: Tensor, loss: Tensor, temperature, counted: Tensor | None = None) -> Tensor:
     """Sums that describe M scored preferences. Never waits for an accelerator.
 
     score, label, loss: (M,) score of first against second, probability in [0, 1] that first is preferred, loss.
@@ -86,8 +84,3 @@ def wilson_interval(share: float, count: int, deviations: float = 1.959964) -> t
     half = deviations * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
     low, high = ((center + sign * half) / (1 + square / count) for sign in (-1, 1))
     return max(0.0, low), min(1.0, high)
-
-
-def empty_sums(device: torch.device | str = "cpu") -> Tensor:
-    """The sums of no preferences at all: where adding starts."""
-    return torch.zeros(len(_FIELDS) + 3 * CALIBRATION_BINS, dtype=torch.float64, device=device)

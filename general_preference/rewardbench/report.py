@@ -164,9 +164,7 @@ def _remarks(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, f
         means = "have several responses at the top, which share the credit" if benchmark.best_of_n else "tie, a loss"
         remarks.append(f"{ties} rows {means}")
     if TIES in results and benchmark.best_of_n:
-        remarks.append(
-            f"the accuracy of '{TIES}' is its weighted score; 'correct' counts rows with all right ones on top"
-        )
+        remarks.append(f"the accuracy of '{TIES}' is its weighted score; 'correct' counts rows with all right on top")
         if results[TIES]["unpaired"]:
             remarks.append(f"{results[TIES]['unpaired']} prompts of '{TIES}' have no partner: no margins counted")
     return [textwrap.fill(remark, 110, subsequent_indent="  ", break_on_hyphens=False) for remark in remarks]

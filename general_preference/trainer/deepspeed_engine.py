@@ -146,11 +146,11 @@ class DeepSpeedEngine:
         if engine.use_liger_kernel:
             use_liger_kernels(model.language_model, self.device)
         if engine.gradient_checkpointing:
-            checkpoint_activations(
-                model.language_model,
-                reentrant=engine.gradient_checkpointing_use_reentrant,
-                selective=engine.selective_checkpointing,
-            )
+            kind = {
+                "reentrant": engine.gradient_checkpointing_use_reentrant,
+                "selective": engine.selective_checkpointing,
+            }
+            checkpoint_activations(model.language_model, **kind)
         if engine.torch_compile:
             compile_layers(model.language_model)
         self._match_partitioned(model)
@@ -166,9 +166,8 @@ class DeepSpeedEngine:
             optimizer = torch.optim.AdamW(parameter_groups(model), fused=fused, **options)
         schedule = build_schedule(optimizer, arguments, steps)
         with self._explained():
-            self.engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
-            )
+            parts = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
+            self.engine, *_ = deepspeed.initialize(config=config, dist_init_required=False, **parts)
         if engine.zero_stage == 0 and engine.bf16:
             forget_empty_step(self.engine)
         set_seed((arguments.seed + self.context.rank) % 2**32)  # adapters were made alike everywhere; dropout is not

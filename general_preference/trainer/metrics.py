@@ -21,10 +21,8 @@ from general_preference.trainer.objectives import BatchLoss, Objective
 TOTALS = ("loss", "tokens", "prompt_tokens", "positions", "comparisons")
 METRICS_FILE = "metrics.jsonl"
 # What depends on the machine and the moment; everything else is the same whenever a run is repeated or continued.
-MEASURED = tuple(
-    f"train/{name}"
-    for name in ("comparisons_per_second", "tokens_per_second", "step_seconds", "data_seconds", "memory_gb")
-)
+SPEEDS = ("comparisons_per_second", "tokens_per_second", "step_seconds", "data_seconds", "memory_gb")
+MEASURED = tuple(f"train/{name}" for name in SPEEDS)
 
 
 class MetricsLogger:
@@ -164,13 +162,8 @@ class MetricsAccumulator:
         seconds = max(time.perf_counter() - self.started, 1e-9)
         mine = torch.tensor([self.waited / self.steps, self.engine.peak_memory() / 1e9], dtype=torch.float64)
         waited, memory = self.engine.context.all_reduce_max(mine).tolist()
-        return {
-            "comparisons_per_second": total["comparisons"] / seconds,
-            "tokens_per_second": total["tokens"] / seconds,
-            "step_seconds": seconds / self.steps,
-            "data_seconds": waited,
-            "memory_gb": memory,
-        }
+        rates = total["comparisons"] / seconds, total["tokens"] / seconds, seconds / self.steps
+        return dict(zip(SPEEDS, (*rates, waited, memory), strict=True))
 
     @contextlib.contextmanager
     def paused(self):
@@ -181,19 +174,18 @@ class MetricsAccumulator:
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            bad = [
-                (step, ids[number])
-                for step, ids, each, index in self.losses
-                for number in index[~torch.isfinite(each)].unique().tolist()
-            ]
+            bad = []
+            for step, ids, each, index in self.losses:
+                bad += [(step, ids[number]) for number in index[~torch.isfinite(each)].unique().tolist()]
             found = [entry for part in self.engine.context.gather_objects(bad) for entry in part]
             first = min((step for step, _ in found), default=0)
             names = list(dict.fromkeys(name for step, name in found if step == first))
             shown = "; ".join(names[:4] + ["..."] * (len(names) > 4))
             where = f"at step {first}, in {len(names)} comparisons: {shown}"
-            raise NonFiniteError(f"the loss is not finite {where}. Look at these records, or lower the learning rate")
+            advice = "Look at these records, or lower the learning rate"
+            raise NonFiniteError(f"the loss is not finite {where}. {advice}", everywhere=True)
         finite = torch.isfinite(torch.stack([norm for _, norm in self.norms])).tolist()
         for (step, _), fine in zip(self.norms, finite, strict=True):
             if not fine:  # the engine skips such a step, or spoils the weights
                 problem = f"the gradient is not finite at step {step}, though the loss is"
-                raise NonFiniteError(f"{problem}: lower the learning rate")
+                raise NonFiniteError(f"{problem}: lower the learning rate", everywhere=True)

@@ -170,7 +170,7 @@ class Trainer:
             for name, row in results.items():
                 if not math.isfinite(row["loss"]):
                     where = f"the evaluation loss on {name} is not finite after step {step}"
-                    raise NonFiniteError(f"{where}: lower the learning rate")
+                    raise NonFiniteError(f"{where}: lower the learning rate", everywhere=True)
             rows = {f"eval/{name}/{key}": value for name, row in results.items() for key, value in row.items()}
             if self.logger is not None:
                 self.logger.log(step, rows)
@@ -188,8 +188,7 @@ class Trainer:
         """Statistics of one evaluation set, each comparison exactly once, the same numbers on every process."""
         comparisons, engine, context = self.eval_sets[name], self.engine, self.context
         lengths, micro = comparisons.table["length"][:], self.arguments.optimizer.micro_train_batch_size
-        processes = {"world_size": context.world_size, "rank": context.rank}
-        items = evaluation_batches(lengths, micro_batch_size=micro, **processes)
+        items = evaluation_batches(lengths, micro, context.world_size, context.rank)
         engine.train_mode(False)
         self.objective.begin_evaluation(name)
         loader = self._loader(comparisons, items, self.objective.collate_evaluation)
