@@ -16,8 +16,8 @@ import torch
 from general_preference.cli import exit_code, quiet_other_libraries
 from general_preference.datasets.tokenization import load_tokenizer
 from general_preference.errors import InputError
-from general_preference.models.adapters import merge_adapter
 from general_preference.models.config import ADAPTER_CONFIG, adapter_base, load_config, resolve
+from general_preference.models.loading import merge_adapter
 from general_preference.models.reward_model import load_reward_model
 
 

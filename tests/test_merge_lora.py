@@ -10,7 +10,7 @@ import torch
 from general_preference import RewardModel, preference_score
 from general_preference.datasets.packing import Collator
 from general_preference.errors import InputError
-from general_preference.models.adapters import merge_adapter
+from general_preference.models.loading import merge_adapter
 from tests.conftest import random_comparisons
 
 pytest.importorskip("peft")

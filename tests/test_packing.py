@@ -265,7 +265,7 @@ def test_the_self_check_notices_a_wrong_mask(make_model, monkeypatch):
     model = make_model("llama")
     assert model.verify_shared_prompts() < 1e-5 and model.shares_prompts
     monkeypatch.setattr(
-        "general_preference.models.backbone.attention_mask",
+        "general_preference.models.attention.attention_mask",
         lambda config, segments, positions, dtype, shared: (segments >= 0).long(),
     )
     assert model.verify_shared_prompts() > 1e-3 and not model.shares_prompts

@@ -122,13 +122,7 @@ def blend(tables: list[datasets.Dataset], probabilities: list[float], seed: int)
 
 
 def split_and_blend(
-    tables: list[datasets.Dataset],
-    probabilities: list[float] | None,
-    train_ratio: float,
-    *,
-    seed: int,
-    max_samples: int | None = None,
-    group_size: int = 1,
+    tables: list, probabilities: list[float] | None, train_ratio: float, *, seed: int, max_samples=None, group_size=1
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """(training table, held-out table): split all sets by prompt together, then blend what is trained on.
 
@@ -169,12 +163,7 @@ def parse_probabilities(text: str | None, count: int) -> list[float] | None:
 
 
 def split_by_prompt(
-    table: datasets.Dataset,
-    train_ratio: float,
-    *,
-    seed: int,
-    max_samples: int | None = None,
-    groups: list[int] | None = None,
+    table: datasets.Dataset, train_ratio: float, *, seed: int, max_samples=None, groups: list[int] | None = None
 ) -> tuple[list[int], list[int]]:
     """Row indices (train, held out), shuffled and split so that no prompt is on both sides.
 

@@ -7,6 +7,7 @@ of similar length if rows are padded, of equally many tokens if packed, so that 
 import heapq
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -15,42 +16,38 @@ from general_preference.errors import InputError
 Item = tuple[int, float]  # index of a comparison, its weight in the step's loss
 
 
+@dataclass
 class StepSampler:
     """Yields the micro-batches of one process, in order, for the rest of a run.
 
     A comparison's weight is (world_size * accumulation) / (comparisons in the step): averaged over accumulation and
     processes this is the mean over the global batch; an epoch's last step is filled up with repeats of weight 0.
+
+    lengths: tokens of each comparison. groups: which neighbors are shuffled as one and share a step, one id each;
+    default `group_size` in a row. packed: rows have no padding, so a micro-batch costs its tokens.
+
+    Raises:
+        InputError: a step does not hold a whole number of groups.
     """
 
-    def __init__(
-        self,
-        lengths: list[int],
-        *,
-        micro_batch_size: int,
-        accumulation: int = 1,
-        world_size: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-        group_size: int = 1,
-        groups: list[int] | None = None,
-        packed: bool = False,
-    ):
-        """lengths: tokens of each comparison. groups: which neighbors are shuffled as one and share a step, one id
-        each; default `group_size` in a row. packed: rows have no padding, so a micro-batch costs its tokens.
+    lengths: list[int]
+    micro_batch_size: int
+    accumulation: int = 1
+    world_size: int = 1
+    rank: int = 0
+    seed: int = 0
+    group_size: int = 1
+    groups: list[int] | None = None
+    packed: bool = False
 
-        Raises:
-            InputError: a step does not hold a whole number of groups.
-        """
-        self.lengths = lengths
-        self.micro, self.accumulation = micro_batch_size, accumulation
-        self.world_size, self.rank = world_size, rank
-        self.seed, self.packed = seed, packed
-        self.groups = [index // group_size for index in range(len(lengths))] if groups is None else groups
-        self.global_batch_size = micro_batch_size * accumulation * world_size
-        if self.global_batch_size % group_size:
-            found = f"group_size {group_size} does not divide the {self.global_batch_size} comparisons of a step"
+    def __post_init__(self):
+        if self.groups is None:
+            self.groups = [index // self.group_size for index in range(len(self.lengths))]
+        self.global_batch_size = self.micro_batch_size * self.accumulation * self.world_size
+        if self.global_batch_size % self.group_size:
+            found = f"group_size {self.group_size} does not divide the {self.global_batch_size} comparisons of a step"
             raise InputError(f"{found}: make micro-batch * accumulation * processes a multiple")
-        self.steps_per_epoch = math.ceil(len(lengths) / self.global_batch_size)
+        self.steps_per_epoch = math.ceil(len(self.lengths) / self.global_batch_size)
 
     def micro_batches(self, epochs: int, start_step: int = 0) -> Iterator[list[Item]]:
         """Micro-batches from the global step `start_step` to the end of `epochs` epochs, `accumulation` per step."""
@@ -92,7 +89,7 @@ class StepSampler:
         items = [(index, weight) for index in by_length]
         # The shortest comparison fills the empty places of a last step: it counts nothing and costs least.
         items += [(by_length[-1], 0.0)] * (self.global_batch_size - len(batch))
-        return self._evenly(items) if self.packed else _side_by_side(items, self.micro, self.world_size)
+        return self._evenly(items) if self.packed else _side_by_side(items, self.micro_batch_size, self.world_size)
 
     def _evenly(self, items: list[Item]) -> list[list[Item]]:
         """Longest first, each to the micro-batch with the fewest tokens that has room; fullest micro-batches first."""
@@ -101,7 +98,7 @@ class StepSampler:
         for item in items:
             tokens, number = heapq.heappop(open_batches)
             batches[number].append(item)
-            if len(batches[number]) < self.micro:
+            if len(batches[number]) < self.micro_batch_size:
                 heapq.heappush(open_batches, (tokens + self.lengths[item[0]], number))
         batches.sort(key=self._cost, reverse=True)
         sides = [batches[start : start + self.world_size] for start in range(0, len(batches), self.world_size)]

@@ -19,9 +19,7 @@ class InferenceArguments:
     is_general_preference: bool | None = flag(None, "what the model is expected to be; a contradiction is an error")
     value_head_dim: int | None = flag(None, "the size D the model is expected to have; a contradiction is an error")
     add_prompt_head: bool | None = flag(None, "whether the model is expected to have a gate; else an error")
-    general_preference_tau: float | None = flag(
-        None, "temperature of published weights; default 0.1", aliases=["--tau"]
-    )
+    general_preference_tau: float | None = flag(None, "temperature of published weights (0.1)", aliases=["--tau"])
     bf16: bool | None = flag(None, "bfloat16 backbone; default on GPUs that compute it fast")
     flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
     attn_implementation: str = flag("auto", "attention kernel; auto: the fastest that is exact here", choices=CHOICES)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-import datasets
 import torch
 from tqdm import tqdm
 
@@ -162,14 +161,12 @@ def run_settings(rm: GPMPipeline, path: str, asked: dict, **others) -> dict:
 
 
 def score_table(
-    rm: GPMPipeline,
-    table: datasets.Dataset,
-    store: ResultStore,
-    context: DistributedContext,
-    make_row: Callable[[dict, EmbeddedPrompt], dict],
-    batch_size: int | None = None,
+    rm: GPMPipeline, table, store: ResultStore, context: DistributedContext, make_row: Callable, batch_size: int | None
 ) -> None:
-    """Score what the open `store` lacks, split over the processes, at most `batch_size` a call; then merge."""
+    """Score what the open `store` lacks, split over the processes, at most `batch_size` a call; then merge.
+
+    make_row: (row of `table`, its EmbeddedPrompt) -> what is written.
+    """
     finished = context.broadcast(store.finished() if context.is_main else None)
     lengths = table["length"][:]
     remaining = sorted(set(range(len(table))) - finished, key=lambda index: (-lengths[index], index))

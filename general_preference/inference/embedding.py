@@ -51,13 +51,7 @@ class _Part:
 
 
 def embed(
-    model: RewardModel,
-    comparisons: Sequence[dict],
-    *,
-    batch_tokens: int | None = None,
-    batch_size: int | None = None,
-    padding: bool = True,
-    progress: str | None = None,
+    model: RewardModel, comparisons: Sequence[dict], *, batch_tokens=None, batch_size=None, padding=True, progress=None
 ) -> Iterator[tuple[int, EmbeddedPrompt]]:
     """Embed every comparison; each comes out as soon as it is done, the longest first.
 

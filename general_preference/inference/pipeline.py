@@ -95,22 +95,16 @@ class GPMPipeline:
         self._hold(model, tokenizer, truncation, max_length, padding, batch_tokens)
 
     @classmethod
-    def from_model(
-        cls,
-        model: RewardModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        truncation: bool = True,
-        max_length: int | None = None,
-        padding: bool = True,
-        batch_tokens: int | None = None,
-    ) -> "GPMPipeline":
-        """A pipeline around a loaded model, which stays on its device. Arguments as for `GPMPipeline`."""
+    def from_model(cls, model: RewardModel, tokenizer: PreTrainedTokenizerBase, **options) -> "GPMPipeline":
+        """A pipeline around a loaded model, which stays on its device.
+
+        options: truncation, max_length, padding and batch_tokens, as for `GPMPipeline`.
+        """
         self = cls.__new__(cls)
-        self._hold(model.eval(), tokenizer, truncation, max_length, padding, batch_tokens)
+        self._hold(model.eval(), tokenizer, **options)
         return self
 
-    def _hold(self, model: RewardModel, tokenizer, truncation, max_length, padding, batch_tokens) -> None:
+    def _hold(self, model: RewardModel, tokenizer, truncation=True, max_length=None, padding=True, batch_tokens=None):
         for name, value, least in (("max_length", max_length, MIN_LENGTH), ("batch_tokens", batch_tokens, 1)):
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}, expected at least {least}")
@@ -184,9 +178,7 @@ class GPMPipeline:
         """Indices of the responses, best first; ties keep the order given. `method` is one of `ranking.METHODS`."""
         return ranking.rank(self.preference_matrix(prompt, responses), method)
 
-    def score(
-        self, prompts: list[Prompt], responses: list[list[Response]], method: str = "borda"
-    ) -> list[torch.Tensor]:
+    def score(self, prompts: list[Prompt], responses: list[list[Response]], method="borda") -> list[torch.Tensor]:
         """One number per response, for reinforcement learning and best-of-n sampling; K forwards per prompt.
 
         Args:
@@ -266,24 +258,20 @@ def generate_high_dim_result_with_prompt(
     """
     if value_head_dim != model.preference.dim:
         raise InputError(f"value_head_dim is {value_head_dim}, but the model has D = {model.preference.dim}")
-    first, second = (
-        reward.reshape(-1, 1) if value_head_dim == 1 else torch.atleast_2d(reward)
-        for reward in (chosen_reward, rejected_reward)
-    )
+    rewards = chosen_reward, rejected_reward
+    first, second = (one.reshape(-1, 1) if value_head_dim == 1 else torch.atleast_2d(one) for one in rewards)
     if first.shape != second.shape or first.shape[1] != value_head_dim:
-        shapes = f"{tuple(chosen_reward.shape)} and {tuple(rejected_reward.shape)}"
+        shapes = " and ".join(str(tuple(one.shape)) for one in rewards)
         raise InputError(f"rewards of shapes {shapes}: expected two of (B, {value_head_dim})")
-    gate = None
-    if model.preference.prompt_gate:
-        if prompt_hidden_states is None:
-            raise InputError("this model's gate reads the prompt: pass the prompt hidden states (return_prompt=True)")
-        states = torch.atleast_2d(prompt_hidden_states)
-        expected = (len(first), model.config.hidden_size)
-        if states.shape != expected:
-            raise InputError(f"prompt hidden states of shape {tuple(states.shape)}: expected {expected}")
-        with torch.no_grad():
-            gate = model.gate(states)
-    return preference_score(first, second, gate)
+    if not model.preference.prompt_gate:
+        return preference_score(first, second)
+    if prompt_hidden_states is None:
+        raise InputError("this model's gate reads the prompt: pass the prompt hidden states (return_prompt=True)")
+    states, expected = torch.atleast_2d(prompt_hidden_states), (len(first), model.config.hidden_size)
+    if states.shape != expected:
+        raise InputError(f"prompt hidden states of shape {tuple(states.shape)}: expected {expected}")
+    with torch.no_grad():
+        return preference_score(first, second, model.gate(states))
 
 
 def _name(value: object) -> str:

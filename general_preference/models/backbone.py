@@ -6,17 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from general_preference.models.attention import (
-    FLEX,
-    KERNELS,
-    VERIFIED,
-    PackedSequences,
-    RowLayout,
-    attention_mask,
-    block_mask,
-    row_layout,
-    shares_prompts,
-)
+from general_preference.models import attention as rows
 from general_preference.models.kernels import choose_kernel
 from general_preference.models.losses import can_fuse, linear_log_probs, token_log_probs
 
@@ -36,7 +26,7 @@ class PackedBackbone(nn.Module):
         self.backbone = backbone
         self.attention, self._loaded_kernel = attention, self.config._attn_implementation
         self._chosen_for: tuple | None = None
-        self.shares_prompts = shares_prompts(self.config)
+        self.shares_prompts = rows.shares_prompts(self.config)
 
     @property
     def language_model(self) -> nn.Module:
@@ -64,7 +54,7 @@ class PackedBackbone(nn.Module):
         rotary = getattr(self.config, "rope_parameters", None) is not None
         return None if rotary else getattr(self.config, "max_position_embeddings", None)
 
-    def layout_on(self, device: torch.device | None = None) -> RowLayout:
+    def layout_on(self, device: torch.device | None = None) -> rows.RowLayout:
         """Choose the attention kernel for `device` (default: the model's), dtype and mode; return its row layout.
 
         Raises:
@@ -74,7 +64,7 @@ class PackedBackbone(nn.Module):
         if self._chosen_for != wanted:
             self.config._attn_implementation = choose_kernel(self.config, self.attention, self._loaded_kernel, *wanted)
             self._chosen_for = wanted
-        return row_layout(self.config, self.shares_prompts)
+        return rows.row_layout(self.config, self.shares_prompts)
 
     def freeze_unused(self, language_model_head: bool) -> None:
         """Freeze the LM head when no regularizer uses it (a tied one is the embedding and stays)."""
@@ -88,7 +78,7 @@ class PackedBackbone(nn.Module):
         position_ids: torch.Tensor,
         segments: torch.Tensor,
         shared: bool,
-        sequences: PackedSequences | None = None,
+        sequences: rows.PackedSequences | None = None,
         routed: bool = False,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """Run the layers over the rows (R, L) of a `packing.Batch`, whose fields the arguments are.
@@ -101,14 +91,14 @@ class PackedBackbone(nn.Module):
         # Plain right-padded rows count their own positions; ALiBi models take no position_ids.
         options = {"position_ids": position_ids} if shared else {}
         if sequences is not None:
-            if self.config._attn_implementation not in KERNELS:
+            if self.config._attn_implementation not in rows.KERNELS:
                 raise RuntimeError("rows were packed for another kernel: collate with what layout_on returns now")
             mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # unused, but None would make one
             options["sequences"] = sequences
-        elif shared and self.config._attn_implementation == FLEX:
-            mask = block_mask(segments, position_ids)
+        elif shared and self.config._attn_implementation == rows.FLEX:
+            mask = rows.block_mask(segments, position_ids)
         else:
-            mask = attention_mask(self.config, segments, position_ids, self.dtype, shared)
+            mask = rows.attention_mask(self.config, segments, position_ids, self.dtype, shared)
         if routed or getattr(self.config, "output_router_logits", False):
             options["output_router_logits"] = routed
         output = self.language_model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **options)
@@ -155,7 +145,7 @@ class PackedBackbone(nn.Module):
         prompt, first, second = (torch.arange(n, device=self.device) * 37 % self.config.vocab_size for n in (7, 5, 9))
         positions = torch.tensor([[*range(7), *range(7, 12), *range(7, 16)]], device=self.device)
         segments = torch.tensor([[0] * 7 + [1] * 5 + [2] * 9], device=self.device)
-        mask = attention_mask(self.config, segments, positions, self.dtype, True)
+        mask = rows.attention_mask(self.config, segments, positions, self.dtype, True)
         together, alone = torch.cat([prompt, first, second])[None], torch.cat([prompt, second])[None]
         training, run = self.training, self.eval().language_model.base_model
         shared = run(together, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
@@ -170,7 +160,7 @@ class PackedBackbone(nn.Module):
         """Verify shared prompts for an architecture outside `attention.VERIFIED`; where the layers cannot run now
         (partitioned weights), they are not shared."""
         reason = "no exact shared-prompt mask"
-        if self.shares_prompts and self.config.model_type not in VERIFIED:
+        if self.shares_prompts and self.config.model_type not in rows.VERIFIED:
             self.shares_prompts = can_run
             reason = f"shared prompts differ by {self.verify_shared_prompts():.1e}" if can_run else "not verified"
             logger.info("%s: %s", self.config.model_type, reason)

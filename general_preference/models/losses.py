@@ -220,5 +220,7 @@ def balance_coefficient(language_model, asked: float | None) -> float:
         wanted = records_routing(language_model) and getattr(config, "output_router_logits", False)
         return float(getattr(config, "router_aux_loss_coef", 0.0)) if wanted else 0.0
     if asked > 0 and not records_routing(language_model):
-        raise InputError(f"aux_loss_coef {asked} balances experts, and {config.model_type} records no choices: use 0")
+        raise InputError(
+            f"aux_loss_coef {asked}: {config.model_type} records no choice of experts, which it balances: use 0"
+        )
     return asked

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from general_preference.errors import InputError
-from general_preference.models.adapters import add_lora
 from general_preference.models.attention import PackedSequences
 from general_preference.models.backbone import PackedBackbone
 from general_preference.models.config import (
@@ -21,7 +20,7 @@ from general_preference.models.config import (
     saved_preference,
     trained_preference,
 )
-from general_preference.models.loading import load_backbone, partitioned_loading
+from general_preference.models.loading import add_lora, load_backbone, partitioned_loading
 from general_preference.models.losses import load_balancing_loss
 from general_preference.models.saving import CardFacts, push_reward_model, read_card_facts, save_reward_model
 from general_preference.models.score import normalize_embedding

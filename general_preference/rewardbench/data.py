@@ -48,9 +48,7 @@ REWARDBENCH_2 = Benchmark("RewardBench 2", ".v2", "allenai/reward-bench-2", ("te
 PREF_SETS = Benchmark("prior sets", ".pref_sets", "allenai/pref-test-sets", tuple(PRIOR_ROWS), PRIOR_ROWS)
 
 
-def load_benchmark(
-    benchmark: Benchmark, dataset: str | None = None, debug: bool = False, allow_empty: bool = False
-) -> datasets.Dataset:
+def load_benchmark(benchmark: Benchmark, dataset: str | None = None, debug=False, allow_empty=False):
     """The rows of a benchmark in their own order, with the columns of `sources.ROW` but `problem`.
 
     Args:

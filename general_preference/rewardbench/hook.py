@@ -9,7 +9,7 @@ runpy.run_path("scripts/run_rm.py", run_name="__main__")          # whose model 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from general_preference.datasets.records import Message, parse_conversation
+from general_preference.datasets.records import parse_conversation
 from general_preference.datasets.tokenization import prepare_tokenizer
 from general_preference.errors import InputError
 from general_preference.inference.pipeline import GPMPipeline
@@ -26,19 +26,19 @@ class RewardBenchPipeline:
 
     def __call__(
         self,
-        chosen: list[list[Message]],
-        rejected: list[list[Message]] | None = None,
+        chosen,
+        rejected=None,
         *,
         max_length: int | None = None,
-        truncation: bool = True,
-        padding: bool = True,
+        truncation=True,
+        padding=True,
         **_pipeline_options,
     ) -> torch.Tensor:
         """Compare B pairs of conversations.
 
         Args:
-            chosen, rejected: conversations with the same messages before the assistant's last turn. Without `rejected`
-                a Bradley-Terry model returns rewards, as the official best-of-n script asks for.
+            chosen, rejected: B lists of messages with the same messages before the assistant's last turn. Without
+                `rejected` a Bradley-Terry model returns rewards, as the official best-of-n script asks for.
             max_length: tokens of one conversation, at most the model's positions; default what it was trained with.
             _pipeline_options: what transformers' classification pipelines read (batch_size, function_to_apply, ...).
 
@@ -71,12 +71,7 @@ class RewardBenchPipeline:
 
 
 def load_for_rewardbench(
-    path: str,
-    *,
-    device_map: object = None,
-    torch_dtype: torch.dtype | None = None,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
+    path: str, *, device_map=None, torch_dtype=None, attn_implementation: str | None = None, trust_remote_code=False
 ) -> RewardModel:
     """Load a preference model as the official scripts ask for it.
 

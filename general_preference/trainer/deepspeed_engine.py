@@ -146,11 +146,8 @@ class DeepSpeedEngine:
         if engine.use_liger_kernel:
             use_liger_kernels(model.language_model, self.device)
         if engine.gradient_checkpointing:
-            kind = {
-                "reentrant": engine.gradient_checkpointing_use_reentrant,
-                "selective": engine.selective_checkpointing,
-            }
-            checkpoint_activations(model.language_model, **kind)
+            reentrant, selective = engine.gradient_checkpointing_use_reentrant, engine.selective_checkpointing
+            checkpoint_activations(model.language_model, reentrant=reentrant, selective=selective)
         if engine.torch_compile:
             compile_layers(model.language_model)
         self._match_partitioned(model)

@@ -76,9 +76,7 @@ class PreferenceLosses:
     aux: torch.Tensor | None = None
 
 
-def batch_loss(
-    output: Output, batch: Batch, arguments: LossArguments, aux_loss_coef: float | None = None
-) -> PreferenceLosses:
+def batch_loss(output: Output, batch: Batch, arguments: LossArguments, aux_loss_coef=None) -> PreferenceLosses:
     """(1 - c) * preference + c * regularizer + a * load balance of a micro-batch, from the model's output.
 
     Without the regularizer c = 0. Weights are the batch's own, so any split into micro-batches gives one gradient. Only

@@ -9,8 +9,8 @@ import pandas
 import torch
 from transformers import AutoModelForCausalLM
 
-from general_preference.models.adapters import add_lora
 from general_preference.models.config import PreferenceConfig, load_config
+from general_preference.models.loading import add_lora
 from general_preference.models.reward_model import RewardModel
 from general_preference.trainer.arguments import Arguments
 from general_preference.trainer.deepspeed_engine import model_state_memory

@@ -240,16 +240,12 @@ class Trainer:
         digest = weights_digest(arguments.model.pretrain) if self.context.is_main else None
         fixed, flags = self.objective.identity()
         fixed |= {
-            "global_batch_size": self.engine.global_batch_size,
-            "seed": optimizer.seed,
-            "comparisons": len(train_table),
+            "global_batch_size": self.engine.global_batch_size, "seed": optimizer.seed, "comparisons": len(train_table),
             "data_checksum": xxhash.xxh3_64_hexdigest(lengths_and_prompts.encode()),
-            "group_size": arguments.data.group_size,
-            "max_epochs": optimizer.max_epochs,
-            "pretrain_checksum": self.context.broadcast(digest),
-            "lora_rank": arguments.model.lora_rank,
+            "pretrain_checksum": self.context.broadcast(digest), "max_epochs": optimizer.max_epochs,
+            "group_size": arguments.data.group_size, "lora_rank": arguments.model.lora_rank,
             "lora_alpha": arguments.model.lora_alpha,
-        }
+        }  # fmt: skip
         free = ("learning_rate", "l2", "max_norm", "adam_betas", "lr_schedule", "warmup_ratio")
         flags |= {name: value for name, value in vars(optimizer).items() if name in free}
         return fixed, flags | {"lora_dropout": arguments.model.lora_dropout}
