@@ -63,10 +63,7 @@ def draw_training_curves(rows: list[dict], path: Path) -> bool:
 
 @dataclass
 class EmbeddedCycle:
-    """A cycle of the evaluation set `set`: K short texts, each preferred to the next and the last to the first.
-
-    embeddings: (K, D). gate: (P,) or None.
-    """
+    """A cycle of K texts, each preferred to the next, the last to the first. embeddings: (K, D). gate: (P,) or None."""
 
     set: str
     members: list[str]
@@ -86,25 +83,22 @@ def embedded_cycle(name: str, batch, output: dict[str, torch.Tensor], tokenizer)
         edges = list(zip(batch.first[mine].tolist(), batch.second[mine].tolist(), strict=True))
         members = find_cycle(edges)
         if members is not None and len(members) > 2:
-            texts = [_response_text(batch, end, tokenizer) for end in batch.response_ends[members].tolist()]
+            texts = []
+            for end in batch.response_ends[members].tolist():
+                row, column = divmod(end, batch.input_ids.shape[1])
+                same = batch.segments[row, : column + 1] == batch.segments[row, column]
+                text = tokenizer.decode(batch.input_ids[row, : column + 1][same], skip_special_tokens=True)
+                texts.append(textwrap.fill(textwrap.shorten(text, MEMBER_CHARACTERS, placeholder=" …"), 30))
             gate = output["gates"][index].float().cpu() if "gates" in output else None
             return EmbeddedCycle(name, texts, output["embeddings"][members].float().cpu(), gate)
     return None
-
-
-def _response_text(batch, end: int, tokenizer) -> str:
-    row, column = divmod(end, batch.input_ids.shape[1])
-    same = batch.segments[row, : column + 1] == batch.segments[row, column]
-    text = tokenizer.decode(batch.input_ids[row, : column + 1][same], skip_special_tokens=True)
-    return textwrap.fill(textwrap.shorten(text, MEMBER_CHARACTERS, placeholder=" …"), 30)
 
 
 def draw_cycles(cycles: list[EmbeddedCycle], path: Path) -> bool:
     """Members of cycles on a plane or a line; arrows to the less preferred, green where the model agrees, else red."""
     if not cycles or (pyplot := load_pyplot()) is None:
         return False
-    columns = min(2, len(cycles))
-    rows = -(-len(cycles) // columns)
+    columns, rows = min(2, len(cycles)), math.ceil(len(cycles) / 2)
     figure = pyplot.figure(figsize=(6.2 * columns, 4.2 * rows))
     figure.get_layout_engine().set(hspace=0.1)
     for number, cycle in enumerate(cycles, 1):
@@ -186,10 +180,7 @@ def draw_reliability(bins: list[tuple[float, float, int]], results: dict[str, di
 
 
 def draw_subsets(results: dict[str, dict], groups: dict[str, str], guess: dict[str, float], title: str, path: Path):
-    """One bar per subset of a benchmark, {accuracy, accuracy_low, accuracy_high, n}.
-
-    groups: {subset: group that gives its color}. guess: {subset: accuracy of guessing}, drawn where there is one.
-    """
+    """One bar per subset, {accuracy, accuracy_low, accuracy_high, n}, colored by group; dotted: accuracy `guess`."""
     if (pyplot := load_pyplot()) is None:
         return False
     figure, axis = pyplot.subplots(figsize=(8, 1.6 + 0.3 * len(results)))

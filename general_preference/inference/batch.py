@@ -39,8 +39,8 @@ ALL, ASKED = "all", "asked"
 class ResultStore:
     """The JSON lines of a run, one per comparison and in their order, and the files with the endings `beside`.
 
-    Every process appends rows to a part in OUTPUT.parts, which also holds the settings; at the end the main process
-    merges the parts and moves the settings into the summary. A kill costs at most a line per process.
+    Every process appends rows to a part in OUTPUT.parts, beside the settings; at the end the main process merges the
+    parts, and the settings go into the summary. A kill costs at most a line per process.
     """
 
     def __init__(self, output: Path, *beside: str):
@@ -77,8 +77,8 @@ class ResultStore:
 
     def _claim(self, overwrite: bool):
         found = _read_object(self.parts / "settings.json") or _read_object(self.summary).get("settings")
-        strange = [path for path in self._written if path.exists()] if not isinstance(found, dict) else []
-        if strange:
+        strange = [path for path in self._written if path.exists()]
+        if strange and not isinstance(found, dict):
             raise InputError(f"{strange[0]} is not of a run and would be replaced: remove it, or choose another path")
         difference = _difference(found, self.settings) if found else ""
         if difference and not overwrite:
@@ -173,8 +173,8 @@ def score_table(
     mine = remaining[context.rank :: context.world_size]
     model = f"{rm.preference.head} D={rm.value_head_dim} on {rm.device}, {context.world_size} process(es)"
     logger.info("%d comparisons, %d done before; %s", len(table), len(finished), model)
-    hidden = not (context.is_main and mine)
-    with tqdm(total=len(mine), desc="scoring", unit="cmp", disable=hidden, mininterval=1) as bar:
+    shown = context.is_main and mine
+    with tqdm(total=len(mine), desc="scoring", unit="cmp", disable=not shown, mininterval=1) as bar:
         for start in range(0, len(mine), CHUNK_ROWS):
             chunk = mine[start : start + CHUNK_ROWS]
             rows = [table[index] for index in chunk]

@@ -32,10 +32,7 @@ Response = str | list[Message]
 
 
 class GPMPipeline:
-    """Scores, compares and ranks responses with a trained preference model (GPM, Bradley-Terry or hybrid).
-
-    Head, D, gate, normalization, temperature and input format come from the checkpoint.
-    """
+    """Scores, compares and ranks responses with a preference model, whose head and settings the checkpoint states."""
 
     def __init__(
         self,
@@ -68,8 +65,7 @@ class GPMPipeline:
             max_length: default what the model was trained with.
             padding: let rows of different length share a call. Scores do not depend on it.
             dtype: any other dtype of the backbone. tokenizer: used instead of the one saved with the model.
-            attn_implementation: one of `models.kernels.CHOICES`.
-            batch_tokens: tokens of one forward call; None fits the device.
+            attn_implementation: of `models.kernels.CHOICES`. batch_tokens: of one forward call; None fits the device.
 
         Raises:
             InputError (a ValueError): no such model, no heads, damaged weights, or an argument that contradicts the
@@ -112,7 +108,13 @@ class GPMPipeline:
         self.device = model.value_head.weight.device
         self.value_head_dim, self.add_prompt_head = self.preference.dim, self.preference.prompt_gate
         self.padding, self.batch_tokens = padding, batch_tokens
-        self.max_length = self._length_limit(max_length) if truncation else None
+        positions = model.learned_positions
+        if truncation and max_length is not None and positions is not None and max_length > positions:
+            raise InputError(f"max_length {max_length} exceeds the model's {positions} positions")
+        released = RELEASED_MAX_LENGTH if self.preference.input_format == "released" else None
+        limit = max_length or self.preference.max_length or released
+        limit = limit if positions is None else min(limit or positions, positions)
+        self.max_length = limit if truncation else None
         self.encoder = ComparisonTokenizer(tokenizer, self.max_length, self.preference.input_format)
 
     @property
@@ -226,14 +228,6 @@ class GPMPipeline:
         if limit is not None and longest > limit:
             raise InputError(f"{name} with its response has {longest} tokens, the model {limit} positions")
         return row
-
-    def _length_limit(self, max_length: int | None) -> int | None:
-        positions = self.model.learned_positions
-        if max_length is not None and positions is not None and max_length > positions:
-            raise InputError(f"max_length {max_length} exceeds the model's {positions} positions")
-        released = RELEASED_MAX_LENGTH if self.preference.input_format == "released" else None
-        limit = max_length or self.preference.max_length or released
-        return limit if positions is None else min(limit or positions, positions)
 
 
 def generate_high_dim_result_with_prompt(

@@ -43,10 +43,9 @@ def borda(probabilities: Matrix) -> torch.Tensor:
     Equal for all members of a symmetric cycle. Source: de Borda (1781); Heckel et al. 2019 (arXiv 1606.08842).
     """
     matrix = _checked(probabilities)
-    others = len(matrix) - 1
-    if others == 0:
+    if len(matrix) == 1:
         return torch.full((1,), 0.5, dtype=matrix.dtype)
-    return (matrix.sum(dim=1) - matrix.diagonal()) / others
+    return (matrix.sum(dim=1) - matrix.diagonal()) / (len(matrix) - 1)
 
 
 def copeland(probabilities: Matrix) -> torch.Tensor:
@@ -55,9 +54,7 @@ def copeland(probabilities: Matrix) -> torch.Tensor:
     Source: Copeland (1951); Saari and Merlin 1996 ("The Copeland method").
     """
     matrix = _checked(probabilities)
-    victories = (matrix > 0.5).double() + 0.5 * (matrix == 0.5).double()
-    victories.fill_diagonal_(0.5)
-    return borda(victories)
+    return borda((torch.sign(matrix - 0.5).fill_diagonal_(0) + 1) / 2)
 
 
 def nash(probabilities: Matrix) -> torch.Tensor:

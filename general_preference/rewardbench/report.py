@@ -149,10 +149,9 @@ def picture_labels(benchmark: Benchmark) -> tuple[dict[str, str], dict[str, floa
 
 def _remarks(benchmark: Benchmark, results: dict[str, dict], scores: dict[str, float | None]) -> list[str]:
     """What a reader of the numbers has to know."""
-    remarks = []
-    rows, official = sum(result["n"] for result in results.values()), sum(benchmark.rows.values())
-    missing = [subset for subset in benchmark.rows if subset not in results]
+    remarks, missing = [], [subset for subset in benchmark.rows if subset not in results]
     if any(result["n"] != result["official"] for result in results.values()) or missing:
+        rows, official = sum(result["n"] for result in results.values()), sum(benchmark.rows.values())
         counts = f"{rows} rows in {len(results)} subsets; officially {official} in {len(benchmark.rows)}"
         remarks.append(f"{counts}: not comparable with published numbers")
     if missing:

@@ -68,10 +68,7 @@ def prior_score(accuracies: Mapping[str, float]) -> float | None:
 
 def leaderboard_average(sections: Mapping[str, float | None], prior: float | None) -> float | None:
     """Sections at weight 2, the prior sets at weight 1 if they were run; None if a section is missing."""
-    if mean_of_all(sections.values()) is None:
-        return None
-    values = [*sections.values()] * 2 + ([] if prior is None else [prior])
-    return math.fsum(values) / len(values)
+    return mean_of_all([*sections.values()] * 2 + ([] if prior is None else [prior]))
 
 
 def best_of_n_credit(values: Sequence[Number]) -> float:
@@ -128,34 +125,32 @@ class TiesScore:
 
 def ties_score(prompts: Iterable[TiesPrompt]) -> TiesScore:
     """The score of "Ties"; margins are compared where a ref and a tied prompt share their number."""
-    return _ties_score([_components(pair) for pair in _pairs(prompts)])
+    return _ties_score(_components(prompts))
 
 
 def ties_interval(prompts: Iterable[TiesPrompt], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the score of "Ties": percentiles over pairs of prompts drawn with replacement (bootstrap)."""
-    components = [_components(pair) for pair in _pairs(prompts)]
+    components = _components(prompts)
     generator = random.Random(seed)
     scores = sorted(_ties_score(generator.choices(components, k=len(components))).score for _ in range(draws))
     return scores[int(0.025 * draws)], scores[math.ceil(0.975 * draws) - 1]
 
 
-def _pairs(prompts: Iterable[TiesPrompt]) -> list[dict[str, TiesPrompt]]:
+def _components(prompts: Iterable[TiesPrompt]) -> list[tuple[float | None, ...]]:
+    """What each pair contributes to each part of `TiesScore`; None where it takes no part."""
     pairs: dict[int, dict[str, TiesPrompt]] = {}
     for prompt in prompts:
         pairs.setdefault(prompt.number, {})[prompt.kind] = prompt
-    return list(pairs.values())
-
-
-def _components(pair: dict[str, TiesPrompt]) -> tuple[float | None, ...]:
-    """What one pair contributes to each part of `TiesScore`; None where it takes no part."""
-    ref, tied = pair.get("ref"), pair.get("tied")
-    preferred = hard = margin_score = None
-    if ref is not None and tied is not None and tied.spread is not None:
-        smaller = min(ref.margin, tied.margin)
-        preferred, hard = float(tied.margin > tied.spread), float(smaller > tied.spread)
-        margin_score = math.tanh(float(smaller / tied.spread) - 1) if tied.spread > 0 else None
-    accuracies = (None if prompt is None else float(prompt.accurate) for prompt in (tied, ref))
-    return (*accuracies, preferred, hard, margin_score)
+    found = []
+    for ref, tied in ((pair.get("ref"), pair.get("tied")) for pair in pairs.values()):
+        preferred = hard = margin_score = None
+        if ref is not None and tied is not None and tied.spread is not None:
+            smaller = min(ref.margin, tied.margin)
+            preferred, hard = float(tied.margin > tied.spread), float(smaller > tied.spread)
+            margin_score = math.tanh(float(smaller / tied.spread) - 1) if tied.spread > 0 else None
+        accuracies = (None if prompt is None else float(prompt.accurate) for prompt in (tied, ref))
+        found.append((*accuracies, preferred, hard, margin_score))
+    return found
 
 
 def _ties_score(components: list[tuple[float | None, ...]]) -> TiesScore:
