@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fo
 
 import torch
 
-from benchmarks.machine import describe_machine, numbers, run_in_launcher_environment
+from benchmarks.machine import describe_machine, numbers
 from benchmarks.training_steps import left_padded
 from general_preference.cli import exit_code, format_table
+from general_preference.cpu_settings import restart_with_cpu_settings
 from general_preference.errors import InputError
 from general_preference.files import replace_text
 
@@ -159,5 +160,5 @@ def timed(work) -> tuple[float, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    run_in_launcher_environment()
+    restart_with_cpu_settings()
     sys.exit(main())

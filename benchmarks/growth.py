@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fo
 
 import torch
 
-from benchmarks.machine import describe_machine, matmul_rate, numbers, run_in_launcher_environment
+from benchmarks.machine import describe_machine, matmul_rate, numbers
 from general_preference.cli import exit_code, format_table
+from general_preference.cpu_settings import restart_with_cpu_settings
 from general_preference.datasets.packing import Collator
 from general_preference.errors import InputError
 from general_preference.files import replace_text
@@ -178,5 +179,5 @@ def draw(speeds: dict[tuple[int, int], float], lengths: list[int], sizes: list[i
 
 
 if __name__ == "__main__":
-    run_in_launcher_environment()
+    restart_with_cpu_settings()
     sys.exit(main())

@@ -4,7 +4,6 @@ import os
 import platform
 import resource
 import statistics
-import sys
 import time
 
 import torch
@@ -43,24 +42,6 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def launcher_environment() -> dict[str, str]:
-    """The environment that scripts/environment.sh makes and explains: how freed memory is kept, how threads wait."""
-    return {
-        "MALLOC_MMAP_THRESHOLD_": "4294967296",
-        "MALLOC_TRIM_THRESHOLD_": "8589934592",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "5000",
-        "DS_ACCELERATOR": "cpu" if not torch.cuda.is_available() else "cuda",
-    }
-
-
-def run_in_launcher_environment() -> None:
-    """Start this script again under `launcher_environment`, which glibc and OpenMP read only as a process starts."""
-    wanted = launcher_environment()
-    if any(os.environ.get(name) != value for name, value in wanted.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
 
 
 def numbers(flag: str, text: str) -> list[int]:

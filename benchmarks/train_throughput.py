@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fo
 
 import torch
 
-from benchmarks.machine import describe_machine, launcher_environment, numbers
+from benchmarks.machine import describe_machine, numbers
 from benchmarks.training_steps import run_one
 from general_preference.cli import exit_code, format_table
+from general_preference.cpu_settings import CPU_SETTINGS
 from general_preference.errors import InputError
 from general_preference.files import replace_lines, replace_text
 from general_preference.plots import load_pyplot
@@ -186,7 +187,7 @@ def start(arguments: argparse.Namespace, name: str, micro_batch: int) -> dict:
     flags += [f"--{key}" for key, value in given.items() if value is True]
     command = [sys.executable, __file__, *flags, f"--run={name}", f"--micro_batch={micro_batch}"]
     tuned = name in ("this", "regularized") or not arguments.plain_peers
-    environment = os.environ | (launcher_environment() if tuned else {})
+    environment = os.environ | (CPU_SETTINGS if tuned and not torch.cuda.is_available() else {})
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
