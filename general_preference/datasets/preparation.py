@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 
 import datasets
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from general_preference.datasets.sources import INTEGERS, PREFERENCES, TEXT, Source, load_source, record_location
 from general_preference.datasets.tokenization import ComparisonTokenizer, stable_hash
@@ -190,11 +188,13 @@ def split_by_prompt(
 
 def _units(prompt_keys: list[str], groups: list[int] | None) -> list[list[int]]:
     """Row indices that must stay together: groups, joined where they share a prompt."""
+    from scipy.sparse import coo_array, csgraph  # only here: the import is slow
+
     known = {key: number for number, key in enumerate(dict.fromkeys(prompt_keys))}
     prompts, count = [known[key] for key in prompt_keys], len(prompt_keys)
     others = [count + group for group in (range(count) if groups is None else groups)]
     edges = coo_array(([True] * count, (prompts, others)), shape=(2 * count, 2 * count))
-    _, parts = connected_components(edges, directed=False)
+    _, parts = csgraph.connected_components(edges, directed=False)
     units: dict[int, list[int]] = {}
     for index, part in enumerate(parts[prompts].tolist()):
         units.setdefault(part, []).append(index)
