@@ -52,8 +52,9 @@ class DistributedContext(contextlib.AbstractContextManager):
             raise InputError("WORLD_SIZE is set without RANK and MASTER_ADDR: start with scripts/launch.py or torchrun")
         else:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-            # torchrun keeps its store over restarts, and with it the addresses of processes that are gone.
-            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # torchrun keeps its store over restarts, and with it the addresses of processes that are gone.
+                store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         return cls()
 

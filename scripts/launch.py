@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # of this process: no C++ frames when nodes do not meet
+os.environ |= {"TORCH_CPP_LOG_LEVEL": "FATAL", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # quiet; a store per start
 
 from torch.distributed import launcher, run
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
