@@ -82,10 +82,12 @@ def test_every_failure_is_printed_once():
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+    # As after a restart of two nodes, of which torchrun counts it on the one alone whose process died.
+    common |= {"OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", CODE],
-            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RESTART_COUNT": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
