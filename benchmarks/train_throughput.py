@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each at its best micro-batch, taking turns")
     parser.add_argument("--max_len", type=int, default=512)
     parser.add_argument("--head", choices=["bt", "gpm"], default="bt", help="TRL knows bt alone")
-    parser.add_argument("--plain_peers", action="store_true", help="run the others without this launchers' environment")
+    parser.add_argument("--plain_peers", action="store_true", help="run the others without the launchers' CPU settings")
     parser.add_argument("--hidden_size", type=int, default=384)
     parser.add_argument("--intermediate_size", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 8 eval/batch_inference_rm_general_preference.py ...                the same on 8 devices
 
 Writes OUTPUT (a JSON line per comparison, in the order of the data) and beside it .summary.json (accuracy, loss,
-calibration per subset) and .reliability.png. Started again after a stop, it continues.
+calibration per subset) and .reliability.png. Started again after a stop, it continues. Exit codes, each with one line:
+1 the run failed, 2 what was given cannot be used, 130 interrupted.
 """
 
 import logging

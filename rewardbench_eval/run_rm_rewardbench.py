@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 8 rewardbench_eval/run_rm_rewardbench.py --model MODEL                     on 8 devices
 
 Writes MODEL.json (the official layout), .jsonl (a line per row), .summary.json (sections, intervals, what the run was
-made with) and .png into --output_dir. Started again after a stop, it continues. Exit codes: as of the training script.
+made with) and .png into --output_dir. Started again after a stop, it continues. Exit codes, each with one line: 1 the
+run failed, 2 what was given cannot be used, 130 interrupted.
 """
 
 import json
@@ -70,7 +71,7 @@ class RewardBenchArguments:
     is_custom_model: bool | None = flag(None, "always so here: models of this repository; false is an error")
     not_quantized: bool | None = flag(None, "always so here: weights are never quantized; false is an error")
     do_not_save: bool | None = flag(None, "always so here: nothing is uploaded to the hub; false is an error")
-    disable_beaker_save: bool = flag(False, "always so here")
+    disable_beaker_save: bool = flag(False, "accepted and not used: nothing is written for Beaker jobs")
 
     def check(self) -> None:
         """InputError for what cannot work, before anything is loaded."""
@@ -193,13 +194,14 @@ def finish(arguments: RewardBenchArguments, rm: GPMPipeline, read: Summary, stor
 def prior_score_of(arguments: RewardBenchArguments, settings: dict) -> float | None:
     """The same model's score on the prior sets, if it is in the same folder; else None."""
     summary = arguments.output(PREF_SETS, ".summary.json")
-    if not summary.is_file():
+    try:
+        found = json.loads(summary.read_text(encoding="utf-8"))
+        prior, same = found["scores"]["Prior Sets"], all(found["settings"][n] == settings[n] for n in OF_THE_MODEL)
+    except (OSError, ValueError, LookupError, TypeError):  # they were not run, or this is no summary
         return None
-    found = json.loads(summary.read_text(encoding="utf-8"))
-    if all(found["settings"].get(name) == settings[name] for name in OF_THE_MODEL):
-        return found["scores"].get("Prior Sets")
-    logger.warning("%s is of another model or other settings: not averaged", summary)
-    return None
+    if not same:
+        logger.warning("%s is of another model or other settings: not averaged", summary)
+    return prior if same else None
 
 
 def provenance(rm: GPMPipeline, read: Summary, processes: int) -> dict:

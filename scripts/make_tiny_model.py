@@ -98,7 +98,7 @@ def make_tiny_model(
     is_model = (output_dir / "config.json").is_file() and (output_dir / "tokenizer.json").is_file()
     if output_dir.exists() and not is_model and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} exists and is not a model folder; refusing to replace it")
-    tokenizer = train_tokenizer(read_texts(text_files or TEXT_FILES), vocab_size)
+    tokenizer = train_tokenizer(read_texts(TEXT_FILES if text_files is None else text_files), vocab_size)
     model = build_model(tokenizer, hidden_size, num_layers, num_heads, seed)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as scratch:
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path, help="model folder to write; a model already there is replaced")
     parser.add_argument(
-        "--text_files", "--text", nargs="+", metavar="FILE", help="JSONL files to train the tokenizer on"
+        "--text_files", "--text", nargs="+", metavar="FILE", help="JSONL of the tokenizer; default data/*/train.jsonl"
     )
     numbers = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 2048, "seed": 0}
     for name, default in numbers.items():

@@ -3,7 +3,8 @@
 
     python scripts/merge_lora.py ADAPTER OUTPUT [--dtype auto|float32|bfloat16|float16]
 
-Merging runs in fp32; an adapter trained with --load_in_4bit is merged into the unquantized base.
+Merging runs in fp32; an adapter trained with --load_in_4bit is merged into the unquantized base. Exit codes: 0 done, 1
+failed, 2 unusable input, 130 interrupted.
 """
 
 import argparse

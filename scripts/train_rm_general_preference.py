@@ -149,10 +149,10 @@ def resolve_preference(arguments: Arguments) -> PreferenceConfig:
     saved = saved_preference(model.pretrain, model.trust_remote_code)
     if saved is None:
         return model.preference(arguments.data.max_len or DEFAULT_MAX_LEN)
-    same = {name: getattr(model, name) for name in ("gate", "normalize", "input_format")}
-    same["head"] = model.preference_head or ("gpm" if model.is_general_preference else None)
+    same = {"head": model.preference_head or ("gpm" if model.is_general_preference else None)}
     same |= {"dim": model.value_head_dim, "prompt_gate": model.add_prompt_head or None}
-    saved.check(model.pretrain, temperature=model.general_preference_tau, **same)
+    same |= {name: getattr(model, name) for name in ("gate", "normalize", "input_format")}
+    saved.check(model.pretrain, **same, temperature=model.general_preference_tau)
     saved.max_length = arguments.data.max_len or saved.max_length or DEFAULT_MAX_LEN
     saved.learnable_temperature = model.learnable_temperature
     return saved

@@ -444,6 +444,7 @@ def test_heads_that_are_missing_are_not_made_up(saved, tmp_path, gone):
         ({"num_hidden_layers": 1}, "weights that its configuration has no place for"),
         ({"num_attention_heads": 0}, "cannot"),
         ({"hidden_size": None}, "cannot"),
+        ({"preference": []}, "expected an object"),
         ({"preference": {"head": "gpm", "dim": "4"}}, "dim is '4'"),
         ({"preference": {"head": "gpm", "dim": 4, "max_length": 3}}, "max_length is 3"),
         ({"preference": {"head": "gpm", "dim": 4, "normalize": "no"}}, "normalize is 'no'"),

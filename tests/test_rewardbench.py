@@ -284,6 +284,10 @@ def test_prior_sets_join_the_leaderboard_average(saved, data, tmp_path, capsys):
     assert f"{expected:.4f}" in capsys.readouterr().out
     assert run(model, out, "--dataset", data, "--max_length", 64, "--overwrite") == 0
     assert "Leaderboard average" not in read(out / "m.summary.json")["scores"], "made with another length limit"
+    for damaged in ("{", "{}", '{"scores": null}'):
+        (out / "m.pref_sets.summary.json").write_text(damaged)
+        assert run(model, out, "--dataset", data, "--max_length", 64) == 0
+        assert "Leaderboard average" not in read(out / "m.summary.json")["scores"]
 
 
 def test_a_stop_loses_nothing(saved, data, tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def split_by_prompt(
     """Row indices (train, held out), shuffled and split so that no prompt is on both sides.
 
     train_ratio: share in (0, 1] of the comparisons to train on. max_samples: use at most so many in all. Both are met
-    as closely as whole prompts allow. groups: an id per row; rows of one group stay together on one side.
+    as closely as whole prompts allow. groups: an id in [0, rows) per row; rows of one group stay together on one side.
     """
     units = _units(table["prompt_key"][:], groups)  # without [:] a column is read row by row
     order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).tolist()

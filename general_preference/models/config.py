@@ -74,6 +74,8 @@ class PreferenceConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "PreferenceConfig":
         """Read the object back; a field this version does not know is an error, never silently dropped."""
+        if not isinstance(values, dict):
+            raise InputError(f"config.json: preference is {values!r}, expected an object")
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise InputError(f"config.json has unknown preference fields {sorted(unknown)}: is it of a newer version?")

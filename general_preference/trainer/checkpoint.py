@@ -154,7 +154,7 @@ class CheckpointStore:
         found.sort(key=lambda path: (_step_of(path) <= newest, _step_of(path)), reverse=True)
         total = 0
         for number, path in enumerate(found, 1):
-            total += sum(file.stat().st_size for file in path.iterdir())
+            total += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
             if number > 1 and (number > self.max_number or total > self.max_bytes):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -164,7 +164,8 @@ def _wait_until_visible(folder: Path, entries: dict[str, dict]) -> None:
     deadline = time.monotonic() + SHOWN_WITHIN
     while missing := [name for name in entries if not (folder / name).is_file()]:
         if time.monotonic() > deadline:
-            raise InputError(f"{missing[0]} of another process does not show up: all nodes must share this disk")
+            where = f"{folder.parent}: {missing[0]} of another process does not show up"
+            raise InputError(f"{where}: checkpoints need a disk that all nodes share")
         time.sleep(0.5)
 
 
@@ -221,7 +222,6 @@ def _move_model(temporary: Path, folder: Path) -> None:
     for pattern in ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json"):
         for stale in list(folder.glob(pattern)):
             stale.unlink()
-    # config.json comes last: without it the folder is no model yet.
     for file in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
         if file.is_dir():
             shutil.rmtree(folder / file.name, ignore_errors=True)

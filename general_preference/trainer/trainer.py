@@ -126,8 +126,7 @@ class Trainer:
 
     def batches(self) -> Iterator[Batch]:
         """This process's micro-batches, on the CPU, from where the run is to its end."""
-        epochs = self.arguments.optimizer.max_epochs
-        items = self.sampler.micro_batches(epochs, self.state.step)
+        items = self.sampler.micro_batches(self.arguments.optimizer.max_epochs, self.state.step)
         return iter(self._loader(self.train_set, items, self.objective.collate))
 
     def train_step(self, batches: Iterator[Batch]) -> None:
