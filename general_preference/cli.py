@@ -53,13 +53,16 @@ def parse_flags(groups: tuple[type, ...], argv: list[str] | None, description: s
             argv = _config_flags(given.config, {action.dest for action in parser._actions}, replaced(given)) + argv
         except InputError as error:
             parser.error(str(error))
-    return list(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))[: len(groups)]
+    filled = list(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))[: len(groups)]
+    for group in filled:  # a shell leaves the "~" of --flag=~/path to the program
+        vars(group).update({n: os.path.expanduser(value) for n, value in vars(group).items() if isinstance(value, str)})
+    return filled
 
 
 def _config_flags(path: str, known: set[str], replaced: tuple[str, ...]) -> list[str]:
     """The keys of a config file as command-line flags; null means the default, and `resolved` is no flag."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
         values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"config {path} cannot be read: {' '.join(str(error).split())}") from error

@@ -1,13 +1,65 @@
-"""Files and folders that survive a stop: locked by one run, replaced whole, never half-written."""
+"""Files and folders that survive: inputs are never written over, runs do not mix, nothing is left half-written."""
 
 import contextlib
 import errno
 import fcntl
+import fnmatch
+import glob
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from general_preference.errors import InputError, RunError
+
+
+def check_outputs(outputs: dict[Path, str], read: Iterable[str], data: Iterable[str] = ()) -> None:
+    """Refuse outputs that are or contain what is read, or that lie in a folder of data, which is read whole.
+
+    Args:
+        outputs: {file or folder that will be written: the argument that names it}. read: paths of models and files.
+            data: paths of data, which may be patterns or `path@split`; in both, names that are no local path are fine.
+
+    Raises:
+        InputError: names both, however they are spelled (links, `..`, `~`).
+    """
+    inputs = [(path, place, False) for path in read for place in _places(path)]
+    inputs += [(path, place, True) for path in data for place in _places(path)]
+    for output, name in outputs.items():
+        for path, place, searched in inputs:
+            problem = ""
+            if _lies_in(place, output) if place.exists() else place.resolve() == output.resolve():
+                problem = "is" if place.resolve() == output.resolve() else "contains"
+            elif searched and ((place.is_dir() and _lies_in(output, place)) or _matches(output, path)):
+                problem = "would be written into"
+            if problem:
+                raise InputError(f"{name} {output} {problem} {path}, which is read: choose another place to write to")
+
+
+def _places(path: str) -> list[Path]:
+    """What a path stands for: itself or what its pattern or split name finds, and the links inside."""
+    path = os.path.expanduser(path)
+    found = [path] if os.path.lexists(path) else glob.glob(path, recursive=True) or [path.rpartition("@")[0] or path]
+    found = list(map(Path, found))
+    return found + [link for place in found if place.is_dir() for link in place.rglob("*") if link.is_symlink()]
+
+
+def _lies_in(inner: Path, outer: Path) -> bool:
+    """Whether `inner` is `outer` or in it, also where a mount, or upper case that does not count, spells it apart."""
+    inner, outer = inner.resolve(), outer.resolve()
+    if inner.is_relative_to(outer):
+        return True
+    return outer.exists() and any(place.exists() and place.samefile(outer) for place in (inner, *inner.parents))
+
+
+def _matches(output: Path, pattern: str) -> bool:
+    return glob.has_magic(pattern) and fnmatch.fnmatch(os.path.realpath(output), _real_pattern(pattern))
+
+
+def _real_pattern(pattern: str) -> str:
+    folder, name = os.path.split(os.path.abspath(os.path.expanduser(pattern)))
+    return os.path.join(folder if glob.has_magic(folder) else os.path.realpath(folder), name)
 
 
 def lock_folder(folder: Path, name: str):
@@ -18,7 +70,7 @@ def lock_folder(folder: Path, name: str):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = (folder / ".lock").open("a")
     except OSError as error:
         raise InputError(f"{name} {folder} cannot be written ({error.strerror}): choose another folder") from error
     try:
@@ -33,11 +85,11 @@ def lock_folder(folder: Path, name: str):
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around what writes `path`: an OSError becomes a RunError that names it and the reason."""
+    """Around what writes `path`: what the disk refuses becomes a RunError that names it and the reason."""
     try:
         yield
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def replace_text(path: Path, text: str) -> None:

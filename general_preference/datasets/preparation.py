@@ -3,6 +3,7 @@
 No prompt is on both sides of a split, whatever the blend; `Summary` counts what was read, cut or left out.
 """
 
+import itertools
 import json
 from dataclasses import asdict, dataclass
 
@@ -215,3 +216,27 @@ def summarize_table(name: str, table: datasets.Dataset, left_out=0, trained_prom
         **{count: int(columns[count][:].sum()) for count in COUNTS},
         seen_prompts=sum(key in (trained_prompts or ()) for key in table["prompt_key"][:]),
     )
+
+
+def check_known_ids(table: datasets.Dataset, vocabulary: int, tokenizer) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Args:
+        table: with the columns of `TOKENIZED`. vocabulary: how many ids the model knows, from 0.
+
+    Raises:
+        InputError: names the token and the first record that has it.
+    """
+    columns = table.select_columns(["id", "prompt_ids", "response_ids"]).with_format("arrow")
+    for number, part in enumerate(columns.iter(1000)):
+        prompts, responses = (part[name].combine_chunks() for name in ("prompt_ids", "response_ids"))
+        flat = prompts.flatten().to_numpy(), responses.flatten().flatten().to_numpy()
+        if max((int(ids.max()) for ids in flat if len(ids)), default=0) < vocabulary:
+            continue
+        for index, row in enumerate(part.to_pylist(), 1000 * number):
+            ids = itertools.chain(row["prompt_ids"], *row["response_ids"])
+            if unknown := next((token for token in ids if token >= vocabulary), None):
+                what = f"token {unknown} ({tokenizer.convert_ids_to_tokens(unknown)!r})"
+                cure = "resize the model's embeddings to its tokenizer, or use the tokenizer it was trained with"
+                place = record_location(row["id"], index)
+                raise InputError(f"{place} has {what}, but the model has {vocabulary} embeddings: {cure}")

@@ -10,6 +10,7 @@ released  as the published GPM checkpoints were trained: template text tokenized
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def load_tokenizer(
     Raises:
         InputError: no tokenizer there, no end token, or an input template without "{}".
     """
+    path = os.path.expanduser(path)
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in files):
         raise InputError(f"{path} has no tokenizer ({files[0]}): save the one it was trained with beside it")

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from general_preference.errors import InputError
 from general_preference.models import attention as rows
 from general_preference.models.kernels import choose_kernel
 from general_preference.models.losses import can_fuse, linear_log_probs, token_log_probs
+from general_preference.models.multimodal import text_layers
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,17 @@ class PackedBackbone(nn.Module):
     def language_model(self) -> nn.Module:
         """The causal LM itself, below an adapter if there is one."""
         return self.backbone.get_base_model() if hasattr(self.backbone, "peft_config") else self.backbone
+
+    @property
+    def text_layers(self) -> nn.Module:
+        """What maps token ids to hidden states: the LM without its head, of a multimodal one the part for text."""
+        return text_layers(self.language_model)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids that have an embedding: all below this."""
+        embedding = self.language_model.get_input_embeddings()
+        return getattr(embedding, "base_layer", embedding).num_embeddings
 
     @property
     def config(self):
@@ -67,7 +80,13 @@ class PackedBackbone(nn.Module):
         return rows.row_layout(self.config, self.shares_prompts)
 
     def freeze_unused(self, language_model_head: bool) -> None:
-        """Freeze the LM head when no regularizer uses it (a tied one is the embedding and stays)."""
+        """Freeze the LM head when no regularizer uses it (a tied one is the embedding and stays).
+
+        Raises:
+            InputError: a regularizer would use an LM head that the checkpoint lacks.
+        """
+        if language_model_head and (made_up := getattr(self.language_model, "made_up", None)):
+            raise InputError(f"the model's checkpoint has no {made_up}weight: train without a language-model loss")
         head, embedding = self.language_model.get_output_embeddings(), self.language_model.get_input_embeddings()
         if not language_model_head and head is not None and head.weight is not embedding.weight:
             head.requires_grad_(False)
@@ -101,7 +120,7 @@ class PackedBackbone(nn.Module):
             mask = rows.attention_mask(self.config, segments, position_ids, self.dtype, shared)
         if routed or getattr(self.config, "output_router_logits", False):
             options["output_router_logits"] = routed
-        output = self.language_model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **options)
+        output = self.text_layers(input_ids=input_ids, attention_mask=mask, use_cache=False, **options)
         if sequences is not None and sequences.calls == 0:
             raise RuntimeError(f"{self.config.model_type} did not hand the sequences to its attention layers")
         return output.last_hidden_state.flatten(0, 1), output.router_logits if routed else None
@@ -147,7 +166,7 @@ class PackedBackbone(nn.Module):
         segments = torch.tensor([[0] * 7 + [1] * 5 + [2] * 9], device=self.device)
         mask = rows.attention_mask(self.config, segments, positions, self.dtype, True)
         together, alone = torch.cat([prompt, first, second])[None], torch.cat([prompt, second])[None]
-        training, run = self.training, self.eval().language_model.base_model
+        training, run = self.training, self.eval().text_layers
         shared = run(together, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
         plain = run(alone, attention_mask=torch.ones_like(alone), use_cache=False).last_hidden_state
         self.train(training)

@@ -4,10 +4,14 @@
 are described from the shapes of their head tensors.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -108,9 +112,12 @@ class PreferenceConfig:
 
 HEADS_FILE = "preference_heads.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+BASE_DIGEST = "base_model_digest"  # key in an adapter's config.json: `weights_digest` of the model that it belongs to
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAMPLE = 1 << 16  # bytes at the start, middle and end of a weight file that its checksum covers
 HEAD_NAMES = ("value_head.weight", "prompt_head.weight")
+SINGLE_FILES = ("model.safetensors", "adapter_model.safetensors", HEADS_FILE)
+FOREIGN_HEADS = re.compile(r"(^|\.)(score|classifier|v_head|value_head|reward_head|rm_head|regression_layer)\.")
 
 
 def saved_preference(path: str, trust_remote_code: bool = False) -> PreferenceConfig | None:
@@ -132,6 +139,7 @@ def trained_preference(path: str, trust_remote_code: bool = False, temperature: 
     if preference is None:
         if pickles := [name for name in PICKLES if resolve(path, name)]:
             raise InputError(f"{path} holds pickle ({pickles[0]}), which is never loaded: convert it to safetensors")
+        check_foreign_heads(path, tensor_names(path))
         raise InputError(f"{path} is a plain language model without value_head: train it first, or pass a trained one")
     recorded = getattr(load_config(path, trust_remote_code), "preference", None) is not None
     if temperature is not None and not recorded:
@@ -141,42 +149,66 @@ def trained_preference(path: str, trust_remote_code: bool = False, temperature: 
 
 
 def load_config(path: str, trust_remote_code: bool = False):
-    """The transformers configuration of a folder or hub name; InputError with the reason if there is none."""
+    """The transformers configuration of a folder or hub name; InputError with the reason if there is none.
+
+    An adapter without one (peft writes none) has that of its base model, but not its head.
+    """
+    path = os.path.expanduser(path)
     folder = Path(path)
     if folder.is_file():
         raise InputError(f"{path} is a file: a model is a folder (config.json, *.safetensors) or a hub name")
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not (folder / "config.json").is_file() and adapter_base(path) is None:
         raise InputError(f"{path} is not a model folder: it has no config.json")
     if not folder.exists() and (folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1):
         raise InputError(f"model folder {path} does not exist: check the path")
     try:
+        if resolve(path, "config.json") is None and (base := base_of(path)) is not None:
+            with naming_adapter(path):
+                config = load_config(base, trust_remote_code)
+            vars(config).pop("preference", None)
+            return config
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
     except Exception as error:  # a wrong value raises whatever the architecture's own checks raise
-        raise InputError(f"cannot read the model configuration of {path}: {first_line(error)}") from error
+        what = f"cannot read the model configuration of {path}"
+        if not folder.exists():
+            what = f"there is no folder {path}, and no model of that name can be read from the hub"
+        raise InputError(f"{what}: {first_line(error)}") from error
 
 
 def checkpoint_identity(path: str) -> list:
     """Names, sizes and times of the files at `path`, or its hub snapshot; of an adapter, also its base model's."""
-    of_base = checkpoint_identity(base) if (base := adapter_base(path)) else []
+    identity: list = []
+    for place in reversed(list(base_chain(path))):
+        identity = [_files_of(place), identity]
+    return identity
+
+
+def _files_of(path: str) -> list | str | None:
     if not Path(path).is_dir():
-        return [resolve(path, "config.json"), of_base]
+        return resolve(path, "config.json")
     written = {"arguments.json", "data_summary.json", "eval_metrics.json"}  # by training, beside the model
     suffixes = (".json", ".safetensors", ".jinja", ".model", ".py")
     files = sorted(file for file in Path(path).iterdir() if file.suffix in suffixes and file.name not in written)
-    return [[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files], of_base]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def weights_digest(path: str) -> str:
     """A checksum of samples of the weights at `path` and of its adapter's base; copies have the same."""
-    digest, base = hashlib.blake2b(digest_size=8), adapter_base(path)
-    names = set(_weight_map(path).values()) or {"model.safetensors", "adapter_model.safetensors", HEADS_FILE}
+    return " on ".join(map(_sampled_digest, base_chain(path)))
+
+
+def _sampled_digest(path: str) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    names = set(_weight_map(path).values()) or SINGLE_FILES
     for file in filter(None, (resolve(path, name) for name in sorted(names))):
         with open(file, "rb") as weights:
             size = weights.seek(0, 2)
             for start in (0, size // 2, max(size - SAMPLE, 0)):
                 weights.seek(start)
                 digest.update(weights.read(SAMPLE))
-    return digest.hexdigest() + (f" on {weights_digest(base)}" if base else "")
+    return digest.hexdigest()
 
 
 def adapter_base(path: str) -> str | None:
@@ -185,15 +217,44 @@ def adapter_base(path: str) -> str | None:
     if file is None:
         return None
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return os.path.expanduser(json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: {ADAPTER_CONFIG} does not name the base model ({first_line(error)})") from error
+
+
+def base_chain(path: str) -> Iterator[str]:
+    """`path`, the model under it if it is an adapter, and so on through folders; InputError if one comes twice."""
+    seen: set[str] = set()
+    current: str | None = os.path.expanduser(path)
+    while current is not None:
+        place = os.path.realpath(current) if os.path.isdir(current) else current
+        if place in seen:
+            cure = f"set base_model_name_or_path in its {ADAPTER_CONFIG} to the model that it was trained on"
+            raise InputError(f"{current} is an adapter that has itself as its base model: {cure}")
+        first = not seen
+        seen.add(place)
+        yield current
+        current = adapter_base(current) if first or os.path.isdir(current) else None
+
+
+def base_of(path: str) -> str | None:
+    """As `adapter_base`, and InputError for adapters that are each other's base."""
+    return [*base_chain(path), None][1]
+
+
+@contextlib.contextmanager
+def naming_adapter(path: str) -> Iterator[None]:
+    """Around what reads the base model of the adapter at `path`: its InputErrors name the adapter too."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path} is an adapter, and its base model cannot be used: {error}") from error
 
 
 def read_tensors(path: str, names) -> dict[str, torch.Tensor]:
     """The named tensors of a checkpoint that are there, read without touching the others."""
     found, single = {}, resolve(path, HEADS_FILE)
-    try:
+    with naming_damage(path):
         weight_map = {} if single else _weight_map(path)
         if not weight_map and (single := single or resolve(path, "model.safetensors")):
             weight_map = dict.fromkeys(names, single)
@@ -201,7 +262,33 @@ def read_tensors(path: str, names) -> dict[str, torch.Tensor]:
             with safe_open(single or resolve(path, weight_map[name]), framework="pt") as tensors:
                 if name in tensors.keys():  # noqa: SIM118 (a file handle, not a dict)
                     found[name] = tensors.get_tensor(name)
-        return found
+    return found
+
+
+def tensor_names(path: str) -> set[str]:
+    """Names of all tensors of a checkpoint in safetensors, an adapter's and its heads' included."""
+    names = set(_weight_map(path))
+    for file in filter(None, (resolve(path, name) for name in SINGLE_FILES)) if not names else ():
+        with naming_damage(path), safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    return names
+
+
+def check_foreign_heads(path: str, names) -> None:
+    """InputError if one of these tensors is the head of a reward or value model that another tool made."""
+    if found := sorted(name for name in names if name not in HEAD_NAMES and FOREIGN_HEADS.search(name)):
+        what = "sequence classifier" if FOREIGN_HEADS.search(found[0])[2] in ("score", "classifier") else "value model"
+        raise InputError(
+            f"{path} is a {what} of another tool (it holds {found[0]}), which is not read as a language model: "
+            "use the language model that it was made from"
+        )
+
+
+@contextlib.contextmanager
+def naming_damage(path: str) -> Iterator[None]:
+    """Around what reads tensors of `path`: damage becomes an InputError that names the file."""
+    try:
+        yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot read the weights of {path}: {reason(path, error)}") from error
 
@@ -214,6 +301,7 @@ def _weight_map(path: str) -> dict[str, str]:
 
 def resolve(path: str, file: str) -> str | None:
     """Local path of one file of a model folder or hub repository, None if it has no such file."""
+    path = os.path.expanduser(path)
     if Path(path).is_dir():
         return str(Path(path) / file) if (Path(path) / file).is_file() else None
     return cached_file(path, file, _raise_exceptions_for_missing_entries=False)
@@ -221,7 +309,7 @@ def resolve(path: str, file: str) -> str | None:
 
 def reason(path: str, error: Exception) -> str:
     """Why weights could not be loaded: the damaged file, if there is one, else what the library says."""
-    for file in sorted(Path(path).glob("*.safetensors")):
+    for file in sorted(Path(os.path.expanduser(path)).glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass

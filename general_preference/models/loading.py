@@ -1,56 +1,102 @@
 """Backbones from folders and hub names: the causal LM, its LoRA adapter, partitioned or in 4 bits."""
 
+import os
+import re
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.utils import is_accelerate_available
 
 from general_preference.errors import InputError
-from general_preference.models.config import ADAPTER_CONFIG, adapter_base, first_line, load_config, reason, resolve
+from general_preference.models.config import (
+    ADAPTER_CONFIG,
+    BASE_DIGEST,
+    HEAD_NAMES,
+    base_of,
+    check_foreign_heads,
+    first_line,
+    load_config,
+    naming_adapter,
+    reason,
+    resolve,
+    tensor_names,
+    weights_digest,
+)
 from general_preference.models.kernels import asked_of_transformers
+from general_preference.models.multimodal import auto_class, freeze_other_parts, text_modules
 
 # NF4 with double quantization, computing in bf16 (QLoRA, arXiv 2305.14314).
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 FOUR_BITS |= {"bnb_4bit_compute_dtype": torch.bfloat16}
+OLD_MASKS = re.compile(r"\.attn(\.attention)?\.(masked_)?bias$")  # causal masks that old checkpoints hold as tensors
 
 
 def load_backbone(
     path: str, dtype: torch.dtype, attn_implementation="auto", trust_remote_code=False, load_in_4bit=False, device=None
 ):
-    """The causal LM at `path`, with its LoRA adapter if the folder holds one."""
+    """The causal LM at `path`, with its LoRA adapter if the folder holds one.
+
+    `made_up` of the LM is the prefix of an LM head that the checkpoint lacks, which only scoring can do without.
+
+    Raises:
+        InputError: no such model, tensors that it lacks or has no place for, or an adapter on another base.
+    """
+    path = os.path.expanduser(path)
     config = load_config(path, trust_remote_code)
-    if (base := adapter_base(path)) is not None:
-        try:
-            model = load_backbone(base, dtype, attn_implementation, trust_remote_code, load_in_4bit, device)
-        except InputError as error:
-            raise InputError(f"{path} is an adapter, and its base model cannot be used: {error}") from error
-        return load_adapter(model, path)
+    if (base := base_of(path)) is None:
+        return _load_language_model(path, config, dtype, attn_implementation, trust_remote_code, load_in_4bit, device)
+    with naming_adapter(path):
+        model = load_backbone(base, dtype, attn_implementation, trust_remote_code, load_in_4bit, device)
+        if hasattr(model, "peft_config"):
+            raise InputError(f"{base} is an adapter as well: merge it first (scripts/merge_lora.py)")
+    found, trained_on = weights_digest(base), getattr(config, BASE_DIGEST, None)
+    if trained_on not in (None, found):
+        what = f"{path} was trained on a base model whose weights have the checksum {trained_on}"
+        raise InputError(f"{what}, but those of {base} have {found}: put the base model of its training there")
+    model.config.update({BASE_DIGEST: found})
+    return load_adapter(model, path)
+
+
+def _load_language_model(path: str, config, dtype, attention: str, trust_remote_code, load_in_4bit, device):
     options = {"quantization_config": BitsAndBytesConfig(**FOUR_BITS)} if load_in_4bit else {}
     if device is not None and is_accelerate_available():
         options["device_map"] = device
-    asked = asked_of_transformers(attn_implementation)
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # heads are "unexpected" to a causal LM; missing weights are checked
-    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "attn_implementation": asked}
+    transformers.logging.set_verbosity_error()  # what is missing or unexpected is checked here
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "config": config}
     options |= {"use_safetensors": True, "output_loading_info": True}
+    options["attn_implementation"] = asked_of_transformers(attention)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
-    except torch.OutOfMemoryError:
+        model, info = auto_class(config, path).from_pretrained(path, **options)
+    except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # damaged files, and values in config.json that the architecture cannot be built with
         raise InputError(f"cannot load the model {path}: {reason(path, error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    if beyond := [name for name in info["unexpected_keys"] if "layers." in name]:  # the heads are none
-        raise InputError(f"{path} holds weights that its configuration has no place for, the first {sorted(beyond)[0]}")
-    if missing := [name for name in info["missing_keys"] if "lm_head" not in name and "embed_out" not in name]:
-        raise InputError(f"{path} lacks {len(missing)} weights of its architecture, the first {sorted(missing)[0]}")
     if model.get_output_embeddings() is None:
         raise InputError(f"{path} is a {config.model_type} model without a language-model head: use a decoder-only LM")
+    model.made_up = _check_tensors(path, model, info)
+    if model.made_up:
+        model.get_output_embeddings().requires_grad_(False)
+    freeze_other_parts(model)
     return model
+
+
+def _check_tensors(path: str, model, info: dict) -> str | None:
+    """InputError for tensors that are missing or have no place; the prefix of an LM head that is missing."""
+    unused = sorted(name for name in info["unexpected_keys"] if name not in HEAD_NAMES and not OLD_MASKS.search(name))
+    check_foreign_heads(path, unused)
+    if unused:
+        raise InputError(f"{path} holds weights that its configuration has no place for, the first {unused[0]}")
+    modules = {module: name for name, module in model.named_modules()}
+    head = modules[model.get_output_embeddings()] + "."
+    if missing := sorted(name for name in info["missing_keys"] if not name.startswith(head)):
+        raise InputError(f"{path} lacks {len(missing)} weights of its architecture, the first {missing[0]}")
+    return head if info["missing_keys"] else None
 
 
 def partitioned_loading(ds_config: dict | None):
@@ -75,7 +121,8 @@ def add_lora(backbone, rank: int, alpha: int, target_modules, dropout: float, se
     except ImportError as error:
         raise InputError("lora_rank > 0 needs the package peft: pip install peft") from error
     backbone.enable_input_require_grads()
-    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_modules, lora_dropout=dropout, bias="none")
+    options = {"target_modules": target_modules, "exclude_modules": text_modules(backbone, excluded=True)}
+    lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", **options)
     try:
         with torch.random.fork_rng(devices=[]):  # how much was drawn so far differs where loading is partitioned
             torch.manual_seed(seed)
@@ -90,18 +137,30 @@ def load_adapter(model, path: str):
     if weights is None:
         raise InputError(f"{path} has no adapter_model.safetensors: adapters in other formats are not loaded")
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
+        held = tensor_names(path) - set(HEAD_NAMES)
+        check_foreign_heads(path, held)
         folder = str(Path(weights).parent)  # of the hub's snapshot, if it came from there
-        return PeftModel.from_pretrained(model, folder, is_trainable=True, use_safetensors=True)
+        settings = PeftConfig.from_pretrained(folder)
+        settings.task_type = None  # whatever it was made for, it adapts the layers alone
+        loaded = PeftModel.from_pretrained(model, folder, config=settings, is_trainable=True, use_safetensors=True)
+        missing = set(get_peft_model_state_dict(loaded, save_embedding_layers=False)) - held
+        unused = held - set(get_peft_model_state_dict(loaded, save_embedding_layers=True))
     except ImportError as error:
         raise InputError(f"{path} is a LoRA adapter and needs the package peft: pip install peft") from error
-    except (SafetensorError, KeyError, RuntimeError, OSError, ValueError) as error:
+    except InputError:
+        raise
+    except (SafetensorError, KeyError, RuntimeError, OSError, TypeError, ValueError) as error:
         raise InputError(f"cannot load the adapter {path}: {reason(path, error)}") from error
+    for problem, names in (("lacks", missing), ("has, but its base model has no place for,", unused)):
+        if names:
+            raise InputError(f"the adapter {path} {problem} {len(names)} tensors, the first {min(names)}")
+    return loaded
 
 
 def merge_adapter(model) -> None:
-    """Fold a preference model's adapters into its backbone, in place: W becomes W + alpha / rank * B A.
+    """Fold a model's adapters into its backbone, in place: W becomes W + alpha / rank * B A.
 
     Raises:
         InputError: no adapter, an adapter on embeddings tied to the LM head, or a sum that is not finite.

@@ -4,6 +4,7 @@
 """
 
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,15 @@ from general_preference.errors import InputError
 from general_preference.models.attention import PackedSequences
 from general_preference.models.backbone import PackedBackbone
 from general_preference.models.config import (
+    BASE_DIGEST,
     HEAD_NAMES,
     PreferenceConfig,
+    adapter_base,
     read_tensors,
     resolve,
     saved_preference,
     trained_preference,
+    weights_digest,
 )
 from general_preference.models.loading import add_lora, load_backbone, partitioned_loading
 from general_preference.models.losses import load_balancing_loss
@@ -155,20 +159,26 @@ def get_reward_model(
     Raises:
         InputError: no such model, a folder that is none, or a request that contradicts a checkpoint's own head.
     """
-    path = str(model_name_or_path)
+    path = os.path.expanduser(model_name_or_path)
     if preference is None and is_general_preference:
         preference = PreferenceConfig("gpm", value_head_dim or 2, add_prompt_head, normalize=True, temperature=0.1)
     preference = preference or PreferenceConfig("bt", value_head_dim or 1, add_prompt_head)
     saved = saved_preference(path, trust_remote_code)
     if saved is not None:
         saved.check(path, head=preference.head, dim=preference.dim, prompt_gate=preference.prompt_gate)
+    elif adapter_base(path) is not None:
+        raise InputError(f"{path} is an adapter without preference heads: merge it first (scripts/merge_lora.py)")
     attention = "flash_attention_2" if use_flash_attention_2 else attn_implementation
     partitioned, dtype = partitioned_loading(ds_config), torch.bfloat16 if bf16 else torch.float32
     backbone = load_backbone(path, dtype, attention, trust_remote_code, load_in_4bit)
+    made_up = (backbone.get_base_model() if hasattr(backbone, "peft_config") else backbone).made_up
+    if made_up and saved is None:
+        raise InputError(f"{path} lacks {made_up}weight, its language-model head: use a folder with all its weights")
     if lora_rank > 0:
         if hasattr(backbone, "peft_config"):
             raise InputError(f"{path} already is a LoRA adapter: drop lora_rank to continue training it")
         backbone = add_lora(backbone, lora_rank, lora_alpha, target_modules or "all-linear", lora_dropout, seed)
+        backbone.config.update({BASE_DIGEST: weights_digest(path)})
     model = RewardModel(backbone, preference, attention)
     model.card.base_model = path
     model.initialize_heads(seed)
@@ -195,7 +205,8 @@ def load_reward_model(
     Raises:
         InputError: no such model, a plain language model without heads, or weights that cannot be read.
     """
-    preference, device = preference or trained_preference(path, trust_remote_code), torch.device(device)
+    path, device = os.path.expanduser(path), torch.device(device)
+    preference = preference or trained_preference(path, trust_remote_code)
     backbone = load_backbone(path, dtype, attn_implementation, trust_remote_code, device=device)
     model = RewardModel(backbone, preference, attn_implementation)
     _copy_heads(model, path, HEAD_NAMES)

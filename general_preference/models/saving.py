@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from yaml import YAMLError
 
-from general_preference.models.config import HEAD_NAMES, HEADS_FILE, PreferenceConfig
+from general_preference.models.config import BASE_DIGEST, HEAD_NAMES, HEADS_FILE, PreferenceConfig
 
 
 def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_shard_size="50GB", tags=None) -> None:
@@ -25,6 +25,8 @@ def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_s
     state_dict = model.state_dict() if state_dict is None else state_dict
     parts = (name.partition(".") for name in state_dict)
     backbone = {rest: state_dict[f"backbone.{rest}"] for part, _, rest in parts if part == "backbone"}
+    if made_up := getattr(model.language_model, "made_up", None):  # it is in no checkpoint, and not trained
+        backbone = {name: tensor for name, tensor in backbone.items() if not name.startswith(made_up)}
     heads = {name: state_dict[name].contiguous() for name in HEAD_NAMES if name in state_dict}
     preference = model.preference
     if model.temperature is not None:
@@ -36,6 +38,7 @@ def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_s
     # Generation settings are unused, and inconsistent ones would refuse to be saved.
     language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
     if language_model is model.backbone:
+        vars(language_model.config).pop(BASE_DIGEST, None)  # of an adapter that was merged
         model.backbone.save_pretrained(path, state_dict={**backbone, **heads}, max_shard_size=max_shard_size)
     else:
         model.backbone.save_pretrained(path, state_dict=backbone)

@@ -136,8 +136,9 @@ class PreferenceObjective:
         regularized = ""
         if arguments.add_pretrain_loss:
             regularized = "both" if arguments.ptx_loss == "reference_free" else "chosen"
-        self.collate = Collator(tokenizer.pad_token_id, self.layout, regularized, self.aux_loss_coef > 0)
-        self.collate_evaluation = Collator(tokenizer.pad_token_id, self.layout)
+        # Padding is 0 whatever the tokenizer's: a pad token may be one that the model has no embedding for.
+        self.collate = Collator(0, self.layout, regularized, self.aux_loss_coef > 0)
+        self.collate_evaluation = Collator(0, self.layout)
 
     def loss(self, output: Output, batch: Batch) -> BatchLoss:
         """Losses of a micro-batch; `sums` are those of `statistics.preference_sums`, then regularizer and balance."""

@@ -7,10 +7,10 @@ import math
 
 import pandas
 import torch
-from transformers import AutoModelForCausalLM
 
 from general_preference.models.config import PreferenceConfig, load_config
 from general_preference.models.loading import add_lora
+from general_preference.models.multimodal import auto_class, freeze_other_parts
 from general_preference.models.reward_model import RewardModel
 from general_preference.trainer.arguments import Arguments
 from general_preference.trainer.deepspeed_engine import model_state_memory
@@ -24,7 +24,8 @@ def count_parameters(arguments: Arguments, preference: PreferenceConfig) -> tupl
     options = arguments.model
     config = load_config(options.pretrain, options.trust_remote_code)
     with torch.device("meta"):
-        backbone = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+        backbone = auto_class(config, options.pretrain).from_config(config, trust_remote_code=options.trust_remote_code)
+        freeze_other_parts(backbone)
         if options.lora_rank > 0:
             targets = options.target_modules or "all-linear"
             backbone = add_lora(backbone, options.lora_rank, options.lora_alpha, targets, options.lora_dropout, 0)
