@@ -25,7 +25,13 @@ import torch
 
 from general_preference import GPMPipeline
 from general_preference.cli import check_at_least, exit_code, flag, format_table, parse_flags, quiet_other_libraries
-from general_preference.datasets.preparation import Summary, load_tokenized, parse_probabilities, summarize_table
+from general_preference.datasets.preparation import (
+    Summary,
+    check_known_ids,
+    load_tokenized,
+    parse_probabilities,
+    summarize_table,
+)
 from general_preference.datasets.sources import parse_sources
 from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
@@ -76,13 +82,14 @@ def run(arguments: BatchArguments, inference: InferenceArguments) -> None:
     arguments.check()
     inference.check()
     store = ResultStore(Path(arguments.output_path), PICTURE)
-    store.refuse_inputs(parse_sources(arguments.dataset))
+    store.refuse_inputs(parse_sources(arguments.dataset), arguments.pretrain)
     quiet_other_libraries()
     with DistributedContext.join() as context:
         options = {"max_length": arguments.max_len, "disable_fast_tokenizer": arguments.disable_fast_tokenizer}
         rm = context.main_process_first(lambda: inference.load(arguments.pretrain, context.local_rank, **options))
         table, read = context.main_process_first(lambda: load_table(arguments, rm, inference.preprocessing_workers))
         logger.info("%s", "\n".join(map(str, read)))
+        check_known_ids(table, rm.model.vocabulary_size, rm.tokenizer)
         names = ("pretrain", "dataset", "dataset_probs", "max_samples", "seed")
         asked = {name: getattr(arguments, name) for name in names}
         # The fingerprint is of the files' sizes and times, the tokenizer, and the draw.

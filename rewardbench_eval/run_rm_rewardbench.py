@@ -28,7 +28,7 @@ import torch
 
 from general_preference import GPMPipeline
 from general_preference.cli import check_at_least, exit_code, flag, parse_flags, quiet_other_libraries
-from general_preference.datasets.preparation import Summary, summarize_table, tokenize
+from general_preference.datasets.preparation import Summary, check_known_ids, summarize_table, tokenize
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import DEFAULT_TEMPLATE, load_tokenizer, plain_template
 from general_preference.distributed import DistributedContext
@@ -119,7 +119,8 @@ def run(arguments: RewardBenchArguments, inference: InferenceArguments) -> None:
     inference.check()
     benchmark = arguments.benchmark
     store = ResultStore(arguments.output(benchmark), OFFICIAL, PICTURE)
-    store.refuse_inputs(parse_sources(arguments.dataset) if arguments.dataset else [])
+    read = arguments.model, arguments.tokenizer, arguments.chat_template
+    store.refuse_inputs(parse_sources(arguments.dataset) if arguments.dataset else [], *read)
     quiet_other_libraries()
     with DistributedContext.join() as context:
         wanted = (benchmark, arguments.dataset, arguments.debug, arguments.allow_empty_responses)
@@ -131,6 +132,7 @@ def run(arguments: RewardBenchArguments, inference: InferenceArguments) -> None:
         workers = inference.preprocessing_workers
         table = context.main_process_first(lambda: tokenize(rows, rm.encoder, workers, benchmark.title))
         logger.info("%s", read := summarize_table(benchmark.title, table))
+        check_known_ids(table, rm.model.vocabulary_size, rm.tokenizer)
         if read.identical_after_cut and read.identical + read.identical_after_cut == len(table):
             raise InputError("every row has responses with the same tokens: raise --max_length or fix the template")
         names = ("model", "dataset", "rewardbench_version", "pref_sets", "debug", "tokenizer", "chat_template")

@@ -9,6 +9,7 @@ The launchers beside this file set it up; `--help` explains every flag. Exit cod
 given cannot be used (one line says why), 130 and 143 ended by SIGINT or SIGTERM.
 """
 
+import dataclasses
 import functools
 import logging
 import os
@@ -31,10 +32,12 @@ from general_preference.datasets.tokenization import ComparisonTokenizer, load_t
 from general_preference.distributed import is_main_process
 from general_preference.errors import InputError, RunError, Stopped
 from general_preference.files import lock_folder, replace_text
-from general_preference.models.config import PreferenceConfig, saved_preference
+from general_preference.models.config import PreferenceConfig, adapter_base, saved_preference
+from general_preference.models.merging import lacks_heads, merged_base
 from general_preference.models.reward_model import get_reward_model
 from general_preference.trainer.arguments import DEFAULT_MAX_LEN, Arguments, parse_arguments
 from general_preference.trainer.deepspeed_config import without_keys
+from general_preference.trainer.folders import BASE, check_folders, output_folders
 
 logger = logging.getLogger("train")
 
@@ -52,6 +55,7 @@ def train(arguments: Arguments) -> None:
     if arguments.output.plan is not None:
         print_plan(arguments)
         return
+    check_folders(arguments)
     # Imported late: --help and refused flags should not wait for DeepSpeed.
     from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
 
@@ -61,8 +65,8 @@ def train(arguments: Arguments) -> None:
     arguments.output.load_checkpoint = any(context.gather_objects(arguments.output.load_checkpoint))
     try:
         with ExitStack() as held:
-            for folder, flag in folders(arguments).items():
-                lock = functools.partial(lock_folder, folder, flag)
+            for folder, name in output_folders(arguments).items():
+                lock = functools.partial(lock_folder, folder, f"--{name}")
                 held.enter_context(context.main_process_first(lock, main_only=True) or nullcontext())
             run(arguments, engine)
     except (InputError, RunError, Stopped) as error:
@@ -78,18 +82,13 @@ def print_plan(arguments: Arguments) -> None:
 
     if not is_main_process():
         return
+    if lacks_heads(arguments.model.pretrain, arguments.model.trust_remote_code):  # it would be merged
+        arguments = on_base(arguments, adapter_base(arguments.model.pretrain))
     preference = resolve_preference(arguments)
     encoder = ComparisonTokenizer(make_tokenizer(arguments), preference.max_length, preference.input_format)
     lengths = prepare_data(arguments, encoder)[0]["length"][:]
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     print(plan(arguments, preference, arguments.output.plan, world_size, lengths))
-
-
-def folders(arguments: Arguments) -> dict[Path, str]:
-    """The folders that this run alone may write, and the flags that name them."""
-    folder, checkpoints = Path(arguments.output.save_path), arguments.output.checkpoint_folder
-    inside = checkpoints.resolve().is_relative_to(folder.resolve())
-    return {folder: "--save_path"} | ({} if inside else {checkpoints: "--ckpt_path"})
 
 
 def run(arguments: Arguments, engine) -> None:
@@ -102,6 +101,7 @@ def run(arguments: Arguments, engine) -> None:
     if (folder / "config.json").is_file() and not arguments.output.load_checkpoint:
         logger.warning("%s holds a finished run; its files are replaced as this one writes its own", folder)
     context.main_process_first(lambda: check_restarts(arguments), main_only=True)
+    given, arguments = arguments, merge_pretrain(arguments, context)
     preference = context.main_process_first(lambda: resolve_preference(arguments))
     tokenizer = context.main_process_first(lambda: make_tokenizer(arguments))
     encoder = ComparisonTokenizer(tokenizer, preference.max_length, preference.input_format)
@@ -109,6 +109,9 @@ def run(arguments: Arguments, engine) -> None:
     for summary in summaries:
         logger.info("%s", summary)
     model = make_model(arguments, preference, engine.config())
+    model.card.base_model = given.model.pretrain
+    for table in (train_table, *eval_tables.values()):
+        preparation.check_known_ids(table, model.vocabulary_size, tokenizer)
     objective = PreferenceObjective(arguments.loss, model, tokenizer, engine.device)
     arguments.check_routing(objective.aux_loss_coef)
     trainer = Trainer(arguments, engine, model, tokenizer, objective, train_table, eval_tables)
@@ -123,7 +126,7 @@ def run(arguments: Arguments, engine) -> None:
         logger.info("tokens of the fullest process: %.1f %% above the mean", 100 * trainer.sampler.imbalance())
     if context.is_main:
         versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "datasets")}
-        arguments.save(
+        given.save(
             folder, world_size=context.world_size, steps=trainer.steps, attention=kernel,
             aux_loss_coef=objective.aux_loss_coef, versions=versions, deepspeed_config=without_keys(engine.config()),
         )  # fmt: skip
@@ -141,6 +144,23 @@ def check_restarts(arguments: Arguments) -> None:
     if restarts and not arguments.output.load_checkpoint and (folder / "latest").exists():
         found = f"--ckpt_path {folder} holds checkpoints of an earlier run, which a restart would continue"
         raise InputError(f"{found}: remove them, add --load_checkpoint, or allow no restarts")
+
+
+def merge_pretrain(arguments: Arguments, context) -> Arguments:
+    """The same run; on SAVE_PATH/base, its own base model, if --pretrain is an adapter without preference heads."""
+    model, folder = arguments.model, Path(arguments.output.save_path).resolve() / BASE
+    if not context.main_process_first(lambda: lacks_heads(model.pretrain, model.trust_remote_code)):
+        return arguments
+    work = functools.partial(merged_base, model.pretrain, folder, model.trust_remote_code)
+    merged = context.main_process_first(work, main_only=True)
+    how = "is merged into" if merged else "was merged before into"
+    logger.info("%s, an adapter without preference heads, %s %s, which is trained", model.pretrain, how, folder)
+    return on_base(arguments, str(folder))
+
+
+def on_base(arguments: Arguments, base: str) -> Arguments:
+    """The same run with another --pretrain."""
+    return dataclasses.replace(arguments, model=dataclasses.replace(arguments.model, pretrain=base))
 
 
 def resolve_preference(arguments: Arguments) -> PreferenceConfig:

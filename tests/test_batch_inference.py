@@ -248,6 +248,11 @@ def test_what_is_not_ours_is_never_touched(model, data, tmp_path, overwrite):
     assert run(model, data, tmp_path / "z.jsonl", *overwrite) == 0
     assert (tmp_path / "z.jsonl.parts" / "mine.txt").read_text() == "mine"
     assert run(model, tmp_path / "z.jsonl.parts", tmp_path / "z.jsonl", *overwrite) == 2, "its own parts as data"
+    for name, text in (("w.jsonl.parts/part-0.jsonl", "my line"), ("v.summary.json", '{"settings": {"my": 1}}')):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        assert run(model, data, tmp_path / f"{name[0]}.jsonl", *overwrite) == 2
+        assert (tmp_path / name).read_text() == text
     assert data.read_bytes() == (tmp_path / "x.summary.json").read_bytes() == content
     assert (tmp_path / "y.summary.json").read_text() == '{"my": "notes"}'
 

@@ -21,12 +21,12 @@ from general_preference.datasets.sources import Source
 from general_preference.datasets.tokenization import stable_hash
 from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
-from general_preference.files import lock_folder, replace_lines, replace_text
+from general_preference.files import check_outputs, lock_folder, replace_lines, replace_text
 from general_preference.inference.embedding import EmbeddedPrompt, embed
 from general_preference.inference.pipeline import GPMPipeline
 from general_preference.inference.ranking import hodge
 from general_preference.models import statistics
-from general_preference.models.config import checkpoint_identity
+from general_preference.models.config import base_chain, checkpoint_identity
 from general_preference.models.losses import preference_loss
 from general_preference.models.score import preference_probability
 
@@ -53,13 +53,12 @@ class ResultStore:
         """The output's path with `ending` for .jsonl."""
         return self.output.with_name(self.output.name.removesuffix(".jsonl") + ending)
 
-    def refuse_inputs(self, sources: Iterable[Source]) -> None:
-        """InputError if the results would overwrite the data or land in its folder."""
-        written = [path.resolve() for path in (*self._written, self.parts)]
-        for source in sources:
-            data = Path(source.path).expanduser().resolve()
-            if data in written or written[-1] in data.parents or data in written[0].parents:
-                raise InputError(f"the results {self.output} would be written over or into the data {source.path}")
+    def refuse_inputs(self, sources: Iterable[Source], *read: str | None) -> None:
+        """InputError if the results would overwrite the data or what else is `read` (an adapter's bases included), or
+        land in a folder of data."""
+        chains = (base_chain(path) if os.path.isdir(path) else [path] for path in read if path)
+        outputs = dict.fromkeys((*self._written, self.parts), "the results")
+        check_outputs(outputs, itertools.chain(*chains), [source.path for source in sources])
 
     @contextlib.contextmanager
     def open(self, context: DistributedContext, count: int, settings: dict, overwrite: bool) -> Iterator[None]:
@@ -77,8 +76,8 @@ class ResultStore:
 
     def _claim(self, overwrite: bool):
         found = _read_object(self.parts / "settings.json") or _read_object(self.summary).get("settings")
-        strange = [path for path in self._written if path.exists()]
-        if strange and not isinstance(found, dict):
+        strange = [path for path in (*self._written, *self.parts.glob("part-*.jsonl")) if path.exists()]
+        if strange and not (isinstance(found, dict) and ASKED in found):
             raise InputError(f"{strange[0]} is not of a run and would be replaced: remove it, or choose another path")
         difference = _difference(found, self.settings) if found else ""
         if difference and not overwrite:

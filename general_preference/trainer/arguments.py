@@ -6,6 +6,7 @@ reads the command line.
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -38,7 +39,7 @@ class ModelArguments:
     attn_implementation: str = flag("auto", "attention kernel; auto takes the fastest that is exact for the model on this device", choices=CHOICES)
     flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
     disable_fast_tokenizer: bool = flag(False, "use the slow (Python) tokenizer where a model has both")
-    input_template: str | None = flag(None, "replaces the chat template: '{}' is the user's text (a tokenizer without one gets 'Human:\\n{}\\nAssistant:\\n')")
+    input_template: str | None = flag(None, "replaces the chat template: '{}' is the user's text, \\n a new line, \\t a tab, \\\\ a backslash (a tokenizer without one gets 'Human:\\n{}\\nAssistant:\\n')")
     trust_remote_code: bool = flag(False, "run code that comes with the model")
     load_in_4bit: bool = flag(False, "4-bit backbone under LoRA (bitsandbytes, GPU)")
     lora_rank: int = flag(0, "rank of LoRA adapters on the backbone; 0 trains the whole backbone")
@@ -272,6 +273,8 @@ class Arguments:
         flat = {name: value for group in vars(self).values() for name, value in asdict(group).items()}
         if flat["use_wandb"] not in (None, "online", "offline"):
             flat["use_wandb"] = "online"
+        if flat["input_template"] is not None:  # as the flag is written
+            flat["input_template"] = flat["input_template"].replace("\\", "\\\\")
         return flat
 
     def save(self, folder: Path, **resolved) -> None:
@@ -286,9 +289,16 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     arguments = Arguments(*parse_flags(groups, argv, "Train a preference model. Every flag: --help.", _replaced))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         arguments.output.load_checkpoint = True
+    if arguments.model.input_template is not None:
+        arguments.model.input_template = _unescape(arguments.model.input_template)
     targets = arguments.model.target_modules
     arguments.model.target_modules = targets[0] if targets == ["all-linear"] else targets
     return arguments
+
+
+def _unescape(text: str) -> str:
+    """The text that is meant by one with \\n, \\t and \\\\; any other backslash stays."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
 
 
 def _replaced(flags) -> tuple[str, ...]:

@@ -19,11 +19,12 @@ import xxhash
 from general_preference.errors import InputError
 from general_preference.files import flush_folder, replace_text
 from general_preference.trainer.engine import Engine
+from general_preference.trainer.folders import MANIFEST, foreign_in_checkpoint, is_own_model, is_replaced
 from general_preference.trainer.shards import verify_file
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, FORMAT = "manifest.json", 2
+FORMAT = 2
 SHOWN_WITHIN = 60  # seconds in which a network file system shows what another node has written
 
 
@@ -114,6 +115,8 @@ class CheckpointStore:
         replace_text(temporary / MANIFEST, text)
         flush_folder(temporary)
         final = self.folder / f"step_{state.step}"
+        if found := foreign_in_checkpoint(final):
+            raise InputError(f"{final} holds {found}, which is of no checkpoint")
         if final.is_dir():  # of an earlier run, or of this one before it went back
             shutil.rmtree(final)
         final.unlink(missing_ok=True)
@@ -151,6 +154,7 @@ class CheckpointStore:
     def _prune(self, newest: int) -> None:
         """Remove the oldest beyond the limits; those of later steps, left by an earlier run, count as oldest."""
         found = [path for path in self.folder.glob("step_*") if (path / MANIFEST).is_file()]
+        found = [path for path in found if not foreign_in_checkpoint(path)]
         found.sort(key=lambda path: (_step_of(path) <= newest, _step_of(path)), reverse=True)
         total = 0
         for number, path in enumerate(found, 1):
@@ -219,8 +223,8 @@ def save_model(engine: Engine, tokenizer, folder: Path) -> None:
 
 
 def _move_model(temporary: Path, folder: Path) -> None:
-    for pattern in ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json"):
-        for stale in list(folder.glob(pattern)):
+    for stale in sorted(folder.iterdir(), key=lambda path: path.name != "config.json"):
+        if is_replaced(stale.name):
             stale.unlink()
     for file in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
         if file.is_dir():
@@ -234,6 +238,7 @@ class BestModels:
 
     def __init__(self, folder: Path, engine: Engine, tokenizer, number: int):
         self.folder, self.engine, self.tokenizer, self.number = folder, engine, tokenizer, number
+        self.own = {entry["model"] for entry in _read_table(folder / "best.json")}  # the folders that may be removed
 
     def consider(self, state: RunState, loss: float, recorded: Iterable) -> None:
         """Save the model if its `loss` is among the lowest so far, and remove those that no longer are. Collective.
@@ -247,6 +252,7 @@ class BestModels:
         kept = context.broadcast([entry for entry in state.best if self._exists(entry[1]) and entry[1] != name])
         ranked = sorted([*map(tuple, kept), (loss, name)], key=lambda entry: entry[0])[: self.number]
         if any(kept == name for _, kept in ranked):
+            context.write(self.folder, lambda: self._check(name), main_only=True)
             save_model(self.engine, self.tokenizer, self.folder / name)
         state.best = ranked
         table = json.dumps([{"loss": value, "model": kept} for value, kept in ranked], indent=2)
@@ -254,12 +260,26 @@ class BestModels:
         self.prune([*ranked, *recorded])
 
     def prune(self, entries: Iterable) -> None:
-        """Remove every saved model that `entries` do not name."""
+        """Remove every model that a run saved here and `entries` do not name."""
         keep = {entry[1] for entry in entries}
+        self.own |= keep
         if self.engine.context.is_main and self.number:
             for path in self.folder.glob("step_*"):
-                if path.name not in keep and self._exists(path.name):
+                if path.name in self.own - keep and self._exists(path.name):
                     shutil.rmtree(path, ignore_errors=True)
+
+    def _check(self, name: str) -> None:
+        if name not in self.own and not is_own_model(self.folder / name):
+            raise InputError(f"{name} is there already, and no run saved it")
 
     def _exists(self, name: str) -> bool:
         return (self.folder / name / "config.json").is_file()
+
+
+def _read_table(path: Path) -> list[dict]:
+    """The entries of a best.json; none if there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [entry for entry in found if isinstance(entry["model"], str)]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
