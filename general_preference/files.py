@@ -6,6 +6,7 @@ import fcntl
 import fnmatch
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,8 +19,8 @@ def check_outputs(outputs: dict[Path, str], read: Iterable[str], data: Iterable[
     """Refuse outputs that are or contain what is read, or that lie in a folder of data, which is read whole.
 
     Args:
-        outputs: {file or folder that will be written: the argument that names it}. read: paths of models and files.
-            data: paths of data, which may be patterns or `path@split`; in both, names that are no local path are fine.
+        outputs: {file or folder that will be written: the argument that names it}.
+        read: paths of models and files. data: of data, also patterns and `path:configuration@split`. Hub names are fine.
 
     Raises:
         InputError: names both, however they are spelled (links, `..`, `~`).
@@ -38,9 +39,10 @@ def check_outputs(outputs: dict[Path, str], read: Iterable[str], data: Iterable[
 
 
 def _places(path: str) -> list[Path]:
-    """What a path stands for: itself or what its pattern or split name finds, and the links inside."""
+    """What a path stands for: itself, what its pattern finds or what is before its split, and the links inside."""
     path = os.path.expanduser(path)
-    found = [path] if os.path.lexists(path) else glob.glob(path, recursive=True) or [path.rpartition("@")[0] or path]
+    bare = re.sub(r"(:[^/:@]*)?(@[^/@]*)?$", "", path) or path
+    found = [path] if os.path.lexists(path) else glob.glob(path, recursive=True) or [bare]
     found = list(map(Path, found))
     return found + [link for place in found if place.is_dir() for link in place.rglob("*") if link.is_symlink()]
 
@@ -54,12 +56,9 @@ def _lies_in(inner: Path, outer: Path) -> bool:
 
 
 def _matches(output: Path, pattern: str) -> bool:
-    return glob.has_magic(pattern) and fnmatch.fnmatch(os.path.realpath(output), _real_pattern(pattern))
-
-
-def _real_pattern(pattern: str) -> str:
     folder, name = os.path.split(os.path.abspath(os.path.expanduser(pattern)))
-    return os.path.join(folder if glob.has_magic(folder) else os.path.realpath(folder), name)
+    whole = os.path.join(os.path.realpath(folder), name)
+    return glob.has_magic(pattern) and fnmatch.fnmatch(os.path.realpath(output), whole)
 
 
 def lock_folder(folder: Path, name: str):

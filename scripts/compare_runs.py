@@ -29,7 +29,7 @@ def first_cycle(folder: Path, name: str, file: Path) -> EmbeddedCycle | None:
     """The first cycle among the comparisons of `file`, embedded by a run's model."""
     rm = GPMPipeline(str(folder), device="cpu")
     comparisons = Comparisons(load_tokenized([Source(name, str(file))], rm.encoder)[0][0])
-    collate = Collator(rm.tokenizer.pad_token_id, rm.model.layout_on())
+    collate = Collator(0, rm.model.layout_on())
     batches = (collate([comparisons[index, 1.0]]) for index in range(len(comparisons)))
     with torch.no_grad():
         found = (embedded_cycle(name, batch, rm.model(**batch.model_inputs()), rm.tokenizer) for batch in batches)

@@ -32,12 +32,12 @@ from general_preference.datasets.tokenization import ComparisonTokenizer, load_t
 from general_preference.distributed import is_main_process
 from general_preference.errors import InputError, RunError, Stopped
 from general_preference.files import lock_folder, replace_text
-from general_preference.models.config import PreferenceConfig, adapter_base, saved_preference
+from general_preference.models.config import OWN_BASE, PreferenceConfig, adapter_base, saved_preference
 from general_preference.models.merging import lacks_heads, merged_base
 from general_preference.models.reward_model import get_reward_model
 from general_preference.trainer.arguments import DEFAULT_MAX_LEN, Arguments, parse_arguments
 from general_preference.trainer.deepspeed_config import without_keys
-from general_preference.trainer.folders import BASE, check_folders, output_folders
+from general_preference.trainer.folders import check_folders, output_folders
 
 logger = logging.getLogger("train")
 
@@ -148,7 +148,7 @@ def check_restarts(arguments: Arguments) -> None:
 
 def merge_pretrain(arguments: Arguments, context) -> Arguments:
     """The same run; on SAVE_PATH/base, its own base model, if --pretrain is an adapter without preference heads."""
-    model, folder = arguments.model, Path(arguments.output.save_path).resolve() / BASE
+    model, folder = arguments.model, Path(arguments.output.save_path).resolve() / OWN_BASE
     if not context.main_process_first(lambda: lacks_heads(model.pretrain, model.trust_remote_code)):
         return arguments
     work = functools.partial(merged_base, model.pretrain, folder, model.trust_remote_code)

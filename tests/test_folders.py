@@ -60,6 +60,8 @@ def check(*flags):
         (["--save_path", "data", "--dataset", "data"], "is data"),
         (["--save_path", "data/more/out", "--dataset", "data"], "would be written into data"),
         (["--save_path", "data/out", "--dataset", "x=data"], "would be written into data"),
+        (["--save_path", "data/out", "--dataset", "data@test"], "would be written into data@test"),
+        (["--save_path", "data/out", "--dataset", "./data:en@test"], r"would be written into \./data:en@test"),
         (["--save_path", "data/out", "--dataset", "data/*"], r"would be written into data/\*"),
         (["--save_path", "out", "--ckpt_path", "data/ckpt", "--eval_dataset", "data"], "ckpt_path data/ckpt would be"),
         (["--save_path", "data/more", "--eval_dataset", "a=tiny,b=~/data"], "would be written into ~/data"),

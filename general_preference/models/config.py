@@ -112,6 +112,8 @@ class PreferenceConfig:
 
 HEADS_FILE = "preference_heads.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+# A run's base model if it was merged from an adapter: its folder in the run's, and the note in it of which adapter.
+OWN_BASE, MERGED_FROM = "base", "merged_from.json"
 BASE_DIGEST = "base_model_digest"  # key in an adapter's config.json: `weights_digest` of the model that it belongs to
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAMPLE = 1 << 16  # bytes at the start, middle and end of a weight file that its checksum covers
@@ -217,9 +219,13 @@ def adapter_base(path: str) -> str | None:
     if file is None:
         return None
     try:
-        return os.path.expanduser(json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"])
+        base = os.path.expanduser(json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: {ADAPTER_CONFIG} does not name the base model ({first_line(error)})") from error
+    if not os.path.isdir(base) and os.path.isdir(path):  # a run that has a base of its own, and was moved with it
+        folders = (os.path.join(os.path.realpath(path), place, OWN_BASE) for place in ("", "../.."))
+        base = next((own for own in folders if os.path.isfile(os.path.join(own, MERGED_FROM))), base)
+    return base
 
 
 def base_chain(path: str) -> Iterator[str]:
@@ -319,5 +325,6 @@ def reason(path: str, error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its kind."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of what an error says, or its kind; two where the first only leads to the second."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_accelerate_available
 
@@ -31,6 +31,7 @@ from general_preference.models.multimodal import auto_class, freeze_other_parts,
 # NF4 with double quantization, computing in bf16 (QLoRA, arXiv 2305.14314).
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 FOUR_BITS |= {"bnb_4bit_compute_dtype": torch.bfloat16}
+ADAPTED = ("base_layer", "modules_to_save")  # attributes of peft's modules around one that an adapter changes
 OLD_MASKS = re.compile(r"\.attn(\.attention)?\.(masked_)?bias$")  # causal masks that old checkpoints hold as tensors
 
 
@@ -93,7 +94,7 @@ def _check_tensors(path: str, model, info: dict) -> str | None:
     if unused:
         raise InputError(f"{path} holds weights that its configuration has no place for, the first {unused[0]}")
     modules = {module: name for name, module in model.named_modules()}
-    head = modules[model.get_output_embeddings()] + "."
+    head = modules.get(model.get_output_embeddings(), "lm_head") + "."
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith(head)):
         raise InputError(f"{path} lacks {len(missing)} weights of its architecture, the first {missing[0]}")
     return head if info["missing_keys"] else None
@@ -144,6 +145,7 @@ def load_adapter(model, path: str):
         folder = str(Path(weights).parent)  # of the hub's snapshot, if it came from there
         settings = PeftConfig.from_pretrained(folder)
         settings.task_type = None  # whatever it was made for, it adapts the layers alone
+        _match_vocabulary(model, weights)
         loaded = PeftModel.from_pretrained(model, folder, config=settings, is_trainable=True, use_safetensors=True)
         missing = set(get_peft_model_state_dict(loaded, save_embedding_layers=False)) - held
         unused = held - set(get_peft_model_state_dict(loaded, save_embedding_layers=True))
@@ -159,6 +161,18 @@ def load_adapter(model, path: str):
     return loaded
 
 
+def _match_vocabulary(model, weights: str) -> None:
+    """Give a base model the vocabulary of an adapter that was trained with another one and holds all embeddings."""
+    names = {module: name for name, module in model.named_modules()}
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    keys = [f"base_model.model.{names[end]}.weight" for end in ends]
+    with safe_open(weights, framework="pt") as tensors:
+        held = set(keys) <= set(tensors.keys())
+        sizes = {tensors.get_slice(key).get_shape()[0] for key in keys} if held else set()
+    if len(sizes) == 1 and sizes != {ends[0].num_embeddings}:
+        model.resize_token_embeddings(*sizes, mean_resizing=False)
+
+
 def merge_adapter(model) -> None:
     """Fold a model's adapters into its backbone, in place: W becomes W + alpha / rank * B A.
 
@@ -169,7 +183,7 @@ def merge_adapter(model) -> None:
         raise InputError(f"this model has no adapter to fold in: there is no {ADAPTER_CONFIG}")
     language_model = model.language_model
     ends = language_model.get_input_embeddings(), language_model.get_output_embeddings()
-    if model.config.tie_word_embeddings and any(hasattr(module, "base_layer") for module in ends):
+    if model.config.tie_word_embeddings and any(hasattr(end, kind) for end in ends for kind in ADAPTED):
         raise InputError("the adapter changes embeddings that are the LM head as well: it cannot be folded into one")
     try:
         model.backbone = model.backbone.merge_and_unload(safe_merge=True)

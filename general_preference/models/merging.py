@@ -16,6 +16,7 @@ from general_preference.models.backbone import PackedBackbone
 from general_preference.models.config import (
     ADAPTER_CONFIG,
     BASE_DIGEST,
+    MERGED_FROM,
     adapter_base,
     base_chain,
     first_line,
@@ -26,8 +27,6 @@ from general_preference.models.config import (
 )
 from general_preference.models.loading import load_backbone, merge_adapter
 from general_preference.models.reward_model import RewardModel, load_reward_model
-
-MERGED_FROM = "merged_from.json"  # in a merged folder: the adapter's path and `weights_digest`
 
 
 def lacks_heads(path: str, trust_remote_code: bool = False) -> bool:

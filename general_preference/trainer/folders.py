@@ -12,12 +12,10 @@ from pathlib import Path
 from general_preference.datasets.sources import parse_sources
 from general_preference.errors import InputError
 from general_preference.files import check_outputs
-from general_preference.models.config import ADAPTER_CONFIG, HEADS_FILE, base_chain
-from general_preference.models.merging import MERGED_FROM
+from general_preference.models.config import ADAPTER_CONFIG, HEADS_FILE, MERGED_FROM, OWN_BASE, base_chain
 from general_preference.trainer.arguments import Arguments
 
 MANIFEST = "manifest.json"
-BASE = "base"  # a run's own base model, merged from the adapter that it started from
 # All that a new model replaces in a folder, and the rest of what a run writes there.
 MODEL_FILE = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|config\.json")
 REPLACED = (HEADS_FILE, ADAPTER_CONFIG)
@@ -25,7 +23,7 @@ WRITTEN = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", ADAPTER_CONFIG),
     *("README.md", "arguments.json", "data_summary.json", "eval_metrics.json", "metrics.jsonl", "training_curves.png"),
     *("embeddings.png", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.*"),
-    *("merges.txt", "chat_template*", "additional_chat_templates", "best", BASE),
+    *("merges.txt", "chat_template*", "additional_chat_templates", "best", OWN_BASE),
 )
 
 
@@ -68,7 +66,7 @@ def foreign_file(folder: Path) -> str | None:
         return None
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     for path in entries:
-        known = path.name == BASE and (path / MERGED_FROM).is_file()
+        known = path.name == OWN_BASE and (path / MERGED_FROM).is_file()
         empty = path.is_dir() and not any(path.iterdir())
         if not known and not empty and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in WRITTEN):
             return path.name
