@@ -20,7 +20,7 @@ def check_outputs(outputs: dict[Path, str], read: Iterable[str], data: Iterable[
 
     Args:
         outputs: {file or folder that will be written: the argument that names it}.
-        read: paths of models and files. data: of data, also patterns and `path:configuration@split`. Hub names are fine.
+        read: paths of models and files, or hub names. data: of data, also patterns and `path:configuration@split`.
 
     Raises:
         InputError: names both, however they are spelled (links, `..`, `~`).

@@ -54,11 +54,12 @@ class ResultStore:
         return self.output.with_name(self.output.name.removesuffix(".jsonl") + ending)
 
     def refuse_inputs(self, sources: Iterable[Source], *read: str | None) -> None:
-        """InputError if the results would overwrite the data or what else is `read` (an adapter's bases included), or
-        land in a folder of data."""
+        """InputError if the results would overwrite the data, what else is `read` or a file of no run, or land in a
+        folder of data. An adapter that is read counts with its bases."""
         chains = (base_chain(path) if os.path.isdir(path) else [path] for path in read if path)
         outputs = dict.fromkeys((*self._written, self.parts), "the results")
         check_outputs(outputs, itertools.chain(*chains), [source.path for source in sources])
+        self._settings_found()
 
     @contextlib.contextmanager
     def open(self, context: DistributedContext, count: int, settings: dict, overwrite: bool) -> Iterator[None]:
@@ -74,11 +75,17 @@ class ResultStore:
         with claim or contextlib.nullcontext(), part.open("a", encoding="utf-8", buffering=1) as self._part:
             yield
 
-    def _claim(self, overwrite: bool):
+    def _settings_found(self) -> dict | None:
+        """The settings of the results that are there; InputError if what is there is of no run."""
         found = _read_object(self.parts / "settings.json") or _read_object(self.summary).get("settings")
-        strange = [path for path in (*self._written, *self.parts.glob("part-*.jsonl")) if path.exists()]
-        if strange and not (isinstance(found, dict) and ASKED in found):
+        if isinstance(found, dict) and ASKED in found:
+            return found
+        if strange := [path for path in (*self._written, *self.parts.glob("part-*.jsonl")) if path.exists()]:
             raise InputError(f"{strange[0]} is not of a run and would be replaced: remove it, or choose another path")
+        return None
+
+    def _claim(self, overwrite: bool):
+        found = self._settings_found()
         difference = _difference(found, self.settings) if found else ""
         if difference and not overwrite:
             raise InputError(f"{self.output} was made with {difference}; choose another path, or set overwrite")
