@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from general_preference import GPMPipeline, RewardModel, get_reward_model
 from general_preference.datasets.preparation import check_known_ids
@@ -17,6 +17,7 @@ from general_preference.errors import InputError
 from general_preference.models.config import saved_preference, weights_digest
 from general_preference.models.merging import lacks_heads, merge_into_folder, merged_base
 from tests.conftest import random_comparisons
+from tests.test_multimodal import FAMILIES as MULTIMODAL
 from tests.test_training import ROOT, run_cases
 
 peft = pytest.importorskip("peft")
@@ -279,6 +280,10 @@ def test_runs_that_start_from_models_of_other_tools(place, tuned, altered):
     more.add_tokens(["contest"])
     shutil.copytree("tiny", "grown")
     more.save_pretrained("grown")
+    torch.manual_seed(0)
+    images = str(place / "images")
+    AutoModelForImageTextToText.from_config(MULTIMODAL["qwen2_vl"]()).float().save_pretrained(images)
+    AutoTokenizer.from_pretrained("tiny").save_pretrained(images)
     run, data = str(place / "run"), str(ROOT / "data" / "transitive" / "train.jsonl")
     base = ["--dataset", data, "--max_samples", "8", "--max_len", "128", "--save_path", run, "--lora_rank", "2"]
     sft = ["--pretrain", str(place / "sft")]
@@ -287,16 +292,21 @@ def test_runs_that_start_from_models_of_other_tools(place, tuned, altered):
         "reused": sft,
         "head": ["--pretrain", altered(remove=["lm_head.weight"]), "--add_pretrain_loss"],
         "classifier": ["--pretrain", altered(add=["score.weight"])],
+        "partitioned": ["--pretrain", altered(add=["score.weight"]), "--zero_stage", "3"],
+        "images": ["--pretrain", images, "--zero_stage", "3", "--lora_rank", "0", "--save_path", str(place / "seen")],
         "ids": ["--pretrain", str(place / "grown")],
         "base": ["--pretrain", str(place / "adapter"), "--save_path", str(place / "tiny"), "--lora_rank", "0"],
         "plan": [*sft, "--plan", "1"],
     }
     found = run_cases(base, cases, place)
-    assert [code for code, _ in found.values()] == [0, 0, 2, 2, 2, 2, 0], found
+    assert [code for code, _ in found.values()] == [0, 0, 2, 2, 2, 0, 2, 2, 0], found
     said = {name: text for name, (_, text) in found.items()}
     assert f"sft, an adapter without preference heads, is merged into {run}/base" in said["merged"]
     assert "was merged before into" in said["reused"] and "Parameters:" in said["plan"]
     assert "its language-model head" in said["head"] and "sequence classifier" in said["classifier"]
+    assert "sequence classifier" in said["partitioned"]
+    names = set(load_file(place / "seen" / "model.safetensors"))
+    assert names - {"value_head.weight"} == set(load_file(place / "images" / "model.safetensors"))
     assert "has token 300 ('contest'), but the model has 300 embeddings" in said["ids"]
     assert f"save_path {place}/tiny is {place}/tiny" in said["base"]
     assert json.loads((place / "run" / "arguments.json").read_text())["pretrain"] == str(place / "sft")

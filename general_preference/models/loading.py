@@ -15,6 +15,7 @@ from general_preference.models.config import (
     ADAPTER_CONFIG,
     BASE_DIGEST,
     HEAD_NAMES,
+    base_chain,
     base_of,
     check_foreign_heads,
     first_line,
@@ -81,6 +82,9 @@ def _load_language_model(path: str, config, dtype, attention: str, trust_remote_
     if model.get_output_embeddings() is None:
         raise InputError(f"{path} is a {config.model_type} model without a language-model head: use a decoder-only LM")
     model.made_up = _check_tensors(path, model, info)
+    if conversions := getattr(model, "_weight_conversions", None):
+        # Partitioned loading keeps what it had no use for, and saving would rename tensors by it.
+        model._weight_conversions = [one for one in conversions if not hasattr(one, "was_used") or one.was_used()]
     if model.made_up:
         model.get_output_embeddings().requires_grad_(False)
     freeze_other_parts(model)
@@ -100,12 +104,18 @@ def _check_tensors(path: str, model, info: dict) -> str | None:
     return head if info["missing_keys"] else None
 
 
-def partitioned_loading(ds_config: dict | None):
-    """Make transformers load into ZeRO-3 partitions; the returned object must live until loading is done."""
+def partitioned_loading(ds_config: dict | None, path: str, trust_remote_code: bool = False):
+    """Make transformers load into ZeRO-3 partitions; the returned object must live until loading is done.
+
+    Raises:
+        InputError: the tensors at `path` do not fit its architecture, which loading in parts would not report.
+    """
     if ds_config is None or ds_config.get("zero_optimization", {}).get("stage") != 3:
         return None
     from transformers.integrations import HfDeepSpeedConfig
 
+    *_, base = base_chain(path)
+    load_backbone(base, torch.bfloat16, trust_remote_code=trust_remote_code, device="meta")  # names and shapes alone
     return HfDeepSpeedConfig(ds_config)
 
 

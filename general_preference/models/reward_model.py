@@ -169,7 +169,8 @@ def get_reward_model(
     elif adapter_base(path) is not None:
         raise InputError(f"{path} is an adapter without preference heads: merge it first (scripts/merge_lora.py)")
     attention = "flash_attention_2" if use_flash_attention_2 else attn_implementation
-    partitioned, dtype = partitioned_loading(ds_config), torch.bfloat16 if bf16 else torch.float32
+    partitioned = partitioned_loading(ds_config, path, trust_remote_code)
+    dtype = torch.bfloat16 if bf16 else torch.float32
     backbone = load_backbone(path, dtype, attention, trust_remote_code, load_in_4bit)
     made_up = (backbone.get_base_model() if hasattr(backbone, "peft_config") else backbone).made_up
     if made_up and saved is None:
