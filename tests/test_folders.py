@@ -99,7 +99,14 @@ def test_a_folder_that_is_no_runs_keeps_its_files(place, name):
 
 
 def test_folders_without_any_of_these_files_are_used(place):
-    for name in ("notes.txt", "slurm.log", ".lock", "checkpoint/latest", "checkpoint/step_3/process_00000.safetensors"):
+    for name in (
+        "notes.txt",
+        "slurm.log",
+        ".lock",
+        "checkpoint/latest",
+        "checkpoint/step_3/process_00000.safetensors",
+        "checkpoint/step_3/.nfs01",
+    ):
         (place / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (place / "out" / name).write_text("step_3\n" if name.endswith("latest") else "x")
     check("--save_path", "out")

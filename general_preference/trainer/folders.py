@@ -16,6 +16,7 @@ from general_preference.models.config import ADAPTER_CONFIG, HEADS_FILE, MERGED_
 from general_preference.trainer.arguments import Arguments
 
 MANIFEST = "manifest.json"
+CHECKPOINT_FILE = re.compile(r"manifest\.json|process_\d+\.safetensors|\..*")  # file systems leave hidden files behind
 # All that a new model replaces in a folder, and the rest of what a run writes there.
 MODEL_FILE = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|config\.json")
 REPLACED = (HEADS_FILE, ADAPTER_CONFIG)
@@ -76,11 +77,8 @@ def foreign_file(folder: Path) -> str | None:
 def foreign_in_checkpoint(path: Path) -> str | None:
     """The first entry of a folder `step_N` that is no file of a checkpoint; None if there is none."""
     entries = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() and path.stat().st_size else []
-    names = (entry.name for entry in entries if entry.is_dir() or not re.fullmatch(CHECKPOINT_FILE, entry.name))
+    names = (entry.name for entry in entries if entry.is_dir() or not CHECKPOINT_FILE.fullmatch(entry.name))
     return next(names, None)
-
-
-CHECKPOINT_FILE = rf"{re.escape(MANIFEST)}|process_\d+\.safetensors|\.{re.escape(MANIFEST)}\.tmp"
 
 
 def is_own_model(folder: Path) -> bool:
