@@ -75,9 +75,10 @@ def merge_into_folder(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
-            _save_preference_model(model, adapter, temporary) if trained else _save_language_model(
-                model, base, temporary
-            )
+            if trained:
+                _save_preference_model(model, adapter, temporary)
+            else:
+                _save_language_model(model, base, temporary)
             tokenizer.save_pretrained(str(temporary))
             replace_text(temporary / MERGED_FROM, json.dumps(note, indent=2))
             if output.is_dir():
