@@ -30,6 +30,8 @@ def place(tmp_path, model_folder, monkeypatch):
     for file in (tmp_path / "tiny").iterdir():
         (tmp_path / "links" / file.name).symlink_to(file)
     (tmp_path / "link").symlink_to("tiny", target_is_directory=True)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "best").symlink_to(tmp_path / "tiny", target_is_directory=True)
     (tmp_path / "data" / "more").mkdir(parents=True)
     (tmp_path / "data" / "train.jsonl").write_text("{}")
     (tmp_path / "zero.json").write_text("{}")
@@ -56,6 +58,7 @@ def check(*flags):
         (["--save_path", "owner/name", "--pretrain", "owner/name"], "is owner/name"),
         (["--save_path", "."], "contains tiny"),
         (["--save_path", "out", "--ckpt_path", "tiny"], "ckpt_path tiny is tiny"),
+        (["--save_path", "linked"], "save_path linked/best is tiny"),
         (["--save_path", "data"], "contains data/train.jsonl"),
         (["--save_path", "data", "--dataset", "data"], "is data"),
         (["--save_path", "data/more/out", "--dataset", "data"], "would be written into data"),

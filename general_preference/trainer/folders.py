@@ -41,8 +41,9 @@ def check_folders(arguments: Arguments) -> None:
         if not os.path.isdir(place):
             break
     sets = [source.path for text in (data.dataset, data.eval_dataset) if text for source in parse_sources(text)]
-    check_outputs(output_folders(arguments), read, sets)
     folder, checkpoints = Path(arguments.output.save_path), arguments.output.checkpoint_folder
+    inner = {folder / name: "save_path" for name in ("best", OWN_BASE)}  # which may be links
+    check_outputs(output_folders(arguments) | inner, read, sets)
     if found := foreign_file(folder):
         raise InputError(f"save_path {folder} holds {found}, which no training run wrote: choose another folder")
     for path in sorted(checkpoints.glob("step_*")):
