@@ -204,6 +204,14 @@ def test_what_is_read_of_a_folder_is_listed(tmp_path, caplog):
     ]
 
 
+def test_linked_folders_are_read_once(tmp_path):
+    write(tmp_path / "large" / "x.jsonl")
+    write(tmp_path / "d" / "sub" / "a.jsonl")
+    (tmp_path / "d" / "linked").symlink_to("../large")
+    (tmp_path / "d" / "sub" / "loop").symlink_to("..")
+    assert files_of(tmp_path / "d") == ["linked/x.jsonl", "sub/a.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [

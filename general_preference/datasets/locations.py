@@ -7,7 +7,6 @@ A path is a file, a folder, a glob or a hub name, with a configuration and a spl
 import difflib
 import glob
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -19,14 +18,13 @@ import datasets
 from general_preference.datasets.readers import COMPRESSED, READERS, file_format, one_line, show
 from general_preference.errors import InputError
 
-logger = logging.getLogger(__name__)
-
 SAVED = "state.json"  # stands for all files of a folder written by `Dataset.save_to_disk`
 SPLITS = "dataset_dict.json"  # marks a folder written by `DatasetDict.save_to_disk`
-# Written beside data by `datasets`, or beside a model, which may lie in the same folder, by training.
+# Written beside data by `datasets`, or beside a model, which may lie in the same folder. Only names that say so: what
+# else holds no comparisons is refused aloud.
 METADATA = re.compile(
     r"(dataset_infos?|dataset_dict|state)\.json|cache-[0-9a-f]{16}.*\.arrow"
-    r"|(arguments|data_summary|eval_metrics|best|manifest|settings|.*\.summary)\.json|metrics\.jsonl"
+    r"|(arguments|data_summary|eval_metrics|.*\.summary)\.json|metrics\.jsonl"
     r"|(((tokenizer|generation|adapter)_)?config|tokenizer|special_tokens_map|added_tokens|vocab|.*\.index)\.json"
 )
 HUB_NAME = re.compile(r"(?P<path>\w[\w.-]*/[\w.-]+)(:(?P<configuration>[^@]+))?(@(?P<split>.+))?")
@@ -209,6 +207,10 @@ def _walk(folder: Path) -> Iterator[Path]:
         raise InputError(f"cannot read {show(error.filename)}: {error.strerror}") from error
 
     for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        below = (name for name in folders if not name.startswith((".", "__")))
+        own = os.path.realpath(root)  # a link to a folder above leads around for ever
+        folders[:] = [
+            name for name in below if not Path(own).is_relative_to(os.path.realpath(os.path.join(root, name)))
+        ]
         saved = SAVED in names and "dataset_info.json" in names
         yield from (Path(root, name) for name in ([SAVED] if saved else filter(_is_data, names)))
