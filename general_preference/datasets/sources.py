@@ -40,15 +40,15 @@ class Source:
     path: str
 
     @property
-    def places(self) -> list[Path]:
-        """The path without configuration and split, then each file that is read, resolved; for a hub dataset its name.
+    def files(self) -> list[Path]:
+        """What is read, resolved; for a hub dataset its name with configuration and split.
 
         Raises:
             InputError: there is no such path, split or configuration.
         """
         location = locations.locate(self.path)
         found = [Path(str(location))] if location.on_hub else locations.find_files(location)[0]
-        return [place.resolve() for place in (location.place, *found)]
+        return [file.resolve() for file in found]
 
 
 def parse_sources(text: str) -> list[Source]:
@@ -103,7 +103,7 @@ def _default_name(path: str) -> str:
 
 def warn_of_shared_files(sources: list[Source]) -> None:
     """One warning for every two sources that read the same file or hub dataset."""
-    files = [set(source.places[1:]) for source in sources]
+    files = [set(source.files) for source in sources]
     for (first, some), (second, others) in itertools.combinations(zip(sources, files, strict=True), 2):
         if shared := sorted(some & others):
             found = show(shared[0]) + (f" and {len(shared) - 1} more" if len(shared) > 1 else "")
