@@ -26,6 +26,7 @@ setup(
         "safetensors>=0.7.0",
         "pyyaml>=6.0.2",
         "datasets>=4.5.0",
+        "pyarrow>=21.0.0",
         "pandas>=2.2.3",
         "scipy>=1.14.1",
         "networkx>=3.4.2",

@@ -1,7 +1,6 @@
-"""From files to tables: every format, bad lines named, blends, splits by prompt, caches."""
+"""From sources to tables: tokenized, cached, blended, split by prompt, summarized."""
 
 import json
-import os
 
 import datasets
 import pytest
@@ -16,7 +15,7 @@ from general_preference.datasets.preparation import (
     summarize_table,
     tokenize,
 )
-from general_preference.datasets.sources import Source, load_source, parse_sources
+from general_preference.datasets.sources import Source, load_source
 from general_preference.datasets.tokenization import ComparisonTokenizer
 from general_preference.errors import InputError
 
@@ -32,100 +31,6 @@ def write(path, records):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(path)
-
-
-def contents(table):
-    return [(row["prompt"][0]["content"], [r[0]["content"] for r in row["responses"]]) for row in table]
-
-
-def test_every_format_reads_alike(tmp_path):
-    jsonl = write(tmp_path / "a.jsonl", RECORDS)
-    (tmp_path / "array.json").write_text(json.dumps(RECORDS))
-    table = datasets.Dataset.from_list(RECORDS)
-    table.to_csv(str(tmp_path / "t.csv"))
-    table.to_parquet(str(tmp_path / "t.parquet"))
-    table.save_to_disk(str(tmp_path / "saved"))
-    write(tmp_path / "folder" / "part1.jsonl", RECORDS[:7])
-    write(tmp_path / "folder" / "part2.jsonl", RECORDS[7:])
-    expected, left_out = load_source(Source("a", jsonl))
-    assert left_out == 0 and len(expected) == 20
-    for name in ("array.json", "t.csv", "t.parquet", "saved", "folder"):
-        found, _ = load_source(Source(name, str(tmp_path / name)))
-        assert contents(found) == contents(expected), name
-
-
-def test_a_saved_dataset_is_read_without_the_caches_beside_it(tmp_path):
-    saved = tmp_path / "saved"
-    datasets.Dataset.from_list(RECORDS[:3]).save_to_disk(str(saved))
-    datasets.load_from_disk(str(saved)).map(lambda row: {"prompt": row["prompt"] + "?"})
-    assert len(list(saved.glob("*.arrow"))) == 2, "datasets writes the mapped table into the same folder"
-    table, _ = load_source(Source("saved", str(saved)))
-    assert [prompt for prompt, _ in contents(table)] == [record["prompt"] for record in RECORDS[:3]]
-    (saved / "data-00000-of-00001.arrow").write_bytes(b"no table")
-    os.utime(saved / "state.json", (0, 0))
-    with pytest.raises(InputError, match=f"cannot read {saved} as a saved dataset"):
-        load_source(Source("saved", str(saved)))
-
-
-def test_of_saved_splits_train_is_read(tmp_path):
-    train, test = datasets.Dataset.from_list(RECORDS[:3]), datasets.Dataset.from_list(RECORDS[3:5])
-    datasets.DatasetDict(train=train, test=test).save_to_disk(str(tmp_path / "splits"))
-    assert [len(load_source(Source("a", f"{tmp_path}/splits{part}"))[0]) for part in ("", "/test")] == [3, 2]
-    datasets.DatasetDict(test=test).save_to_disk(str(tmp_path / "no_train"))
-    with pytest.raises(InputError, match="no_train has no split 'train'"):
-        load_source(Source("a", str(tmp_path / "no_train")))
-
-
-def test_an_edited_file_is_read_again_and_an_unchanged_one_is_not(tmp_path):
-    path = write(tmp_path / "a.jsonl", RECORDS[:4])
-    first, _ = load_source(Source("a", path))
-    again, _ = load_source(Source("a", path))
-    assert first.cache_files == again.cache_files
-    write(tmp_path / "a.jsonl", RECORDS[:5])
-    assert len(load_source(Source("a", path))[0]) == 5
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no records"),
-        ("\n\n", "holds no records"),
-        ('{"prompt": "q", "chosen": "a", "rejected": "b"}\n{"prompt": ', "line 2: not JSON"),
-        ('{"prompt": "q", "chosen": "a"}\n', "line 1: no key 'rejected'"),
-        ('{"prompt": "q", "chosen": 5, "rejected": "b"}\n', "line 1: 'chosen' is int 5"),
-        ("\ufeffnot json\n", "line 1: not JSON"),
-    ],
-)
-def test_bad_files_are_named_with_their_line(tmp_path, text, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=message) as caught:
-        load_source(Source("bad", str(path)))
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv"])
-def test_bytes_that_are_not_text_are_refused(tmp_path, name):
-    (tmp_path / name).write_bytes(b'[{"prompt": "caf\xe9", "chosen": "a", "rejected": "b"}]\ncaf\xe9\n')
-    with pytest.raises(InputError, match="UTF-8") as caught:
-        load_source(Source("x", str(tmp_path / name)))
-    assert name in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_damaged_parquet_file_is_refused(tmp_path):
-    (tmp_path / "x.parquet").write_bytes(b"nothing of the kind")
-    with pytest.raises(InputError, match="as parquet"):
-        load_source(Source("x", str(tmp_path / "x.parquet")))
-
-
-def test_paths_that_are_no_data(tmp_path):
-    (tmp_path / "notes.txt").write_text("x")
-    (tmp_path / "empty").mkdir()
-    for path, message in [("notes.txt", "ends in '.txt'"), ("empty", "holds no"), ("gone.jsonl", "does not exist")]:
-        with pytest.raises(InputError, match=message):
-            load_source(Source("x", str(tmp_path / path)))
-    with pytest.raises(InputError, match="cannot be loaded"):
-        load_source(Source("x", "nobody/nothing-of-the-kind"))
 
 
 def test_bad_records_can_be_skipped_and_counted(tmp_path, tokenizer):
@@ -153,15 +58,6 @@ def test_several_workers_give_the_same_table(tmp_path, tokenizer):
     one = tokenize(table, ComparisonTokenizer(tokenizer, 64), workers=1)
     two = tokenize(table, ComparisonTokenizer(tokenizer, 63), workers=2)
     assert one["prompt_ids"][:] == two["prompt_ids"][:] and one["id"][:] == two["id"][:]
-
-
-def test_sources_and_names():
-    assert parse_sources("x/a.jsonl,b=y/c.csv,owner/name") == [
-        Source("a", "x/a.jsonl"), Source("b", "y/c.csv"), Source("name", "owner/name")]  # fmt: skip
-    assert [s.name for s in parse_sources("x/train.jsonl,y/train.jsonl")] == ["x/train", "y/train"]
-    for text, message in [("a=x,a=y", "two sets"), ("x,,y", "empty entry"), ("a=", "empty entry")]:
-        with pytest.raises(InputError, match=message):
-            parse_sources(text)
 
 
 def test_probabilities():
@@ -266,33 +162,3 @@ def test_a_record_without_prompt_tokens_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [{"prompt": "", "chosen": "a", "rejected": "b"}])
     with pytest.raises(InputError, match="line 1: the prompt has no tokens"):
         load_tokenized([Source("a", path)], ComparisonTokenizer(bare))
-
-
-def test_one_bad_byte_costs_one_record(tmp_path):
-    good = [json.dumps({"prompt": f"{i} é", "chosen": "a", "rejected": "b"}, ensure_ascii=False) for i in range(300)]
-    lines = [line.encode() for line in good]
-    lines.insert(200, b'{"prompt": "caf\xe9", "chosen": "a", "rejected": "b"}')
-    lines.append(b"[" * 100_000)
-    file = tmp_path / "bytes.jsonl"
-    file.write_bytes(b"\n".join(lines))
-    with pytest.raises(InputError, match="line 201: not JSON in UTF-8"):
-        load_source(Source("bytes", str(file)))
-    table, left_out = load_source(Source("bytes", str(file)), skip_bad=True)
-    assert (len(table), left_out) == (300, 2)
-
-
-def test_one_bad_byte_costs_one_row_of_a_csv_file(tmp_path):
-    file = tmp_path / "bytes.csv"
-    file.write_bytes(b"prompt,chosen,rejected\nq1,a,b\ncaf\xe9,a,b\nq2,a,b\n")
-    with pytest.raises(InputError, match=r"bytes.csv, line 3: .* not UTF-8"):
-        load_source(Source("bytes", str(file)))
-    table, left_out = load_source(Source("bytes", str(file)), skip_bad=True)
-    assert [row["prompt"][0]["content"] for row in table] == ["q1", "q2"] and left_out == 1
-
-
-def test_half_a_surrogate_pair_costs_one_record(tmp_path):
-    path = write(tmp_path / "a.jsonl", [*RECORDS[:2], RECORDS[2] | {"chosen": "half an emoji: \ud83d"}])
-    with pytest.raises(InputError, match="line 3: not valid Unicode"):
-        load_source(Source("a", path))
-    table, left_out = load_source(Source("a", path), skip_bad=True)
-    assert (len(table), left_out) == (2, 1)

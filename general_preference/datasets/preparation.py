@@ -10,7 +10,15 @@ from dataclasses import asdict, dataclass
 import datasets
 import torch
 
-from general_preference.datasets.sources import INTEGERS, PREFERENCES, TEXT, Source, load_source, record_location
+from general_preference.datasets.sources import (
+    INTEGERS,
+    PREFERENCES,
+    TEXT,
+    Source,
+    load_source,
+    record_location,
+    warn_of_shared_files,
+)
 from general_preference.datasets.tokenization import ComparisonTokenizer, stable_hash
 from general_preference.errors import InputError
 
@@ -107,6 +115,7 @@ def load_tokenized(
 ) -> tuple[list[datasets.Dataset], dict[str, int]]:
     """Read and tokenize each source; cached on disk. Returns the tables and the records left out of each."""
     tables, left_out = [], {}
+    warn_of_shared_files(sources)
     for source in sources:
         table, left_out[source.name] = load_source(source, custom, skip_bad)
         tables.append(tokenize(table, encoder, workers, source.name))

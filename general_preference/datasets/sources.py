@@ -3,24 +3,28 @@
 A row is a `Comparison`, or its column `problem` says why not. Edited files (size or modification time) are read again.
 """
 
-import csv
+import glob
+import itertools
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+from datasets.exceptions import DatasetGenerationError
 
+from general_preference.datasets import locations
+from general_preference.datasets.locations import Location
+from general_preference.datasets.readers import file_format, one_line, read_records, read_table, show
 from general_preference.datasets.records import parse_record
 from general_preference.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-READER_VERSION = 5  # part of the cache key: raise it when the meaning of a row changes
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-SAVED = "state.json"  # marks a folder written by `Dataset.save_to_disk`
+READER_VERSION = 6  # part of the cache key: raise it when the meaning of a row changes
 TEXT, FLOAT, INTEGERS = datasets.Value("string"), datasets.Value("float64"), datasets.List(datasets.Value("int32"))
 _MESSAGES = datasets.List({"role": TEXT, "content": TEXT})
 PREFERENCES = {"first": INTEGERS, "second": INTEGERS, "label": datasets.List(FLOAT), "margin": FLOAT}
@@ -30,25 +34,39 @@ ROW = datasets.Features(_TEXTS | PREFERENCES | {"prompt": _MESSAGES, "responses"
 
 @dataclass(frozen=True)
 class Source:
-    """One named set of comparisons: a file, a folder, or a hub dataset (`owner/name` or `owner/name@split`)."""
+    """One named set of comparisons; `path` is what `locations.locate` takes: a file, a folder, a glob, a hub name."""
 
     name: str
     path: str
 
+    @property
+    def files(self) -> list[Path]:
+        """What is read, resolved; for a hub dataset its name with configuration and split.
+
+        Raises:
+            InputError: there is no such path, split or configuration.
+        """
+        location = locations.locate(self.path)
+        found = [Path(str(location))] if location.on_hub else locations.find_files(location)[0]
+        return [file.resolve() for file in found]
+
 
 def parse_sources(text: str) -> list[Source]:
-    """`path,path` or `name=path,name=path` -> sources; InputError for an empty entry, or two sets with one name.
+    r"""`path,path` or `name=path,name=path` -> sources; InputError for an empty entry, or two sets with one name.
 
-    The default name is that of the file or folder, preceded by its parent folder where two would be equal.
+    A path that is there wins over a comma or "=" in it; elsewhere `\,` is a comma of the path. The default name is that
+    of the file or folder, preceded by its parent folder where two would be equal.
     """
     sources, unnamed = [], []
-    for entry in map(str.strip, text.split(",")):
-        name, separator, path = entry.partition("=")
-        if not separator or "/" in name or Path(entry).exists():  # a path may contain "="
-            path, name = entry, Path(entry).stem if Path(entry).suffix in SUFFIXES else Path(entry).name
+    for entry in _entries(text):
+        name, path = _split_name(entry)
+        if name is None:
+            name = _default_name(path)
             unnamed.append(len(sources))
         if not path or not name:
-            raise InputError(f"'{text}' has an empty entry: expected path,path or name=path,name=path")
+            raise InputError(f"'{show(text)}' has an empty entry: expected path,path or name=path,name=path")
+        if show(entry) != entry:
+            raise InputError(f"{show(entry)}: the name is not UTF-8, which the saved model and results need: rename it")
         sources.append(Source(name, path))
     if len({source.name for source in sources}) < len(sources):
         for index in unnamed:
@@ -58,6 +76,38 @@ def parse_sources(text: str) -> list[Source]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"two sets are called '{twice[0]}': name each one, as in first={sources[0].path}")
     return sources
+
+
+def _entries(text: str) -> Iterator[str]:
+    pieces = [piece.replace("\\,", ",") for piece in re.split(r"(?<!\\),", text)]
+    while pieces:
+        joined = {count: ",".join(pieces[:count]).strip() for count in range(len(pieces), 0, -1)}
+        count = next((count for count, entry in joined.items() if locations.is_on_disk(_split_name(entry)[1])), 1)
+        yield joined[count]
+        del pieces[:count]
+
+
+def _split_name(entry: str) -> tuple[str | None, str]:
+    name, separator, path = entry.partition("=")
+    named = separator and not set("/,") & set(name) and not locations.is_on_disk(entry)  # a path may contain "="
+    return (name, path) if named else (None, entry)
+
+
+def _default_name(path: str) -> str:
+    for part in reversed(Path(path).parts):
+        stem = re.sub(r"(\.\w+)(\.gz|\.zst)?$", "", part, flags=re.IGNORECASE) if file_format(part) else part
+        if name := re.sub(r"\[.*?\]|[*?]", "", stem).strip("-_.") if glob.has_magic(stem) else stem:
+            return name
+    return path
+
+
+def warn_of_shared_files(sources: list[Source]) -> None:
+    """One warning for every two sources that read the same file or hub dataset."""
+    files = [set(source.files) for source in sources]
+    for (first, some), (second, others) in itertools.combinations(zip(sources, files, strict=True), 2):
+        if shared := sorted(some & others):
+            found = show(shared[0]) + (f" and {len(shared) - 1} more" if len(shared) > 1 else "")
+            logger.warning("'%s' and '%s' both read %s: these comparisons count twice", first.name, second.name, found)
 
 
 def record_location(name: str, index: int, path: str = "") -> str:
@@ -83,13 +133,23 @@ def load_source(
     Raises:
         InputError: no such file, nothing in it, or a record that does not fit, with file and line.
     """
-    # Two files may share a relative name, a size and a time: the whole path is part of the key.
-    signature = [(str(file), str(file.resolve()), *_stat(file)) for file in _files(source.path)]
-    signature = signature or [(source.path, _load_table(Path(source.path), source.path)._fingerprint)]
-    arguments = {"path": source.path, "signature": signature, "custom": custom, "version": READER_VERSION}
+    location = locations.locate(source.path)
+    if location.on_hub:
+        files, signature = [], (_load_hub(location)._fingerprint,)
+    else:
+        files, left_out = locations.find_files(location)
+        _announce(source, location, files, left_out)
+        signature = tuple(_stat(part) for file in files for part in locations.parts(file))
+    arguments = {"location": location, "files": tuple(map(str, files)), "signature": signature}
+    arguments |= {"custom": custom, "version": READER_VERSION}
     if next(_rows(**arguments), None) is None:
-        raise InputError(f"{source.path} holds no records: check that it is the right file")
-    table = datasets.Dataset.from_generator(_rows, features=ROW, gen_kwargs=arguments, split=datasets.Split.TRAIN)
+        raise InputError(f"{show(source.path)} holds no records: check that it is the right file")
+    try:
+        table = datasets.Dataset.from_generator(_rows, features=ROW, gen_kwargs=arguments, split=datasets.Split.TRAIN)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, InputError):  # a file as a whole, which no setting can leave out
+            raise InputError(str(error.__cause__)) from error
+        raise
     problems = table["problem"][:]
     bad = [index for index, problem in enumerate(problems) if problem]
     if bad and not skip_bad:
@@ -100,45 +160,53 @@ def load_source(
     if bad:
         table = table.select([index for index, problem in enumerate(problems) if not problem])
     if len(table) == 0:
-        raise InputError(f"{source.path} holds no usable record: all {len(bad)} were left out")
+        raise InputError(f"{show(source.path)} holds no usable record: all {len(bad)} were left out")
     return table.remove_columns("problem"), len(bad)
 
 
-def _files(path: str) -> list[Path]:
-    """The files behind a path, or the `SAVED` file of a folder of datasets; none for a hub name."""
-    place = Path(path).expanduser()
-    if place.is_file():
-        if place.suffix not in SUFFIXES:
-            raise InputError(f"{path} ends in '{place.suffix}': expected {', '.join(SUFFIXES)}, a folder or a hub name")
-        return [place]
-    if place.is_dir():
-        if (place / "dataset_dict.json").is_file() and not (place := place / "train").is_dir():  # as for a hub dataset
-            raise InputError(f"{path} has no split 'train': give the folder of a split, as in {path}/test")
-        if (place / SAVED).is_file():
-            return [place / SAVED]
-        found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and not file.name.startswith("."))
-        if not found:
-            raise InputError(f"folder {path} holds no {', '.join(SUFFIXES)} file")
-        return found
-    if place.is_absolute() or path.startswith((".", "~")) or place.suffix in SUFFIXES or path.count("/") != 1:
-        raise InputError(f"dataset {path} does not exist: check the path")
-    return []
+def _announce(source: Source, location: Location, files: list[Path], left_out: dict[Path, str]) -> None:
+    """Log what is read of a folder or glob, and which of its data files are not."""
+    if files in ([location.place], [location.place / locations.SAVED]):
+        return
+
+    def listed(names: list[str]) -> str:
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    folder = location.place if location.place.is_dir() else Path()
+    count = f"{len(files)} file{'s' * (len(files) > 1)} of {show(location.path)}"
+    read = listed([_relative(file, folder) for file in files])
+    others = listed([f"{_relative(file, folder)} ({reason})" for file, reason in left_out.items()])
+    logger.info("%s: %s (%s)%s", source.name, count, read, f"; left out: {others}" if others else "")
 
 
-def _stat(file: Path) -> tuple[int, int]:
+def _relative(file: Path, folder: Path) -> str:
+    return show(os.path.relpath(file.parent if file.name == locations.SAVED else file, folder))
+
+
+def _stat(file: Path) -> tuple[str, str, int, int]:
+    """What changes with a file. Two may share a relative name, a size and a time: the whole path is part of it."""
     try:
         status = file.stat()
         with file.open("rb"):
-            return status.st_size, status.st_mtime_ns
+            return str(file), str(file.resolve()), status.st_size, status.st_mtime_ns
     except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
+        raise InputError(f"cannot read {show(file)}: {error.strerror}") from error
 
 
-def _rows(path: str, signature: list, custom: bool, version: int) -> Iterator[dict]:
-    """One `ROW` per record; `version` only changes the cache key."""
-    for name, *_ in signature:
-        for place, record in _records(Path(name), path):
-            yield _row(place, record, custom)
+def _rows(location: Location, files: tuple[str, ...], signature: tuple, custom: bool, version: int) -> Iterator[dict]:
+    """One `ROW` per record; `signature` and `version` only change the cache key."""
+    for place, record in _records(location, files):
+        yield _row(place, record, custom)
+
+
+def _records(location: Location, files: tuple[str, ...]) -> Iterator[tuple[str, object]]:
+    if location.on_hub:
+        yield from read_table(_load_hub(location), str(location))
+    for file in map(Path, files):
+        if file.name == locations.SAVED:
+            yield from read_table(_load_saved(file.parent), show(file.parent))
+        else:
+            yield from read_records(file)
 
 
 def _row(place: str, record: object, custom: bool) -> dict:
@@ -159,67 +227,16 @@ def _row(place: str, record: object, custom: bool) -> dict:
     return nothing | {"id": place, "subset": "", "margin": 0.0, "problem": problem}
 
 
-def _records(file: Path, path: str) -> Iterator[tuple[str, object]]:
-    """Yield (place, decoded record or the InputError that says why there is none). A hub name counts as a file."""
+def _load_saved(folder: Path) -> datasets.Dataset:
     try:
-        if file.suffix == ".csv":
-            yield from _csv_records(file)
-        elif file.suffix in (".json", ".jsonl") and file.name != SAVED:
-            yield from _json_records(file)
-        else:
-            name = file if file.suffix == ".parquet" else path
-            yield from ((f"{name}, row {index}", row) for index, row in enumerate(_load_table(file, path), 1))
-    except InputError as error:
-        yield str(file), error
-    except (ValueError, csv.Error) as error:  # what decoders raise for a file as a whole
-        yield str(file), InputError(f"{file}: not {file.suffix[1:].upper()} in UTF-8 ({error})")
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:  # datasets has no base for what is wrong with a folder
+        raise InputError(f"cannot read {show(folder)} as a saved dataset: {one_line(error)}") from error
 
 
-def _json_records(file: Path) -> Iterator[tuple[str, object]]:
-    """One record per line, or one JSON array of records."""
-    with file.open("rb") as lines:
-        if file.suffix == ".json" and lines.peek().lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"["):
-            records = json.loads(lines.read().decode("utf-8-sig"))
-            yield from ((f"{file}, record {number}", record) for number, record in enumerate(records, 1))
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{file}, line {number}"
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                found = line[:80].decode(errors="replace").strip()[:60]
-                record = InputError(f"{place}: not JSON in UTF-8 ({error}), found {found!r}")
-            yield place, record
-
-
-def _csv_records(file: Path) -> Iterator[tuple[str, object]]:
-    """Rows of a CSV file with a header; margin and chosen_probability are numbers, empty cells are absent."""
-    csv.field_size_limit(2**31 - 1)
-    # surrogateescape: a byte that is not UTF-8 costs its own record (`_row` refuses it), not the rest of the file.
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        reader = csv.DictReader(lines)
-        for row in reader:
-            place = f"{file}, line {reader.line_num}"
-            record = {key: value for key, value in row.items() if key and value}
-            try:
-                record |= {key: float(record[key]) for key in ("margin", "chosen_probability") if key in record}
-            except ValueError as error:
-                record = InputError(f"{place}: margin and chosen_probability are numbers ({error})")
-            yield place, record
-
-
-def _load_table(file: Path, path: str) -> datasets.Dataset:
-    """A Parquet file, a folder of `save_to_disk`, or the hub dataset `path`."""
-    name, _, split = path.partition("@")
-    what = f"no local path {path}, and the hub dataset cannot be loaded"
+def _load_hub(location: Location) -> datasets.Dataset:
     try:
-        if file.suffix == ".parquet":
-            what = f"cannot read {file} as parquet"
-            return datasets.load_dataset("parquet", data_files=str(file), split="train")
-        if file.name == SAVED:
-            what = f"cannot read {file.parent} as a saved dataset"
-            return datasets.load_from_disk(str(file.parent))
-        return datasets.load_dataset(name, split=split or "train")
+        return datasets.load_dataset(location.path, location.configuration or None, split=location.split)
     except Exception as error:  # network, permission and format errors have no common base
-        raise InputError(f"{what}: {str(error).splitlines()[0]}") from error
+        missing = f"no local path {location.path}{locations.neighbors(location.path)}"
+        raise InputError(f"{missing}, and the hub dataset cannot be loaded: {one_line(error)}") from error

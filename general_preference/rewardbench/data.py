@@ -13,6 +13,7 @@ from pathlib import Path
 
 import datasets
 
+from general_preference.datasets.readers import file_format
 from general_preference.datasets.sources import Source, is_record_location, load_source, parse_sources, record_location
 from general_preference.errors import InputError
 from general_preference.rewardbench.scoring import PRIOR_ROWS, ROWS_1, ROWS_2, TIES
@@ -64,7 +65,7 @@ def load_benchmark(benchmark: Benchmark, dataset: str | None = None, debug=False
     tables = []
     ties: dict[tuple[str, int], str] = {}
     for source in sources or benchmark.official_sources:
-        if Path(source.path).suffix == ".csv" and benchmark is not REWARDBENCH_1:
+        if file_format(source.path) in (".csv", ".tsv") and benchmark is not REWARDBENCH_1:
             raise InputError(f"{source.path}: a CSV file has no lists as in {benchmark.title}: use JSONL or Parquet")
         try:
             table, _ = load_source(source, remedy="nothing was scored")
