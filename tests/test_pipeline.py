@@ -299,6 +299,45 @@ def test_equal_responses_tie_exactly(saved, attention, batch_tokens):
     assert scores[0, 1].item() == pytest.approx(alone[0, 1].item(), abs=1e-5)
 
 
+@pytest.mark.parametrize(("family", "shared"), [("llama", True), ("llama", False), ("gemma2", True)])
+def test_identical_responses_tie_in_training_evaluation_inference_and_benchmarks(saved, tmp_path, family, shared):
+    from general_preference.datasets.packing import Comparisons
+    from general_preference.datasets.preparation import load_tokenized
+    from general_preference.inference.batch import result_row, summarize_rows
+    from general_preference.rewardbench import RewardBenchPipeline, report, scoring
+    from general_preference.trainer.arguments import LossArguments
+    from general_preference.trainer.objectives import PreferenceObjective
+
+    rm = GPMPipeline(saved(family))
+    rm.model.shares_prompts = shared
+    texts = [f"{'rock ' * (i % 7)}paper {i}" for i in range(20)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": PROMPT, "chosen": text, "rejected": text}) for text in texts))
+    (table,), _ = load_tokenized([Source("pairs", str(file))], rm.encoder)
+    objective = PreferenceObjective(LossArguments(), rm.model, rm.tokenizer, torch.device("cpu"))
+    for collate, training in ((objective.collate_evaluation, False), (objective.collate, True)):
+        rm.model.train(training)
+        batch = collate([Comparisons(table)[index, 1.0] for index in range(20)])
+        with torch.no_grad():
+            sums = objective.evaluation_sums("pairs", rm.model(**batch.model_inputs()), batch)
+        found = objective.statistics(sums)
+        assert (found["ties"], found["accuracy"], found["n"]) == (20, 0.5, 20)
+    rm.model.eval()
+    rows = [result_row(table[index], embedded, rm.tau) for index, embedded in embed(rm.model, table)]
+    assert summarize_rows(rows, rm.tau)[0]["all"]["ties"] == 20
+    assert {row["score"] for row in rows} == {0} and {row["probability"] for row in rows} == {0.5}
+    four = [
+        row | {"response_ids": row["response_ids"] * 2, "first": [0], "second": [3], "label": [1.0]} for row in table
+    ]
+    for index, embedded in embed(rm.model, four):
+        row = report.best_of_n_row(four[index], embedded, rm.tau)
+        assert {*row["score"]} == {0} and {*row["probability"]} == {0.5} and row["cyclic_share"] == 0
+        assert scoring.best_of_n_credit(row["score"]) == 0.25
+    pairs = [conversation(PROMPT, text) for text in texts]
+    assert not RewardBenchPipeline("", rm.model, rm.tokenizer)(pairs, pairs).any()
+    assert {rm.compare(PROMPT, text, text) for text in texts} == {0.5}
+
+
 def test_one_response_and_two_equal_ones(rm):
     assert rm.rank(PROMPT, ["only"]) == [0] and rm.preference_matrix(PROMPT, ["only"]).tolist() == [[0.5]]
     assert rm.compare(PROMPT, "same", "same") == 0.5
