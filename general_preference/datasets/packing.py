@@ -1,8 +1,8 @@
 """Comparisons -> a batch in which all responses of a prompt share one copy of that prompt.
 
 A row is [prompt][response 1][response 2]... with positions that continue from the prompt's end in every response, made
-exact by `models/attention.py`. By `RowLayout` it holds one comparison, all of the batch, or a single response. Responses
-of a comparison with the same tokens lie there once, so that they tie exactly and not up to rounding.
+exact by `models/attention.py`. By `RowLayout` it holds one comparison, all of the batch, or a single response. A
+comparison's responses with the same tokens lie there once, so that they tie exactly and not up to rounding.
 """
 
 from dataclasses import dataclass, fields

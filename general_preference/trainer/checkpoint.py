@@ -23,7 +23,7 @@ from general_preference.trainer.shards import verify_file
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, FORMAT = "manifest.json", 2
+MANIFEST, FORMAT = "manifest.json", 3
 SHOWN_WITHIN = 60  # seconds in which a network file system shows what another node has written
 
 
