@@ -9,6 +9,9 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import datasets
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +22,7 @@ from general_preference import GPMPipeline, generate_high_dim_result_with_prompt
 from general_preference.datasets.packing import Collator
 from general_preference.datasets.sources import Source
 from general_preference.errors import InputError, NonFiniteError
+from general_preference.inference.cuts import Cuts
 from general_preference.inference.embedding import embed
 from general_preference.models.config import PreferenceConfig
 from general_preference.models.score import preference_score
@@ -400,6 +404,18 @@ def test_length_limits(saved, make_model, tmp_path):
         ({"device": "tpu9"}, "'tpu9' is none"),
         ({"device": "cuda:7"}, "GPU"),
         ({"batch_tokens": 0}, "at least 1"),
+        ({"device": 96}, r"no device cuda:96 \("),
+        ({"device": "97"}, r"no device cuda:97 \("),
+        ({"dtype": "bfloat17"}, "dtype 'bfloat17' is none of auto, float32, bfloat16, float16, float64"),
+        ({"dtype": torch.int8}, "dtype torch.int8 is none of auto, float32"),
+        ({"dtype": "fp32", "bf16": True}, "bf16 = True and dtype = float32 disagree"),
+        ({"torch_dtype": "auto"}, "GPMPipeline has no argument 'torch_dtype': did you mean dtype"),
+        ({"max_len": 64}, "'max_len': did you mean max_length"),
+        ({"max_lenght": 64}, "'max_lenght': did you mean max_length"),
+        ({"device_map": "auto"}, "'device_map': did you mean device"),
+        ({"temperature": 1.0}, "'temperature': did you mean tau"),
+        ({"batch_size": 8}, "'batch_size': did you mean batch_tokens"),
+        ({"zzz": 8}, "'zzz': it takes model_name_or_path, device, value_head_dim"),
     ],
 )
 def test_arguments_that_contradict_the_checkpoint_or_the_machine(saved, argument, message):
@@ -407,6 +423,60 @@ def test_arguments_that_contradict_the_checkpoint_or_the_machine(saved, argument
         pytest.skip("this machine has that many")
     with pytest.raises(InputError, match=message):
         GPMPipeline(saved(), **argument)
+
+
+def test_a_cut_is_said_once_and_counted(saved, caplog):
+    rm = GPMPipeline(saved(), max_length=64)
+    rm.compare(PROMPT, "a", "b")
+    assert not caplog.text and rm.cut == Cuts()
+    whole = GPMPipeline(saved())._encode("", *messages("paper " * 90, "rock " * 40))
+    lost = len(whole["prompt_ids"]) + len(whole["response_ids"][0]) - 64
+    rm([CONVERSATIONS[0], conversation("paper " * 90, "rock " * 40)])
+    assert (rm.cut.prompts, rm.cut.responses, rm.cut.alike) == (1, 1, 0)
+    assert rm.cut.prompt_tokens + rm.cut.response_tokens == lost
+    said = f"cut to 64 tokens: 1 prompt by {rm.cut.prompt_tokens} tokens, 1 response by {rm.cut.response_tokens} tokens"
+    assert [record.getMessage().startswith(said) for record in caplog.records] == [True]
+    for _ in range(3):
+        rm.rank("paper " * 90, ["a", "b"])
+    assert len(caplog.records) == 1 and rm.cut.prompts == 4 and rm.cut.responses == 1
+    GPMPipeline(saved(), truncation=False).compare("paper " * 90, "a", "b")
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("published_format", [False, True])
+@pytest.mark.parametrize("ask", ["matrix", "conversations", "prompts"])
+def test_answers_that_differ_only_behind_the_cut(saved, published, caplog, ask, published_format):
+    rm = GPMPipeline(published("llama", 4, True) if published_format else saved(), max_length=64)
+    first, second = "rock " * 60 + "yes", "rock " * 60 + "no, never"
+    if ask == "matrix":
+        assert rm.compare(PROMPT, first, second) == 0.5
+        assert rm.compare(PROMPT, first, first) == 0.5
+    elif ask == "conversations":
+        found = rm([conversation(PROMPT, text) for text in (first, second, "rock")])
+        assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    elif not published_format:  # prompts are told apart by their oldest side, which is cut
+        rm(2 * [conversation(f"{text} {'paper ' * 60}", "rock") for text in ("One", "Two")])
+    else:
+        return
+    assert rm.cut.alike == (2 if ask == "prompts" else 1)
+    assert f"told apart from another only beyond the limit, so that they tie: {rm.cut.alike}" in caplog.text
+    before = len(caplog.records)
+    rm.compare(PROMPT, first, second)
+    assert len(caplog.records) == before
+
+
+def test_a_tie_behind_the_cut_is_said_although_a_cut_was(saved, caplog):
+    rm = GPMPipeline(saved(), max_length=64)
+    rm.compare("paper " * 90, "a", "b")
+    rm.compare(PROMPT, "rock " * 60 + "yes", "rock " * 60 + "no")
+    assert ["they tie" in record.getMessage() for record in caplog.records] == [False, True]
+
+
+@pytest.mark.parametrize("extra", [["c"], ["a long answer, " * 9], ["", "b"], [RESPONSES[3]] * 3])
+def test_a_prompts_tokens_do_not_depend_on_the_responses_beside_them(rm, extra):
+    rows = [rm._encode("", CHAT, [[{"role": "assistant", "content": text}] for text in ("a", *some)])
+            for some in ([], extra)]  # fmt: skip
+    assert rows[0]["prompt_ids"] == rows[1]["prompt_ids"] and rows[0]["response_ids"] == rows[1]["response_ids"][:1]
 
 
 def test_the_temperature_of_published_weights_may_be_chosen(published):
@@ -419,8 +489,8 @@ def test_the_temperature_of_published_weights_may_be_chosen(published):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda rm: rm([]), "found an empty list"),
-        (lambda rm: rm("text"), "found 'text'"),
+        (lambda rm: rm([]), "samples are an empty list, expected a list of conversations"),
+        (lambda rm: rm("text"), "samples are 'text', expected a list"),
         (lambda rm: rm(CONVERSATIONS[0]), "wrap it in a list"),
         (lambda rm: rm([CONVERSATIONS[0], CHAT[:2]]), "conversation 1 has no assistant turn"),
         (lambda rm: rm([CHAT]), "conversation 0 ends with a user turn"),
@@ -436,6 +506,14 @@ def test_the_temperature_of_published_weights_may_be_chosen(published):
         (lambda rm: rm.compare(PROMPT, "a", conversation("Another?", "b")), "response 1 .* an assistant turn"),
         (lambda rm: rm.embed("text", [["a"]] * 4), "prompts are 'text'"),
         (lambda rm: rm.compare([], "a", "b"), "prompt 0"),
+        (lambda rm: rm.rank(PROMPT, {"b", "a"}), "responses to prompt 0 are a set"),
+        (lambda rm: rm.rank(PROMPT, np.array("a")), "responses to prompt 0 are a ndarray"),
+        (lambda rm: rm.rank(PROMPT, pd.DataFrame({"response": ["a", "b"]})), "are a DataFrame, expected a list of at"),
+        (lambda rm: rm.score(datasets.Dataset.from_dict({"prompt": [PROMPT]}), [["a"]]), "prompts are a Dataset"),
+        (lambda rm: rm.rank(PROMPT, pd.Series(["a", float("nan")])), "response 1 to prompt 0"),
+        (lambda rm: rm.score(np.array([PROMPT]), ["a"]), "responses to prompt 0 are 'a'"),
+        (lambda rm: rm({"role": "user", "content": "a"}), "samples are {'role'"),
+        (lambda rm: rm(text for text in ()), "an empty list"),
         (lambda rm: rm.rank(PROMPT, ["a"], method="elo"), "unknown ranking method 'elo'"),
         (lambda rm: rm.embed([PROMPT], []), "1 prompts, but 0 lists"),
         (
