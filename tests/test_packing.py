@@ -8,6 +8,7 @@ from general_preference.datasets.packing import Collator
 from general_preference.errors import InputError
 from general_preference.models import attention, kernels
 from general_preference.models.attention import RowLayout
+from general_preference.plots import embedded_cycle
 from general_preference.trainer.arguments import LossArguments
 from general_preference.trainer.objectives import batch_loss
 from tests.conftest import FAMILIES, MAIN_FAMILIES, random_comparisons
@@ -316,3 +317,16 @@ def test_equal_responses_are_one_sequence_with_the_gradient_of_several(make_mode
     for name in ("first", "second", "label", "weight", "comparison_index"):
         assert torch.equal(getattr(batch, name), getattr(apart, name)), "indices count every stated response"
     assert [len(part) for part in batch.targets] == [len(part) for part in apart.targets]
+
+
+@pytest.mark.parametrize("layout", [PACKED, MASKED, SEPARATE])
+def test_the_texts_of_a_cycle_are_its_own(layout):
+    class Tokenizer:
+        decode = staticmethod(lambda ids, **_: " ".join(map(str, ids.tolist())))
+
+    same = {"prompt_ids": [1, 2], "margin": 0.0}
+    pair = same | {"response_ids": [[10, 5], [11, 5]], "first": [0], "second": [1], "label": [1.0]}
+    cycle = same | {"response_ids": [[20, 5], [21, 5], [22, 5], [21, 5]], "first": [0, 1, 2], "second": [1, 2, 0]}
+    batch = Collator(0, layout)([pair, cycle | {"label": [1.0] * 3}])
+    found = embedded_cycle("set", batch, {"embeddings": torch.zeros(6, 2)}, Tokenizer)
+    assert found.members == ["20 5", "21 5", "22 5"]
