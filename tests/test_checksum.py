@@ -1,10 +1,14 @@
 """The checksum of what training learns from: any change of it counts, and where or how it is stored does not."""
 
+from types import SimpleNamespace
+
 import datasets
 import pytest
 
 from general_preference.datasets.checksum import table_checksum
 from general_preference.datasets.preparation import TOKENIZED, blend
+from general_preference.errors import InputError
+from general_preference.trainer.trainer import Trainer
 from tests.conftest import random_comparisons
 
 COUNTS = ("length", "empty", "identical", "prompt_cut", "response_cut", "identical_after_cut")
@@ -62,3 +66,10 @@ def test_how_a_table_is_stored_does_not_count(tmp_path):
     regrouped = fresh.add_column("group", [index // 3 for index in range(30)])
     assert len({expected, table_checksum(grouped), table_checksum(regrouped)}) == 3
     assert table_checksum(blend([fresh, grouped.remove_columns("group")], [0.5, 0.5], seed=1)) != expected
+
+
+def test_processes_that_read_different_data_are_refused():
+    processes = SimpleNamespace(gather_objects=lambda mine: [mine, "another"])
+    trainer = SimpleNamespace(arguments=SimpleNamespace(model=None, optimizer=None), context=processes)
+    with pytest.raises(InputError, match="processes read different training data"):
+        Trainer._identity(trainer, table(ROWS))
