@@ -86,8 +86,11 @@ def embedded_cycle(name: str, batch, output: dict[str, torch.Tensor], tokenizer)
             texts = []
             for end in batch.response_ends[members].tolist():
                 row, column = divmod(end, batch.input_ids.shape[1])
-                same = batch.segments[row, : column + 1] == batch.segments[row, column]
-                text = tokenizer.decode(batch.input_ids[row, : column + 1][same], skip_special_tokens=True)
+                segments = batch.segments[row, : column + 1]
+                start = (
+                    int((segments != segments[-1]).nonzero()[-1]) + 1
+                )  # a packed row counts from 1 in each comparison
+                text = tokenizer.decode(batch.input_ids[row, start : column + 1], skip_special_tokens=True)
                 texts.append(textwrap.fill(textwrap.shorten(text, MEMBER_CHARACTERS, placeholder=" …"), 30))
             gate = output["gates"][index].float().cpu() if "gates" in output else None
             return EmbeddedCycle(name, texts, output["embeddings"][members].float().cpu(), gate)

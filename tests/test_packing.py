@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from general_preference.datasets import packing
 from general_preference.datasets.packing import Collator
 from general_preference.errors import InputError
 from general_preference.models import attention, kernels
 from general_preference.models.attention import RowLayout
+from general_preference.plots import embedded_cycle
 from general_preference.trainer.arguments import LossArguments
 from general_preference.trainer.objectives import batch_loss
 from tests.conftest import FAMILIES, MAIN_FAMILIES, random_comparisons
@@ -270,3 +272,61 @@ def test_the_self_check_notices_a_wrong_mask(make_model, monkeypatch):
     )
     assert model.verify_shared_prompts() > 1e-3 and not model.shares_prompts
     model.shares_prompts = True
+
+
+def with_copies(comparisons: list[dict]) -> list[dict]:
+    """The same comparisons with one more copy of a response in each, which takes part in a preference."""
+    found = []
+    for index, comparison in enumerate(comparisons):
+        responses = comparison["response_ids"]
+        copy, count = index % len(responses), len(responses)
+        edges = {"first": [*comparison["first"], copy, count], "second": [*comparison["second"], count, 1 - copy % 2]}
+        labels = {"label": [*comparison["label"], 0.5, 0.9]}
+        found.append(comparison | edges | labels | {"response_ids": [*responses, list(responses[copy])]})
+    pair = {"response_ids": [found[0]["response_ids"][0]] * 2, "first": [0], "second": [1], "label": [1.0]}
+    return [*found, found[0] | pair | {"id": "pair"}]
+
+
+@pytest.mark.parametrize("layout", [PACKED, MASKED, SEPARATE])
+@pytest.mark.parametrize("kind", ["vanilla", "reference_free"])
+def test_equal_responses_are_one_sequence_with_the_gradient_of_several(make_model, monkeypatch, layout, kind):
+    model = make_model("llama")
+    arguments = LossArguments(add_pretrain_loss=True, ptx_loss=kind, ptx_loss_coef=0.3)
+    comparisons, found = with_copies(random_comparisons(5, model.config.vocab_size, seed=4)), []
+    for copied in (False, True):
+        if copied:
+            monkeypatch.setattr(packing, "distinct_responses", lambda some: (some, list(range(len(some)))))
+        batch, output = run(model, comparisons, layout, "both")
+        losses = batch_loss(output, batch, arguments)
+        model.zero_grad()
+        losses.total.backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((batch, losses, gradients))
+    (batch, losses, gradients), (apart, separate, expected) = found
+    assert (gradients - expected).norm() / expected.norm() < 1e-5
+    for name in ("score", "preference", "regularizer"):
+        torch.testing.assert_close(getattr(losses, name), getattr(separate, name), atol=1e-5, rtol=1e-5)
+    stated = [tuple(ids) for comparison in comparisons for ids in comparison["response_ids"]]
+    equal = [stated[i] == stated[j] for i, j in zip(batch.first.tolist(), batch.second.tolist(), strict=True)]
+    assert (losses.score == 0).tolist() == equal and sum(equal) == 6
+    once = sum(len(ids) for c in comparisons for ids in {tuple(ids) for ids in c["response_ids"]})
+    prompts = sum(len(c["prompt_ids"]) for c in comparisons)
+    assert (batch.segments >= 0).sum() < (apart.segments >= 0).sum()
+    if layout is not SEPARATE:
+        assert (batch.segments >= 0).sum() == once + prompts
+    for name in ("first", "second", "label", "weight", "comparison_index"):
+        assert torch.equal(getattr(batch, name), getattr(apart, name)), "indices count every stated response"
+    assert [len(part) for part in batch.targets] == [len(part) for part in apart.targets]
+
+
+@pytest.mark.parametrize("layout", [PACKED, MASKED, SEPARATE])
+def test_the_texts_of_a_cycle_are_its_own(layout):
+    class Tokenizer:
+        decode = staticmethod(lambda ids, **_: " ".join(map(str, ids.tolist())))
+
+    same = {"prompt_ids": [1, 2], "margin": 0.0}
+    pair = same | {"response_ids": [[10, 5], [11, 5]], "first": [0], "second": [1], "label": [1.0]}
+    cycle = same | {"response_ids": [[20, 5], [21, 5], [22, 5], [21, 5]], "first": [0, 1, 2], "second": [1, 2, 0]}
+    batch = Collator(0, layout)([pair, cycle | {"label": [1.0] * 3}])
+    found = embedded_cycle("set", batch, {"embeddings": torch.zeros(6, 2)}, Tokenizer)
+    assert found.members == ["20 5", "21 5", "22 5"]

@@ -9,6 +9,9 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import datasets
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +22,7 @@ from general_preference import GPMPipeline, generate_high_dim_result_with_prompt
 from general_preference.datasets.packing import Collator
 from general_preference.datasets.sources import Source
 from general_preference.errors import InputError, NonFiniteError
+from general_preference.inference.cuts import Cuts
 from general_preference.inference.embedding import embed
 from general_preference.models.config import PreferenceConfig
 from general_preference.models.score import preference_score
@@ -299,6 +303,45 @@ def test_equal_responses_tie_exactly(saved, attention, batch_tokens):
     assert scores[0, 1].item() == pytest.approx(alone[0, 1].item(), abs=1e-5)
 
 
+@pytest.mark.parametrize(("family", "shared"), [("llama", True), ("llama", False), ("gemma2", True)])
+def test_identical_responses_tie_in_training_evaluation_inference_and_benchmarks(saved, tmp_path, family, shared):
+    from general_preference.datasets.packing import Comparisons
+    from general_preference.datasets.preparation import load_tokenized
+    from general_preference.inference.batch import result_row, summarize_rows
+    from general_preference.rewardbench import RewardBenchPipeline, report, scoring
+    from general_preference.trainer.arguments import LossArguments
+    from general_preference.trainer.objectives import PreferenceObjective
+
+    rm = GPMPipeline(saved(family))
+    rm.model.shares_prompts = shared
+    texts = [f"{'rock ' * (i % 7)}paper {i}" for i in range(20)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": PROMPT, "chosen": text, "rejected": text}) for text in texts))
+    (table,), _ = load_tokenized([Source("pairs", str(file))], rm.encoder)
+    objective = PreferenceObjective(LossArguments(), rm.model, rm.tokenizer, torch.device("cpu"))
+    for collate, training in ((objective.collate_evaluation, False), (objective.collate, True)):
+        rm.model.train(training)
+        batch = collate([Comparisons(table)[index, 1.0] for index in range(20)])
+        with torch.no_grad():
+            sums = objective.evaluation_sums("pairs", rm.model(**batch.model_inputs()), batch)
+        found = objective.statistics(sums)
+        assert (found["ties"], found["accuracy"], found["n"]) == (20, 0.5, 20)
+    rm.model.eval()
+    rows = [result_row(table[index], embedded, rm.tau) for index, embedded in embed(rm.model, table)]
+    assert summarize_rows(rows, rm.tau)[0]["all"]["ties"] == 20
+    assert {row["score"] for row in rows} == {0} and {row["probability"] for row in rows} == {0.5}
+    four = [
+        row | {"response_ids": row["response_ids"] * 2, "first": [0], "second": [3], "label": [1.0]} for row in table
+    ]
+    for index, embedded in embed(rm.model, four):
+        row = report.best_of_n_row(four[index], embedded, rm.tau)
+        assert {*row["score"]} == {0} and {*row["probability"]} == {0.5} and row["cyclic_share"] == 0
+        assert scoring.best_of_n_credit(row["score"]) == 0.25
+    pairs = [conversation(PROMPT, text) for text in texts]
+    assert not RewardBenchPipeline("", rm.model, rm.tokenizer)(pairs, pairs).any()
+    assert {rm.compare(PROMPT, text, text) for text in texts} == {0.5}
+
+
 def test_one_response_and_two_equal_ones(rm):
     assert rm.rank(PROMPT, ["only"]) == [0] and rm.preference_matrix(PROMPT, ["only"]).tolist() == [[0.5]]
     assert rm.compare(PROMPT, "same", "same") == 0.5
@@ -361,6 +404,18 @@ def test_length_limits(saved, make_model, tmp_path):
         ({"device": "tpu9"}, "'tpu9' is none"),
         ({"device": "cuda:7"}, "GPU"),
         ({"batch_tokens": 0}, "at least 1"),
+        ({"device": 96}, r"no device cuda:96 \("),
+        ({"device": "97"}, r"no device cuda:97 \("),
+        ({"dtype": "bfloat17"}, "dtype 'bfloat17' is none of auto, float32, bfloat16, float16, float64"),
+        ({"dtype": torch.int8}, "dtype torch.int8 is none of auto, float32"),
+        ({"dtype": "fp32", "bf16": True}, "bf16 = True and dtype = float32 disagree"),
+        ({"torch_dtype": "auto"}, "GPMPipeline has no argument 'torch_dtype': did you mean dtype"),
+        ({"max_len": 64}, "'max_len': did you mean max_length"),
+        ({"max_lenght": 64}, "'max_lenght': did you mean max_length"),
+        ({"device_map": "auto"}, "'device_map': did you mean device"),
+        ({"temperature": 1.0}, "'temperature': did you mean tau"),
+        ({"batch_size": 8}, "'batch_size': did you mean batch_tokens"),
+        ({"zzz": 8}, "'zzz': it takes model_name_or_path, device, value_head_dim"),
     ],
 )
 def test_arguments_that_contradict_the_checkpoint_or_the_machine(saved, argument, message):
@@ -368,6 +423,60 @@ def test_arguments_that_contradict_the_checkpoint_or_the_machine(saved, argument
         pytest.skip("this machine has that many")
     with pytest.raises(InputError, match=message):
         GPMPipeline(saved(), **argument)
+
+
+def test_a_cut_is_said_once_and_counted(saved, caplog):
+    rm = GPMPipeline(saved(), max_length=64)
+    rm.compare(PROMPT, "a", "b")
+    assert not caplog.text and rm.cut == Cuts()
+    whole = GPMPipeline(saved())._encode("", *messages("paper " * 90, "rock " * 40))
+    lost = len(whole["prompt_ids"]) + len(whole["response_ids"][0]) - 64
+    rm([CONVERSATIONS[0], conversation("paper " * 90, "rock " * 40)])
+    assert (rm.cut.prompts, rm.cut.responses, rm.cut.alike) == (1, 1, 0)
+    assert rm.cut.prompt_tokens + rm.cut.response_tokens == lost
+    said = f"cut to 64 tokens: 1 prompt by {rm.cut.prompt_tokens} tokens, 1 response by {rm.cut.response_tokens} tokens"
+    assert [record.getMessage().startswith(said) for record in caplog.records] == [True]
+    for _ in range(3):
+        rm.rank("paper " * 90, ["a", "b"])
+    assert len(caplog.records) == 1 and rm.cut.prompts == 4 and rm.cut.responses == 1
+    GPMPipeline(saved(), truncation=False).compare("paper " * 90, "a", "b")
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("published_format", [False, True])
+@pytest.mark.parametrize("ask", ["matrix", "conversations", "prompts"])
+def test_answers_that_differ_only_behind_the_cut(saved, published, caplog, ask, published_format):
+    rm = GPMPipeline(published("llama", 4, True) if published_format else saved(), max_length=64)
+    first, second = "rock " * 60 + "yes", "rock " * 60 + "no, never"
+    if ask == "matrix":
+        assert rm.compare(PROMPT, first, second) == 0.5
+        assert rm.compare(PROMPT, first, first) == 0.5
+    elif ask == "conversations":
+        found = rm([conversation(PROMPT, text) for text in (first, second, "rock")])
+        assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    elif not published_format:  # prompts are told apart by their oldest side, which is cut
+        rm(2 * [conversation(f"{text} {'paper ' * 60}", "rock") for text in ("One", "Two")])
+    else:
+        return
+    assert rm.cut.alike == (2 if ask == "prompts" else 1)
+    assert f"told apart from another only beyond the limit, so that they tie: {rm.cut.alike}" in caplog.text
+    before = len(caplog.records)
+    rm.compare(PROMPT, first, second)
+    assert len(caplog.records) == before
+
+
+def test_a_tie_behind_the_cut_is_said_although_a_cut_was(saved, caplog):
+    rm = GPMPipeline(saved(), max_length=64)
+    rm.compare("paper " * 90, "a", "b")
+    rm.compare(PROMPT, "rock " * 60 + "yes", "rock " * 60 + "no")
+    assert ["they tie" in record.getMessage() for record in caplog.records] == [False, True]
+
+
+@pytest.mark.parametrize("extra", [["c"], ["a long answer, " * 9], ["", "b"], [RESPONSES[3]] * 3])
+def test_a_prompts_tokens_do_not_depend_on_the_responses_beside_them(rm, extra):
+    rows = [rm._encode("", CHAT, [[{"role": "assistant", "content": text}] for text in ("a", *some)])
+            for some in ([], extra)]  # fmt: skip
+    assert rows[0]["prompt_ids"] == rows[1]["prompt_ids"] and rows[0]["response_ids"] == rows[1]["response_ids"][:1]
 
 
 def test_the_temperature_of_published_weights_may_be_chosen(published):
@@ -380,8 +489,8 @@ def test_the_temperature_of_published_weights_may_be_chosen(published):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda rm: rm([]), "found an empty list"),
-        (lambda rm: rm("text"), "found 'text'"),
+        (lambda rm: rm([]), "samples are an empty list, expected a list of conversations"),
+        (lambda rm: rm("text"), "samples are 'text', expected a list"),
         (lambda rm: rm(CONVERSATIONS[0]), "wrap it in a list"),
         (lambda rm: rm([CONVERSATIONS[0], CHAT[:2]]), "conversation 1 has no assistant turn"),
         (lambda rm: rm([CHAT]), "conversation 0 ends with a user turn"),
@@ -397,6 +506,14 @@ def test_the_temperature_of_published_weights_may_be_chosen(published):
         (lambda rm: rm.compare(PROMPT, "a", conversation("Another?", "b")), "response 1 .* an assistant turn"),
         (lambda rm: rm.embed("text", [["a"]] * 4), "prompts are 'text'"),
         (lambda rm: rm.compare([], "a", "b"), "prompt 0"),
+        (lambda rm: rm.rank(PROMPT, {"b", "a"}), "responses to prompt 0 are a set"),
+        (lambda rm: rm.rank(PROMPT, np.array("a")), "responses to prompt 0 are a ndarray"),
+        (lambda rm: rm.rank(PROMPT, pd.DataFrame({"response": ["a", "b"]})), "are a DataFrame, expected a list of at"),
+        (lambda rm: rm.score(datasets.Dataset.from_dict({"prompt": [PROMPT]}), [["a"]]), "prompts are a Dataset"),
+        (lambda rm: rm.rank(PROMPT, pd.Series(["a", float("nan")])), "response 1 to prompt 0"),
+        (lambda rm: rm.score(np.array([PROMPT]), ["a"]), "responses to prompt 0 are 'a'"),
+        (lambda rm: rm({"role": "user", "content": "a"}), "samples are {'role'"),
+        (lambda rm: rm(text for text in ()), "an empty list"),
         (lambda rm: rm.rank(PROMPT, ["a"], method="elo"), "unknown ranking method 'elo'"),
         (lambda rm: rm.embed([PROMPT], []), "1 prompts, but 0 lists"),
         (

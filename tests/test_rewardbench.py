@@ -600,6 +600,15 @@ def test_the_hook_keeps_to_a_models_positions(saved):
     assert torch.isfinite(pipe([long], max_length=2048)).all()
 
 
+def test_the_hook_says_once_what_it_cuts(saved, caplog):
+    pipe = RewardBenchPipeline("t", GPMPipeline(saved()).model, AutoTokenizer.from_pretrained(saved()))
+    rows = [{"prompt": "rock " * 60, "chosen": "paper " * 40, "rejected": "scissors " * 40}]
+    for _ in range(3):
+        pipe(conversations(rows, "chosen"), conversations(rows, "rejected"), max_length=32)
+    assert (pipe.cut.prompts, pipe.cut.responses) == (3, 6)
+    assert [record.getMessage()[:17] for record in caplog.records] == ["cut to 32 tokens:"]
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(300)
 def test_a_killed_run_on_two_processes_continues(saved, tmp_path):

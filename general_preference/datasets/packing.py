@@ -1,7 +1,8 @@
 """Comparisons -> a batch in which all responses of a prompt share one copy of that prompt.
 
 A row is [prompt][response 1][response 2]... with positions that continue from the prompt's end in every response, made
-exact by `models/attention.py`. By `RowLayout` it holds one comparison, all of the batch, or a single response.
+exact by `models/attention.py`. By `RowLayout` it holds one comparison, all of the batch, or a single response. A
+comparison's responses with the same tokens lie there once, so that they tie exactly and not up to rounding.
 """
 
 from dataclasses import dataclass, fields
@@ -20,7 +21,7 @@ class Batch:
     input_ids, position_ids, segments: (R, L); segments are -1 padding, 0 prompt, k >= 1 the row's k-th response
     shared:        rows hold several responses behind one prompt, or several comparisons
     sequences:     how a packed row attends; None for padded rows and for kernels that take a mask
-    response_ends: (N,) position of each response's end token in the flattened rows
+    response_ends: (N,) position of each response's end token in the flattened rows; equal responses have the same
     prompt_ends:   (G,) position of each prompt's last token
     first, second: (M,) indices into the N responses; first is the preferred one
     comparison_index: (M,) index into the G comparisons
@@ -90,20 +91,23 @@ class Collator:
     def __call__(self, comparisons: list[dict]) -> Batch:
         """Comparisons with the columns of `preparation.TOKENIZED` and optionally `weight` (default 1)."""
         packed = self.layout.packed
-        shared = packed or (self.layout.shared and any(len(c["response_ids"]) > 1 for c in comparisons))
+        laid_out = [distinct_responses(comparison["response_ids"]) for comparison in comparisons]
+        shared = packed or (self.layout.shared and any(len(responses) > 1 for responses, _ in laid_out))
         # A block is a prompt and the responses behind it: one per comparison, or one per response.
         blocks: list[Block] = []
-        first_blocks, real = [], []
-        for comparison in comparisons:
+        first_blocks, real, places, before = [], [], [], 0
+        for comparison, (responses, own_places) in zip(comparisons, laid_out, strict=True):
             first_blocks.append(len(blocks))
-            responses = comparison["response_ids"]
+            places += [before + place for place in own_places]
+            before += len(responses)
             groups = [responses] if shared else [[response] for response in responses]
             blocks += [(comparison["prompt_ids"], group) for group in groups]
             real += [comparison.get("weight", 1.0) != 0] * (len(blocks) - len(real))
         rows = [blocks] if packed else [[block] for block in blocks]
         length = self.layout.row_length(max(sum(map(_tokens, row)) for row in rows))
-        prompt_ends, response_ends = _ends(rows, length)
+        prompt_ends, ends = _ends(rows, length)
         prompt_ends = [prompt_ends[index] for index in first_blocks]
+        response_ends = [ends[place] for place in places]
         ids, positions, segments = self._lay_out(rows, length)
         lengths = [(len(prompt), list(map(len, responses))) for prompt, responses in blocks]
         return Batch(
@@ -156,6 +160,13 @@ class Collator:
                     add(response_ends[response] - len(ids) + 1, len(ids) - 1, ids[1:], response)
                 response += 1
         return torch.cat(predict_positions), torch.cat(target_ids), torch.cat(sequence_index)
+
+
+def distinct_responses(response_ids: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """(each different response once, the index of every response among these) of one comparison."""
+    known: dict[tuple[int, ...], int] = {}
+    places = [known.setdefault(tuple(ids), len(known)) for ids in response_ids]
+    return [list(ids) for ids in known], places
 
 
 def _tokens(block: Block) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from general_preference.datasets.packing import Collator
+from general_preference.datasets.packing import Collator, distinct_responses
 from general_preference.errors import NonFiniteError
 from general_preference.models.attention import RowLayout
 from general_preference.models.reward_model import RewardModel
@@ -73,7 +73,8 @@ def embed(
     limit = batch_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
     layout = model.layout_on()
     collate = Collator(0, layout)
-    comparisons, copies = zip(*map(_distinct, comparisons), strict=True) if len(comparisons) else ((), ())
+    distinct = [distinct_responses(row["response_ids"]) for row in comparisons]  # before a group is split into parts
+    comparisons = [row | {"response_ids": once} for row, (once, _) in zip(comparisons, distinct, strict=True)]
     parts = [part for index, row in enumerate(comparisons) for part in _split(index, row, limit, layout)]
     calls = _calls(parts, limit, batch_size, padding, layout)
     remaining = Counter(part.index for part in parts)
@@ -85,15 +86,8 @@ def embed(
                 pieces.setdefault(part.index, []).append((part.start, piece))
                 remaining[part.index] -= 1
                 if remaining[part.index] == 0:
-                    yield part.index, _join(pieces.pop(part.index), copies[part.index])
+                    yield part.index, _join(pieces.pop(part.index), distinct[part.index][1])
             bar.update(sum(part.rows * part.length for part in call))
-
-
-def _distinct(comparison: dict) -> tuple[dict, list[int]]:
-    """(the comparison with each distinct response once, the index of every response among these)."""
-    places: dict[tuple[int, ...], int] = {}
-    copies = [places.setdefault(tuple(ids), len(places)) for ids in comparison["response_ids"]]
-    return comparison | {"response_ids": [list(ids) for ids in places]}, copies
 
 
 def _split(index: int, comparison: dict, limit: int, layout: RowLayout) -> Iterator[_Part]:
@@ -153,8 +147,8 @@ def _run(model: RewardModel, collate: Collator, comparisons, call: list[_Part], 
     return [EmbeddedPrompt(*found) for found in zip(embeddings, states, gates, strict=True)]
 
 
-def _join(pieces: list[tuple[int, EmbeddedPrompt]], copies: list[int]) -> EmbeddedPrompt:
+def _join(pieces: list[tuple[int, EmbeddedPrompt]], places: list[int]) -> EmbeddedPrompt:
     """All responses of a comparison; one gate for all, so that its scores stay antisymmetric."""
     ordered = [piece for _, piece in sorted(pieces, key=lambda entry: entry[0])]
     embeddings = torch.cat([piece.embeddings for piece in ordered])
-    return EmbeddedPrompt(embeddings[copies], ordered[0].prompt_hidden_state, ordered[0].gate)
+    return EmbeddedPrompt(embeddings[places], ordered[0].prompt_hidden_state, ordered[0].gate)

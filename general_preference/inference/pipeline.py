@@ -8,7 +8,9 @@ rm.score(prompts, responses)                  one number per response, as reward
 rm([conversation, ...], return_prompt=True)   embeddings and prompt hidden states, as in the paper's example
 """
 
-import logging
+import dataclasses
+import functools
+import os
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,13 +19,13 @@ from general_preference.datasets.records import Message, parse_answer, parse_con
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError
 from general_preference.inference import ranking
+from general_preference.inference.cuts import Cuts
 from general_preference.inference.embedding import EmbeddedPrompt, embed
-from general_preference.models.config import MIN_LENGTH, trained_preference
-from general_preference.models.device import choose_device, has_fast_bf16, inference_dtype
+from general_preference.inference.inputs import as_list, check_keywords, choose_dtype
+from general_preference.models.config import MIN_LENGTH, PreferenceConfig, trained_preference
+from general_preference.models.device import choose_device
 from general_preference.models.reward_model import RewardModel, load_reward_model
 from general_preference.models.score import preference_probability, preference_score
-
-logger = logging.getLogger(__name__)
 
 RELEASED_MAX_LENGTH = 4096  # tokens; what the published checkpoints are run with, they record none
 
@@ -31,13 +33,18 @@ Prompt = str | list[Message]
 Response = str | list[Message]
 
 
+@check_keywords
 class GPMPipeline:
-    """Scores, compares and ranks responses with a preference model, whose head and settings the checkpoint states."""
+    """Scores, compares and ranks responses with a preference model, whose head and settings the checkpoint states.
+
+    Wherever a list is expected, tuples, numpy arrays, pandas Series, `datasets` columns and generators will do.
+    `cut` counts what did not fit into `max_length`; the first call that cuts warns.
+    """
 
     def __init__(
         self,
-        model_name_or_path: str,
-        device: str | torch.device = "auto",
+        model_name_or_path: str | os.PathLike,
+        device: str | int | torch.device = "auto",
         value_head_dim: int | None = None,
         is_general_preference: bool | None = None,
         bf16: bool | None = None,
@@ -47,8 +54,8 @@ class GPMPipeline:
         tau: float | None = None,
         *,
         add_prompt_head: bool | None = None,
-        dtype: torch.dtype | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | str | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
         attn_implementation: str = "auto",
         batch_tokens: int | None = None,
         disable_fast_tokenizer: bool = False,
@@ -57,55 +64,57 @@ class GPMPipeline:
         """Load a model folder (full, sharded or LoRA adapter) or hub name.
 
         Args:
-            device: "auto" takes a GPU if there is one, then mps, then the CPU.
+            device: "auto" takes a GPU if there is one, then mps, then the CPU; a number is that of an accelerator.
             value_head_dim, is_general_preference, add_prompt_head, tau: what the checkpoint is expected to say, if not
                 None. `tau` sets the temperature of published weights, which record none.
             bf16: the backbone's dtype; None is bf16 on GPUs that compute it fast, else fp32. Scores are fp32.
             truncation: cut prompt + response to `max_length` tokens (prompts first, from their oldest side).
             max_length: default what the model was trained with.
             padding: let rows of different length share a call. Scores do not depend on it.
-            dtype: any other dtype of the backbone. tokenizer: used instead of the one saved with the model.
+            dtype: any other dtype of the backbone, or its name; "auto" leaves it to `bf16`.
+            tokenizer: used instead of the one saved with the model; a path or hub name is loaded.
             attn_implementation: of `models.kernels.CHOICES`. batch_tokens: of one forward call; None fits the device.
 
         Raises:
-            InputError (a ValueError): no such model, no heads, damaged weights, or an argument that contradicts the
-                checkpoint; the message names both values.
+            InputError (a ValueError): no such model, no heads, damaged weights, an unknown argument, or one that
+                contradicts the checkpoint; the message names both values.
         """
-        path, device = str(model_name_or_path), choose_device(device)
+        if not isinstance(model_name_or_path, str | os.PathLike):
+            found = type(model_name_or_path).__name__
+            raise InputError(f"expected a folder or hub name, found a {found}: from_model takes a loaded model")
+        path, device = os.path.expanduser(model_name_or_path), choose_device(device)
         preference = trained_preference(path, trust_remote_code, temperature=tau)
-        preference.check(path, dim=value_head_dim, prompt_gate=add_prompt_head)
-        if is_general_preference not in (None, preference.head != "bt"):
-            asked = f"is_general_preference = {is_general_preference} was asked for"
-            raise InputError(f"{path} was saved with head = {preference.head!r}, but {asked}: drop the argument")
-        if dtype is not None and bf16 is not None and bf16 != (dtype == torch.bfloat16):
-            raise InputError(f"bf16 = {bf16} and dtype = {dtype} disagree: drop one")
-        dtype = dtype or inference_dtype(device, bf16)
-        if dtype == torch.bfloat16 and not has_fast_bf16(device):
-            logger.warning("bf16 on this %s is emulated and many times slower than fp32", device.type)
-        options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-        model = load_reward_model(path, dtype=dtype, device=device, preference=preference, **options)
-        if tokenizer is None:
-            tokenizer = load_tokenizer(path, use_fast=not disable_fast_tokenizer, trust_remote_code=trust_remote_code)
-        elif len(tokenizer) > (known := model.language_model.get_input_embeddings().num_embeddings):
-            raise InputError(f"the tokenizer has {len(tokenizer)} tokens and is not this model's, which knows {known}")
-        self._hold(model, tokenizer, truncation, max_length, padding, batch_tokens)
+        _check_expected(path, preference, value_head_dim, is_general_preference, add_prompt_head)
+        dtype, remote = choose_dtype(dtype, bf16, device), {"trust_remote_code": trust_remote_code}
+        options = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation} | remote
+        model = load_reward_model(path, preference=preference, **options)
+        named = path if tokenizer is None else tokenizer
+        if isinstance(named, str | os.PathLike):
+            named = load_tokenizer(os.path.expanduser(named), use_fast=not disable_fast_tokenizer, **remote)
+        if tokenizer is not None and len(named) > (known := _known_ids(model)):
+            raise InputError(f"the tokenizer has {len(named)} tokens and is not this model's, which knows {known}")
+        self._hold(model, named, truncation, max_length, padding, batch_tokens)
 
     @classmethod
-    def from_model(cls, model: RewardModel, tokenizer: PreTrainedTokenizerBase, **options) -> "GPMPipeline":
-        """A pipeline around a loaded model, which stays on its device.
-
-        options: truncation, max_length, padding and batch_tokens, as for `GPMPipeline`.
-        """
+    def from_model(
+        cls,
+        model: RewardModel,
+        tokenizer: PreTrainedTokenizerBase,
+        truncation: bool = True,
+        max_length: int | None = None,
+        padding: bool = True,
+        batch_tokens: int | None = None,
+    ) -> "GPMPipeline":
+        """A pipeline around a loaded model, which stays on its device; the other arguments as for `GPMPipeline`."""
         self = cls.__new__(cls)
-        self._hold(model.eval(), tokenizer, **options)
+        self._hold(model.eval(), tokenizer, truncation, max_length, padding, batch_tokens)
         return self
 
-    def _hold(self, model: RewardModel, tokenizer, truncation=True, max_length=None, padding=True, batch_tokens=None):
+    def _hold(self, model: RewardModel, tokenizer, truncation, max_length, padding, batch_tokens) -> None:
         for name, value, least in (("max_length", max_length, MIN_LENGTH), ("batch_tokens", batch_tokens, 1)):
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}, expected at least {least}")
         self.model, self.tokenizer, self.preference = model, tokenizer, model.preference
-        self.device = model.value_head.weight.device
         self.value_head_dim, self.add_prompt_head = self.preference.dim, self.preference.prompt_gate
         self.padding, self.batch_tokens = padding, batch_tokens
         positions = model.learned_positions
@@ -116,6 +125,23 @@ class GPMPipeline:
         limit = limit if positions is None else min(limit or positions, positions)
         self.max_length = limit if truncation else None
         self.encoder = ComparisonTokenizer(tokenizer, self.max_length, self.preference.input_format)
+        self.cut = Cuts()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.value_head.weight.device
+
+    def to(self, device: str | int | torch.device) -> "GPMPipeline":
+        """Move the model to another device, in place; returns the pipeline.
+
+        Raises:
+            InputError (a ValueError): no such device, or the attention kernel asked for cannot run there.
+        """
+        device = choose_device(device)
+        self.model.layout_on(device)
+        self.model.to(device)
+        return self
 
     @property
     def tau(self) -> float:
@@ -136,8 +162,7 @@ class GPMPipeline:
         Raises:
             InputError (a ValueError): no conversations, or one that cannot be scored, by its index.
         """
-        if not isinstance(samples, list | tuple) or not samples:
-            raise InputError(f"expected a list of conversations, found {_name(samples)}")
+        samples = as_list(samples, "samples", "a list of conversations", least=1)
         if isinstance(samples[0], dict):
             raise InputError("expected a list of conversations, found one conversation: wrap it in a list")
         groups: dict[tuple[int, ...], list[list[int]]] = {}
@@ -198,21 +223,20 @@ class GPMPipeline:
         Raises:
             InputError (a ValueError): something that cannot be scored; the message names it.
         """
-        for name, value in (("prompts", prompts), ("responses", responses)):
-            if not isinstance(value, list | tuple):
-                raise InputError(f"the {name} are {_name(value)}, expected a list with one entry for each prompt")
+        prompts = as_list(prompts, "prompts", "a list of them")
+        responses = as_list(responses, "responses", "a list with one entry for each prompt")
         if len(prompts) != len(responses):
             raise InputError(f"{len(prompts)} prompts, but {len(responses)} lists of responses: give one for each")
         rows = []
         for index, (prompt, some) in enumerate(zip(prompts, responses, strict=True)):
-            if not isinstance(some, list | tuple) or not some:
-                raise InputError(f"the responses to prompt {index} are {_name(some)}, expected a list of at least one")
+            some = as_list(some, f"responses to prompt {index}", "a list of at least one", least=1)
             messages = parse_prompt(prompt, f"prompt {index}")
             parsed = [parse_answer(one, f"response {n} to prompt {index}", messages) for n, one in enumerate(some)]
             rows.append(self._encode(f"prompt {index}", messages, parsed))
         return self._embed_rows(rows)
 
     def _embed_rows(self, rows: list[dict]) -> list[EmbeddedPrompt]:
+        self.cut.report(self.max_length)
         found = embed(self.model, rows, batch_tokens=self.batch_tokens, padding=self.padding, progress="embedding")
         return [embedded for _, embedded in sorted(found, key=lambda entry: entry[0])]
 
@@ -227,7 +251,29 @@ class GPMPipeline:
         longest, limit = len(row["prompt_ids"]) + max(map(len, row["response_ids"])), self.model.learned_positions
         if limit is not None and longest > limit:
             raise InputError(f"{name} with its response has {longest} tokens, the model {limit} positions")
+        highest, known = max(map(max, (row["prompt_ids"], *row["response_ids"]))), _known_ids(self.model)
+        if highest >= known:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise InputError(f"{name} has the token {token!r} with id {highest}, but the model knows ids below {known}")
+        if row["prompt_cut"] or row["response_cut"]:
+            self.cut.add(row, self._whole_encoder.encode([prompt], [responses])[0])
         return row
+
+    @functools.cached_property
+    def _whole_encoder(self) -> ComparisonTokenizer:
+        return dataclasses.replace(self.encoder, max_length=None)
+
+
+def _check_expected(path: str, preference: PreferenceConfig, dim, is_general_preference, add_prompt_head) -> None:
+    """InputError where the checkpoint at `path` is not what was expected."""
+    preference.check(path, dim=dim, prompt_gate=add_prompt_head)
+    if is_general_preference not in (None, preference.head != "bt"):
+        asked = f"is_general_preference = {is_general_preference} was asked for"
+        raise InputError(f"{path} was saved with head = {preference.head!r}, but {asked}: drop the argument")
+
+
+def _known_ids(model: RewardModel) -> int:
+    return model.language_model.get_input_embeddings().weight.shape[0]
 
 
 def generate_high_dim_result_with_prompt(
@@ -266,7 +312,3 @@ def generate_high_dim_result_with_prompt(
         raise InputError(f"prompt hidden states of shape {tuple(states.shape)}: expected {expected}")
     with torch.no_grad():
         return preference_score(first, second, model.gate(states))
-
-
-def _name(value: object) -> str:
-    return "an empty list" if isinstance(value, list | tuple) and not value else repr(value)[:60]

@@ -5,8 +5,10 @@ import torch
 from general_preference.errors import InputError
 
 
-def choose_device(wanted: str | torch.device = "auto", index: int = 0) -> torch.device:
+def choose_device(wanted: str | int | torch.device = "auto", index: int = 0) -> torch.device:
     """The device `wanted`, such as "cuda:1"; "auto" is a CUDA or ROCm GPU, else Apple's mps, else the CPU.
+
+    A number, such as 0 or "0", is that of an accelerator.
 
     index: which GPU "auto" and a bare "cuda" mean, for the processes of one machine.
 
@@ -15,8 +17,11 @@ def choose_device(wanted: str | torch.device = "auto", index: int = 0) -> torch.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     counts = {"cuda": gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    best = next(kind for kind, count in counts.items() if count)
     if wanted == "auto":
-        wanted = next(kind for kind, count in counts.items() if count)
+        wanted = best
+    elif str(wanted).isdecimal():
+        wanted = f"{'cuda' if best == 'cpu' else best}:{wanted}"
     try:
         device = torch.device(wanted)
     except (RuntimeError, TypeError) as error:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from general_preference.datasets.records import parse_conversation
 from general_preference.datasets.tokenization import prepare_tokenizer
 from general_preference.errors import InputError
+from general_preference.inference.cuts import Cuts
 from general_preference.inference.pipeline import GPMPipeline
 from general_preference.models.device import choose_device, inference_dtype
 from general_preference.models.reward_model import RewardModel, load_reward_model
@@ -23,6 +24,7 @@ class RewardBenchPipeline:
     def __init__(self, task: str, model: RewardModel, tokenizer: PreTrainedTokenizerBase):
         self.task, self.model = task, model
         self.tokenizer = prepare_tokenizer(tokenizer, "the model")
+        self.cut = Cuts()  # of all calls, so that a cut is said once
 
     def __call__(
         self,
@@ -53,6 +55,7 @@ class RewardBenchPipeline:
             max_length = min(max_length, model.learned_positions)
         options = {"truncation": truncation, "max_length": max_length, "padding": padding}
         rm = GPMPipeline.from_model(model, self.tokenizer, **options)
+        rm.cut = self.cut
         if rejected is None:
             if rm.value_head_dim != 1:
                 raise InputError("only a Bradley-Terry model gives single conversations a reward: pass pairs")

@@ -24,7 +24,7 @@ from general_preference.trainer.shards import verify_file
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 SHOWN_WITHIN = 60  # seconds in which a network file system shows what another node has written
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import xxhash
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from general_preference.datasets.checksum import table_checksum
 from general_preference.datasets.packing import Batch, Collator, Comparisons
 from general_preference.datasets.sampler import StepSampler, evaluation_batches
 from general_preference.errors import InputError, NonFiniteError, Stopped
@@ -46,7 +46,7 @@ class Trainer:
             eval_tables: {set name: tokenized table}.
 
         Raises:
-            InputError: on every process; kernels differ between processes, or no checkpoint fits.
+            InputError: on every process; kernels or data differ between processes, or no checkpoint fits.
         """
         self.arguments, self.engine, self.objective, self.tokenizer = arguments, engine, objective, tokenizer
         self.context = engine.context
@@ -233,21 +233,23 @@ class Trainer:
 
     def _identity(self, train_table) -> tuple[dict, dict]:
         """What a continued run must share with this one, and the flags that it may change, which is then logged."""
-        arguments, optimizer = self.arguments, self.arguments.optimizer
-        columns = [name for name in ("length", "prompt_key") if name in train_table.column_names]
-        lengths_and_prompts = json.dumps([train_table[name][:] for name in columns])
-        digest = weights_digest(arguments.model.pretrain) if self.context.is_main else None
+        arguments, model, optimizer = self.arguments, self.arguments.model, self.arguments.optimizer
+        checksum = table_checksum(train_table)
+        if len(set(self.context.gather_objects(checksum))) > 1:
+            raise InputError("processes read different training data: give every node the same files")
+        digest = weights_digest(model.pretrain) if self.context.is_main else None
         fixed, flags = self.objective.identity()
         fixed |= {
             "global_batch_size": self.engine.global_batch_size, "seed": optimizer.seed, "comparisons": len(train_table),
-            "data_checksum": xxhash.xxh3_64_hexdigest(lengths_and_prompts.encode()),
-            "pretrain_checksum": self.context.broadcast(digest), "max_epochs": optimizer.max_epochs,
-            "group_size": arguments.data.group_size, "lora_rank": arguments.model.lora_rank,
-            "lora_alpha": arguments.model.lora_alpha,
+            "data_checksum": checksum, "pretrain_checksum": self.context.broadcast(digest),
+            "max_epochs": optimizer.max_epochs, "group_size": arguments.data.group_size,
+            "load_in_4bit": model.load_in_4bit, "lora_rank": model.lora_rank, "lora_alpha": model.lora_alpha,
+            "target_modules": model.target_modules if model.lora_rank else None,
         }  # fmt: skip
         free = ("learning_rate", "l2", "max_norm", "adam_betas", "lr_schedule", "warmup_ratio")
-        flags |= {name: value for name, value in vars(optimizer).items() if name in free}
-        return fixed, flags | {"lora_dropout": arguments.model.lora_dropout}
+        flags |= {name: getattr(optimizer, name) for name in free} | {"lora_dropout": model.lora_dropout}
+        precision = ("bf16", "grad_accum_dtype", "deepspeed_config")
+        return fixed, flags | {name: getattr(arguments.engine, name) for name in precision}
 
     def _open_logger(self) -> MetricsLogger | None:
         def make() -> MetricsLogger:
