@@ -49,7 +49,7 @@ class BatchArguments:
     """Model, comparisons, and where the results go. Flags of the paper's script keep names and meaning."""
 
     pretrain: str | None = flag(None, "trained preference model: folder or hub name")
-    dataset: str | None = flag(None, "comparisons: files (json, jsonl, csv, parquet), folders or hub names; by commas")
+    dataset: str | None = flag(None, "comparisons: files, folders, patterns or hub names, by commas; see docs/data.md")
     output_path: str = flag("./results.jsonl", "file of the results, one JSON object a line")
     dataset_probs: str | None = flag(None, "share of each set, as in 0.4,0.6; default: one set after the other")
     max_samples: int = flag(1000000, "score at most so many, drawn by --seed; with --dataset_probs the first ones")

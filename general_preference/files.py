@@ -5,6 +5,7 @@ import errno
 import fcntl
 import fnmatch
 import glob
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -89,6 +90,15 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file; an empty one if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -56,7 +56,7 @@ class RewardBenchArguments:
     model: str | None = flag(None, "trained preference model: folder or hub name")
     rewardbench_version: int = flag(1, "1: pairs in 23 subsets; 2: best of 4, and ties", choices=[1, 2])
     pref_sets: bool = flag(False, "run the prior sets (allenai/pref-test-sets) instead of RewardBench's own rows")
-    dataset: str | None = flag(None, "rows with the hub's columns: json, jsonl, csv, parquet, folder, other hub name")
+    dataset: str | None = flag(None, "rows with the hub's columns: files, folders or other hub names; see docs/data.md")
     winner: str = flag("borda", "version 2: what decides the best response; see inference/ranking.py", choices=WINNERS)
     debug: bool = flag(False, "the first ten rows only; results get .debug into their names")
     allow_empty_responses: bool = flag(False, "score empty responses as they are instead of refusing them")

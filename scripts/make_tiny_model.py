@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from general_preference.files import read_object
+
 DATA_DIR = Path(__file__).resolve().parents[1] / "data"
 TEXT_FILES = tuple(DATA_DIR / kind / "train.jsonl" for kind in ("cyclic", "transitive", "mixed"))
 TEXT_KEYS = ("prompt", "responses", "chosen", "rejected", "content")
@@ -90,14 +92,14 @@ def make_tiny_model(
     vocab_size: int = 2048,
     seed: int = 0,
 ) -> None:
-    """Write the model to `output_dir` at once; a model that is there is replaced, any other folder is refused.
+    """Write the model to `output_dir` at once; a tiny model that is there is replaced, any other folder is refused.
 
     A folder with the same files is left alone: nodes that share it may all build it while the first one reads it.
     """
     output_dir = Path(output_dir).resolve()
-    is_model = (output_dir / "config.json").is_file() and (output_dir / "tokenizer.json").is_file()
-    if output_dir.exists() and not is_model and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} exists and is not a model folder; refusing to replace it")
+    empty = not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir()))
+    if not empty and not is_tiny_model(output_dir):
+        raise FileExistsError(f"{output_dir} exists and is no tiny model of this script; refusing to replace it")
     tokenizer = train_tokenizer(read_texts(TEXT_FILES if text_files is None else text_files), vocab_size)
     model = build_model(tokenizer, hidden_size, num_layers, num_heads, seed)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +118,13 @@ def make_tiny_model(
                 raise
 
 
+def is_tiny_model(folder: Path) -> bool:
+    """Whether a folder holds what this script writes: it scales weights in its own way, and adds no head."""
+    config = read_object(folder / "config.json")
+    scale = (config.get("hidden_size") or 1) ** -0.5
+    return config.get("initializer_range") == scale and "preference" not in config
+
+
 def same_files(folder: Path, other: Path) -> bool:
     """Whether `other` holds every file of `folder`, byte for byte."""
     names = [path.name for path in folder.iterdir()]
@@ -125,7 +134,7 @@ def same_files(folder: Path, other: Path) -> bool:
 def main() -> None:
     """Build the model named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output_dir", type=Path, help="model folder to write; a model already there is replaced")
+    parser.add_argument("output_dir", type=Path, help="model folder to write; a tiny model already there is replaced")
     parser.add_argument(
         "--text_files", "--text", nargs="+", metavar="FILE", help="JSONL of the tokenizer; default data/*/train.jsonl"
     )
@@ -134,7 +143,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     arguments = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    make_tiny_model(**vars(arguments))
+    try:
+        make_tiny_model(**vars(arguments))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
     size = sum(path.stat().st_size for path in arguments.output_dir.iterdir())
     print(f"Wrote a tiny model ({size / 1e6:.1f} MB) to {arguments.output_dir}")
 

@@ -1,5 +1,6 @@
 """The launchers up to the command that they run: python, deepspeed, srun and scontrol are fakes that print it."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -158,3 +159,12 @@ def test_the_tiny_model_is_left_alone_when_built_again(tmp_path):
     assert (tmp_path / "model").stat().st_ino == before
     make_tiny_model(tmp_path / "model", seed=1, **options)
     assert (tmp_path / "model").stat().st_ino != before
+
+
+@pytest.mark.parametrize("content", [{"hidden_size": 64, "initializer_range": 0.02}, {"preference": {}}, {}])
+def test_the_tiny_model_replaces_no_other_model(tmp_path, content):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="is no tiny model of this script"):
+        make_tiny_model(tmp_path, hidden_size=16, num_layers=1, num_heads=2, vocab_size=300)
+    assert json.loads((tmp_path / "config.json").read_text()) == content

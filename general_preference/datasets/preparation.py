@@ -115,7 +115,8 @@ def load_tokenized(
 ) -> tuple[list[datasets.Dataset], dict[str, int]]:
     """Read and tokenize each source; cached on disk. Returns the tables and the records left out of each."""
     tables, left_out = [], {}
-    warn_of_shared_files(sources)
+    if len(sources) > 1:
+        warn_of_shared_files(sources)
     for source in sources:
         table, left_out[source.name] = load_source(source, custom, skip_bad)
         tables.append(tokenize(table, encoder, workers, source.name))

@@ -21,7 +21,7 @@ from general_preference.datasets.sources import Source
 from general_preference.datasets.tokenization import stable_hash
 from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
-from general_preference.files import check_outputs, lock_folder, replace_lines, replace_text
+from general_preference.files import check_outputs, lock_folder, read_object, replace_lines, replace_text
 from general_preference.inference.embedding import EmbeddedPrompt, embed
 from general_preference.inference.pipeline import GPMPipeline
 from general_preference.inference.ranking import hodge
@@ -77,7 +77,7 @@ class ResultStore:
 
     def _settings_found(self) -> dict | None:
         """The settings of the results that are there; InputError if what is there is of no run."""
-        found = _read_object(self.parts / "settings.json") or _read_object(self.summary).get("settings")
+        found = read_object(self.parts / "settings.json") or read_object(self.summary).get("settings")
         if isinstance(found, dict) and ASKED in found:
             return found
         if strange := [path for path in (*self._written, *self.parts.glob("part-*.jsonl")) if path.exists()]:
@@ -137,15 +137,6 @@ class ResultStore:
 
 
 _to_line = partial(json.dumps, ensure_ascii=False, allow_nan=False)
-
-
-def _read_object(path: Path) -> dict:
-    """The object in a JSON file; an empty one if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _difference(found: dict, settings: dict) -> str:

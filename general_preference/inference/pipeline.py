@@ -91,7 +91,7 @@ class GPMPipeline:
         named = path if tokenizer is None else tokenizer
         if isinstance(named, str | os.PathLike):
             named = load_tokenizer(os.path.expanduser(named), use_fast=not disable_fast_tokenizer, **remote)
-        if tokenizer is not None and len(named) > (known := _known_ids(model)):
+        if tokenizer is not None and len(named) > (known := model.vocabulary_size):
             raise InputError(f"the tokenizer has {len(named)} tokens and is not this model's, which knows {known}")
         self._hold(model, named, truncation, max_length, padding, batch_tokens)
 
@@ -251,7 +251,7 @@ class GPMPipeline:
         longest, limit = len(row["prompt_ids"]) + max(map(len, row["response_ids"])), self.model.learned_positions
         if limit is not None and longest > limit:
             raise InputError(f"{name} with its response has {longest} tokens, the model {limit} positions")
-        highest, known = max(map(max, (row["prompt_ids"], *row["response_ids"]))), _known_ids(self.model)
+        highest, known = max(map(max, (row["prompt_ids"], *row["response_ids"]))), self.model.vocabulary_size
         if highest >= known:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise InputError(f"{name} has the token {token!r} with id {highest}, but the model knows ids below {known}")
@@ -270,10 +270,6 @@ def _check_expected(path: str, preference: PreferenceConfig, dim, is_general_pre
     if is_general_preference not in (None, preference.head != "bt"):
         asked = f"is_general_preference = {is_general_preference} was asked for"
         raise InputError(f"{path} was saved with head = {preference.head!r}, but {asked}: drop the argument")
-
-
-def _known_ids(model: RewardModel) -> int:
-    return model.language_model.get_input_embeddings().weight.shape[0]
 
 
 def generate_high_dim_result_with_prompt(

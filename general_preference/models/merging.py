@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from general_preference.errors import InputError
-from general_preference.files import check_outputs, replace_text, writing
+from general_preference.files import check_outputs, read_object, replace_text, writing
 from general_preference.models.backbone import PackedBackbone
 from general_preference.models.config import (
     ADAPTER_CONFIG,
@@ -124,11 +124,7 @@ def merged_base(adapter: str, folder: Path, trust_remote_code: bool = False) -> 
         InputError: the folder holds something else.
     """
     if folder.is_dir() and any(folder.iterdir()):
-        try:
-            found = json.loads((folder / MERGED_FROM).read_text(encoding="utf-8"))["weights"]
-        except (OSError, ValueError, KeyError, TypeError):
-            found = None
-        if found != weights_digest(adapter):
+        if read_object(folder / MERGED_FROM).get("weights") != weights_digest(adapter):
             raise InputError(f"{folder} holds a model that was not merged from {adapter}: remove it, or choose another")
         return False
     merge_into_folder(adapter, folder, trust_remote_code=trust_remote_code)

@@ -165,8 +165,8 @@ def read_card_facts(readme: str | Path | None) -> CardFacts:
 
 
 def _on_hub(name: str | None) -> str | None:
-    """`name` if it can be a hub name and is no local path, without a split (`owner/name@split`)."""
-    name = (name or "").partition("@")[0]
+    """`owner/name:configuration@split` -> `owner/name` if that can be a hub name and is no local path."""
+    name = re.split("[:@]", name or "")[0]
     return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists() else None
 
 

@@ -69,7 +69,7 @@ class DataArguments:
     """What it is trained and evaluated on."""
 
     # fmt: off
-    dataset: str | None = flag(None, "comparisons to train on: files (json, jsonl, csv, parquet), folders or hub names, separated by commas")
+    dataset: str | None = flag(None, "comparisons to train on: files (jsonl, json, csv, tsv, parquet, arrow), folders, patterns or hub names (owner/name:config@split), separated by commas")
     dataset_probs: str | None = flag(None, "probability of each set, as in 0.4,0.6: sets are drawn until each was seen whole; default end to end")
     eval_dataset: str | None = flag(None, "sets to evaluate on: path,path or name=path,name=path")
     train_split_ratio: float = flag(1.0, "share of --dataset to train on; the rest, with other prompts, is the set 'held_out'")
@@ -90,7 +90,7 @@ class DataArguments:
             raise InputError(f"--train_split_ratio {self.train_split_ratio} must lie above 0 and not exceed 1")
         check_at_least(self, 1, "max_samples", "group_size", "preprocessing_workers")
         check_at_least(self, 8, "max_len")  # room for a prompt and a response
-        if self.group_size > 1 and self.dataset_probs and self.dataset.count(","):
+        if self.group_size > 1 and self.dataset_probs and self.dataset_probs.count(","):
             raise InputError("--group_size keeps neighbors together, --dataset_probs draws one by one: drop one")
 
 

@@ -4,14 +4,13 @@ A folder is a run's if it holds a run's arguments.json; checkpoints and models i
 """
 
 import fnmatch
-import json
 import os
 import re
 from pathlib import Path
 
 from general_preference.datasets.sources import parse_sources
 from general_preference.errors import InputError
-from general_preference.files import check_outputs
+from general_preference.files import check_outputs, read_object
 from general_preference.models.config import ADAPTER_CONFIG, HEADS_FILE, MERGED_FROM, OWN_BASE, base_chain
 from general_preference.trainer.arguments import Arguments
 
@@ -64,7 +63,7 @@ def output_folders(arguments: Arguments) -> dict[Path, str]:
 
 def foreign_file(folder: Path) -> str | None:
     """A file in `folder` that a run would replace, if `folder` is not a run's already."""
-    if _read_object(folder / "arguments.json").keys() >= {"pretrain", "save_path", "resolved"}:
+    if read_object(folder / "arguments.json").keys() >= {"pretrain", "save_path", "resolved"}:
         return None
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     for path in entries:
@@ -86,17 +85,9 @@ def is_own_model(folder: Path) -> bool:
     """Whether a model that stands, or was being written, in `folder` is one that a run saved."""
     if not folder.exists() or not any(folder.iterdir()) or (folder / ".writing_model").is_dir():
         return True
-    return "preference" in _read_object(folder / "config.json")
+    return "preference" in read_object(folder / "config.json")
 
 
 def is_replaced(name: str) -> bool:
     """Whether a new model in a folder replaces this file of the one before, or removes it."""
     return MODEL_FILE.fullmatch(name) is not None or name in REPLACED
-
-
-def _read_object(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
