@@ -93,6 +93,7 @@ def main() -> None:
         results[run["name"]] = {"step": trainer.state.step, "rate": rate, "tensors": kept, "after": after}
     if torch.distributed.get_rank() == 0:
         torch.save(results, job["output"])
+    torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 if __name__ == "__main__":

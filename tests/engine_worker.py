@@ -90,6 +90,7 @@ def main() -> None:
         results[run["name"]] = one_step(job, run)
     if torch.distributed.get_rank() == 0:
         torch.save(results, f"{job['output']}/results.pt")
+    torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 if __name__ == "__main__":
