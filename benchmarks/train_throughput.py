@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One training step, side by side: this trainer, a padded two-sequence step, and TRL's Trainer.
+"""One training step, side by side: this trainer, a padded two-sequence step, and TRL's RewardTrainer.
 
     python benchmarks/train_throughput.py [--dataset FILE] [--output RESULT.json] [--micro_batches 2,8,32]
 
@@ -44,7 +44,7 @@ TITLES = {
     "this": "this trainer",
     "regularized": "this, regularized",
     "padded": "padded pairs, eager",
-    "trl": "TRL Trainer",
+    "trl": "TRL RewardTrainer",
 }
 
 

@@ -168,10 +168,10 @@ def left_padded(ids: list[list[int]], device: torch.device) -> tuple[torch.Tenso
 
 
 def run_trl(arguments: argparse.Namespace) -> dict:
-    """TRL's Trainer with its defaults, on the same conversations in the same steps."""
+    """TRL's RewardTrainer with its defaults, on the same conversations in the same steps."""
     import datasets
     from transformers import AutoModelForSequenceClassification, TrainerCallback
-    from trl import RewardConfig, Trainer
+    from trl import RewardConfig, RewardTrainer
 
     from general_preference.datasets.sources import load_source, parse_sources
 
@@ -188,7 +188,7 @@ def run_trl(arguments: argparse.Namespace) -> dict:
         def on_step_end(self, _arguments, state, _control, **_):
             clock[state.global_step] = time.perf_counter()
 
-    class InOrder(Trainer):
+    class InOrder(RewardTrainer):
         def _get_train_sampler(self, *_, **__):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
