@@ -23,6 +23,9 @@ setup(
         "torch>=2.13.0",  # the first torchrun with --shutdown-timeout
         "transformers>=5.2.0",
         "huggingface_hub>=1.4.0",
+        "tokenizers>=0.22.2",
+        "sentencepiece>=0.2.1",  # this and protobuf: a model whose tokenizer is tokenizer.model alone
+        "protobuf>=5.29.1",
         "safetensors>=0.7.0",
         "pyyaml>=6.0.2",
         "datasets>=4.5.0",
@@ -46,6 +49,6 @@ setup(
         "liger": ["liger-kernel"],
         "lora": ["peft>=0.20.0"],
         "qlora": ["peft>=0.20.0", "bitsandbytes>=0.46.1"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "peft>=0.20.0", "trl"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "peft>=0.20.0", "trl>=1.16.0"],
     },
 )

@@ -81,7 +81,7 @@ def measure(arguments: argparse.Namespace) -> None:
         theirs.to(choose_device())  # stays on transformers' own kernel, with a mask per padded batch
         encoder = ComparisonTokenizer(load_tokenizer(f"{folder}/base"), arguments.max_len)
     (source,) = parse_sources(arguments.dataset)
-    table = tokenize(load_source(source)[0], encoder, name=source.name)
+    table, _ = tokenize(load_source(source)[0], encoder, name=source.name)
     rows = list(itertools.islice(pairs(table), arguments.comparisons))
     tokens = sum(row["length"] for row in rows)
     print(f"{describe_machine()}\n{len(rows)} comparisons, {tokens} unique tokens")

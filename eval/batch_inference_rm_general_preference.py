@@ -25,6 +25,7 @@ import torch
 
 from general_preference import GPMPipeline
 from general_preference.cli import check_at_least, exit_code, flag, format_table, parse_flags, quiet_other_libraries
+from general_preference.datasets.arguments import ReadingArguments
 from general_preference.datasets.preparation import (
     Summary,
     check_known_ids,
@@ -45,7 +46,7 @@ PICTURE = ".reliability.png"
 
 
 @dataclass
-class BatchArguments:
+class BatchArguments(ReadingArguments):
     """Model, comparisons, and where the results go. Flags of the paper's script keep names and meaning."""
 
     pretrain: str | None = flag(None, "trained preference model: folder or hub name")
@@ -54,8 +55,6 @@ class BatchArguments:
     dataset_probs: str | None = flag(None, "share of each set, as in 0.4,0.6; default: one set after the other")
     max_samples: int = flag(1000000, "score at most so many, drawn by --seed; with --dataset_probs the first ones")
     seed: int = flag(42, "seed of the draw of --max_samples")
-    is_custom_dataset: bool = flag(False, "require the custom format: instruction, chosen, reject")
-    on_bad_record: str = flag("stop", "stop the run, or skip and count the record", choices=["stop", "skip"])
     max_len: int | None = flag(None, "tokens of prompt and one response; default what the model was trained with")
     disable_fast_tokenizer: bool = flag(False, "use the slow (Python) tokenizer where a model has both")
     micro_batch_size: int | None = flag(None, "comparisons in one call at most; default as many as --batch_tokens hold")
@@ -66,6 +65,7 @@ class BatchArguments:
         """InputError for what cannot work, before anything is loaded."""
         if missing := [name for name in ("pretrain", "dataset") if not getattr(self, name)]:
             raise InputError(f"--{missing[0]} is missing")
+        self.reading()
         check_at_least(self, 1, "max_samples", "micro_batch_size")
         if Path(self.output_path).is_dir():
             raise InputError(f"--output_path {self.output_path} is a folder: name a file in it")
@@ -106,11 +106,11 @@ def load_table(arguments: BatchArguments, rm: GPMPipeline, workers: int) -> tupl
     """(tokenized comparisons in the order of the results, what each set held). Without subsets, sets are subsets."""
     sources = parse_sources(arguments.dataset)
     probabilities = parse_probabilities(arguments.dataset_probs, len(sources))
-    options = {"custom": arguments.is_custom_dataset, "skip_bad": arguments.on_bad_record == "skip"}
-    tables, left_out = load_tokenized(sources, rm.encoder, workers=workers, **options)
+    options = {"reading": arguments.reading(), "skip_bad": arguments.on_bad_record == "skip"}
+    tables, summaries = load_tokenized(sources, rm.encoder, workers=workers, **options)
     read = []
     for number, (name, table) in enumerate(zip([source.name for source in sources], tables, strict=True)):
-        read.append(summarize_table(name, table, left_out[name]))
+        read.append(summarize_table(name, table, [summaries[number]]))
         if len(tables) > 1:
             subsets = [subset or name for subset in table["subset"][:]]
             tables[number] = table.remove_columns("subset").add_column("subset", subsets)

@@ -130,7 +130,8 @@ def run(arguments: RewardBenchArguments, inference: InferenceArguments) -> None:
         options["tokenizer"] = context.main_process_first(lambda: load_other_tokenizer(arguments, inference))
         rm = context.main_process_first(lambda: inference.load(arguments.model, context.local_rank, **options))
         workers = inference.preprocessing_workers
-        table = context.main_process_first(lambda: tokenize(rows, rm.encoder, workers, benchmark.title))
+        options = {"workers": workers, "name": benchmark.title, "remedy": "nothing was scored"}
+        table, _ = context.main_process_first(lambda: tokenize(rows, rm.encoder, **options))
         logger.info("%s", read := summarize_table(benchmark.title, table))
         check_known_ids(table, rm.model.vocabulary_size, rm.tokenizer)
         if read.identical_after_cut and read.identical + read.identical_after_cut == len(table):

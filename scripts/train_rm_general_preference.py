@@ -192,10 +192,12 @@ def prepare_data(arguments: Arguments, encoder: ComparisonTokenizer):
     sources = parse_sources(data.dataset)
     probabilities = preparation.parse_probabilities(data.dataset_probs, len(sources))
     held_out_sources = parse_sources(data.eval_dataset) if data.eval_dataset else []
-    tables, left_out = preparation.load_tokenized(sources, encoder, custom=data.is_custom_dataset, **options)
+    reading = data.reading()
+    tables, read = preparation.load_tokenized(sources, encoder, reading=reading, **options)
     split = {"max_samples": data.max_samples, "group_size": data.group_size, "seed": arguments.optimizer.seed}
     train_table, held_out = preparation.split_and_blend(tables, probabilities, data.train_split_ratio, **split)
-    eval_tables, eval_left_out = preparation.load_tokenized(held_out_sources, encoder, **options)
+    reading = dataclasses.replace(reading, custom=False)
+    eval_tables, eval_read = preparation.load_tokenized(held_out_sources, encoder, reading=reading, **options)
     named = dict(zip((source.name for source in held_out_sources), eval_tables, strict=True))
     if arguments.loss.margin_loss and not any(train_table["margin"][:]):
         raise InputError("--margin_loss: no record of --dataset has a margin: drop the flag, or add margins")
@@ -207,8 +209,9 @@ def prepare_data(arguments: Arguments, encoder: ComparisonTokenizer):
         raise InputError(f"--train_split_ratio {data.train_split_ratio} leaves nothing to evaluate on: lower it")
     trained_on = set(train_table["prompt_key"][:])
     summarize = preparation.summarize_table
-    summaries = [summarize("train", train_table, sum(left_out.values()))]
-    summaries += [summarize(name, table, eval_left_out.get(name, 0), trained_on) for name, table in named.items()]
+    summaries = [summarize("train", train_table, read)]
+    for name, table in named.items():
+        summaries.append(summarize(name, table, [one for one in eval_read if one.name == name], trained_on))
     return train_table, named, summaries
 
 

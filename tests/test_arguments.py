@@ -32,6 +32,7 @@ def test_every_flag_of_the_paper_is_there_and_used():
     code = "".join(
         path.read_text() for path in (ROOT / "general_preference").rglob("*.py") if path.name != "arguments.py"
     )
+    code += (ROOT / "general_preference" / "datasets" / "arguments.py").read_text().split("def reading")[1]
     code += (ROOT / "scripts" / "train_rm_general_preference.py").read_text()
     own = (ROOT / "general_preference" / "trainer" / "arguments.py").read_text().split("def check")[1:]
     methods = (

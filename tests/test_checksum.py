@@ -6,14 +6,13 @@ import datasets
 import pytest
 
 from general_preference.datasets.checksum import table_checksum
-from general_preference.datasets.preparation import TOKENIZED, blend
+from general_preference.datasets.preparation import COUNTS, TOKENIZED, blend
 from general_preference.errors import InputError
 from general_preference.trainer.trainer import Trainer
 from tests.conftest import random_comparisons
 
-COUNTS = ("length", "empty", "identical", "prompt_cut", "response_cut", "identical_after_cut")
 ROWS = [
-    {"subset": "", "prompt_key": f"p{index}"} | dict.fromkeys(COUNTS, 0) | comparison
+    {"subset": "", "prompt_key": f"p{index}", "length": 0} | dict.fromkeys(COUNTS, 0) | comparison
     for index, comparison in enumerate(random_comparisons(30, 290, seed=6))
 ]
 

@@ -472,11 +472,25 @@ def test_a_tie_behind_the_cut_is_said_although_a_cut_was(saved, caplog):
     assert ["they tie" in record.getMessage() for record in caplog.records] == [False, True]
 
 
-@pytest.mark.parametrize("extra", [["c"], ["a long answer, " * 9], ["", "b"], [RESPONSES[3]] * 3])
+@pytest.mark.parametrize(
+    "extra", [["c"], ["a long answer, " * 9], ["", "b"], [RESPONSES[3]] * 3, ["<think>hm</think>good"]]
+)
 def test_a_prompts_tokens_do_not_depend_on_the_responses_beside_them(rm, extra):
     rows = [rm._encode("", CHAT, [[{"role": "assistant", "content": text}] for text in ("a", *some)])
             for some in ([], extra)]  # fmt: skip
     assert rows[0]["prompt_ids"] == rows[1]["prompt_ids"] and rows[0]["response_ids"] == rows[1]["response_ids"][:1]
+
+
+def test_responses_go_on_in_a_turn_that_the_prompt_begins(rm, monkeypatch):
+    rows = []
+    encode = rm.encoder.encode
+    monkeypatch.setattr(rm.encoder, "encode", lambda *some: rows.extend(found := encode(*some)) or found)
+    begun = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "The "}]
+    assert rm.compare(begun, "rock.", "paper.") != 0.5
+    texts = [rm.tokenizer.decode(rows[0]["prompt_ids"] + ids) for ids in rows[0]["response_ids"]]
+    whole = [[begun[0], {"role": "assistant", "content": text}] for text in ("The rock.", "The paper.")]
+    assert texts == [rm.tokenizer.apply_chat_template(one, tokenize=False) for one in whole]
+    assert rm.tokenizer.decode(rows[0]["prompt_ids"]).endswith("The ")
 
 
 def test_the_temperature_of_published_weights_may_be_chosen(published):
@@ -502,8 +516,14 @@ def test_the_temperature_of_published_weights_may_be_chosen(published):
         (lambda rm: rm.rank(PROMPT, ["a", None]), "response 1 to prompt 0.* nothing None"),
         (lambda rm: rm.compare(PROMPT, "a", None), "response 1 to prompt 0"),
         (lambda rm: rm.compare(None, "a", "b"), "prompt 0"),
-        (lambda rm: rm.compare(PROMPT, [{"role": "user", "content": "a"}], "b"), "response 0 .* an assistant turn"),
-        (lambda rm: rm.compare(PROMPT, "a", conversation("Another?", "b")), "response 1 .* an assistant turn"),
+        (
+            lambda rm: rm.compare(PROMPT, [{"role": "user", "content": "a"}], "b"),
+            "response 0 to prompt 0' begins with a user turn",
+        ),
+        (
+            lambda rm: rm.compare(PROMPT, "a", conversation("Another?", "b")),
+            "response 1 to prompt 0' begins with a user turn",
+        ),
         (lambda rm: rm.embed("text", [["a"]] * 4), "prompts are 'text'"),
         (lambda rm: rm.compare([], "a", "b"), "prompt 0"),
         (lambda rm: rm.rank(PROMPT, {"b", "a"}), "responses to prompt 0 are a set"),

@@ -1,5 +1,6 @@
 """From sources to tables: tokenized, cached, blended, split by prompt, summarized."""
 
+import copy
 import json
 
 import datasets
@@ -37,8 +38,8 @@ def test_bad_records_can_be_skipped_and_counted(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [*RECORDS[:3], {"prompt": "q"}, *RECORDS[3:6], [1, 2]])
     with pytest.raises(InputError, match=r"line 4: .* \(2 such records in all\)"):
         load_source(Source("a", path))
-    tables, left_out = load_tokenized([Source("a", path)], ComparisonTokenizer(tokenizer), skip_bad=True)
-    assert len(tables[0]) == 6 and left_out == {"a": 2}
+    tables, (summary,) = load_tokenized([Source("a", path)], ComparisonTokenizer(tokenizer), skip_bad=True)
+    assert len(tables[0]) == 6 and summary.left_out == 2
     only_bad = write(tmp_path / "b.jsonl", [{}])
     with pytest.raises(InputError, match="no usable record"):
         load_source(Source("b", only_bad), skip_bad=True)
@@ -46,17 +47,17 @@ def test_bad_records_can_be_skipped_and_counted(tmp_path, tokenizer):
 
 def test_tokenizing_is_cached_by_tokenizer_and_length(tmp_path, tokenizer):
     table, _ = load_source(Source("a", write(tmp_path / "a.jsonl", RECORDS)))
-    first = tokenize(table, ComparisonTokenizer(tokenizer, 64))
-    assert tokenize(table, ComparisonTokenizer(tokenizer, 64)).cache_files == first.cache_files
-    shorter = tokenize(table, ComparisonTokenizer(tokenizer, 12))
+    first = tokenize(table, ComparisonTokenizer(tokenizer, 64))[0]
+    assert tokenize(table, ComparisonTokenizer(tokenizer, 64))[0].cache_files == first.cache_files
+    shorter = tokenize(table, ComparisonTokenizer(tokenizer, 12))[0]
     assert shorter.cache_files != first.cache_files and max(shorter["length"]) < max(first["length"])
 
 
 def test_several_workers_give_the_same_table(tmp_path, tokenizer):
     records = [{"prompt": f"question {i}", "chosen": "a", "rejected": "b"} for i in range(4100)]
     table, _ = load_source(Source("a", write(tmp_path / "a.jsonl", records)))
-    one = tokenize(table, ComparisonTokenizer(tokenizer, 64), workers=1)
-    two = tokenize(table, ComparisonTokenizer(tokenizer, 63), workers=2)
+    one = tokenize(table, ComparisonTokenizer(tokenizer, 64), workers=1)[0]
+    two = tokenize(table, ComparisonTokenizer(tokenizer, 63), workers=2)[0]
     assert one["prompt_ids"][:] == two["prompt_ids"][:] and one["id"][:] == two["id"][:]
 
 
@@ -137,6 +138,68 @@ def test_max_samples_and_the_whole_set():
     assert (len(train), len(held_out)) == (100, 0)
 
 
+def test_what_cannot_be_split_is_said():
+    one, ten = tokenized(["p"] * 6), tokenized([f"p{i}" for i in range(10)])
+    with pytest.raises(InputError, match="all 6 comparisons have the same prompt, so none can be held out"):
+        split_by_prompt(one, 0.9, seed=0)
+    with pytest.raises(InputError, match="all 10 comparisons belong together"):
+        split_by_prompt(ten, 0.9, seed=0, groups=[0] * 10)
+    with pytest.raises(InputError, match="max_samples 5: the 6 comparisons of a prompt stay together"):
+        split_by_prompt(one, 1.0, seed=0, max_samples=5)
+    with pytest.raises(InputError, match=r"train_split_ratio 0.01 of 10 comparisons leaves none"):
+        split_by_prompt(ten, 0.01, seed=0)
+    assert len(split_by_prompt(one, 1.0, seed=0)[0]) == 6
+
+
+def test_what_a_template_refuses_is_a_bad_record(tmp_path, tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% for message in messages %}{% if message['role'] not in ['user', 'assistant'] %}"
+        "{{ raise_exception('no such role') }}{% endif %}"
+        "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    conversation = [{"role": "user", "content": "q"}, {"role": "tool", "content": "42"}]
+    bad = {side: [*conversation, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    sources = [Source("a", write(tmp_path / "a.jsonl", [*RECORDS[:3], bad, {}, *RECORDS[3:6]]))]
+    with pytest.raises(InputError, match=r"line 4: the chat template .*no such role"):
+        load_tokenized([Source("b", write(tmp_path / "b.jsonl", [*RECORDS[:3], bad]))], ComparisonTokenizer(strict))
+    (table,), (summary,) = load_tokenized(sources, ComparisonTokenizer(strict), skip_bad=True)
+    assert len(table) == summary.records == 6 and summary.left_out == 2
+    assert "line 5" in summary.reasons[0] and "line 4: the chat template" in summary.reasons[1]
+    (alone,), _ = load_tokenized([Source("c", write(tmp_path / "c.jsonl", RECORDS[3:6]))], ComparisonTokenizer(strict))
+    assert table["response_ids"][3:] == alone["response_ids"][:]
+
+
+def test_tool_calls_and_template_variables_reach_the_template(tmp_path, tokenizer):
+    """Two answers that differ in their tool calls alone are told apart, and tools are part of the prompt."""
+    tools = copy.deepcopy(tokenizer)
+    tools.chat_template = (
+        "{% if tools %}{{ '<|system|>' + (tools | tojson) + '<|end|>' }}{% endif %}"
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+        "{% for call in message['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}{{ '<|end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+
+    def answer(city):
+        call = {"type": "function", "function": {"name": "weather", "arguments": json.dumps({"city": city})}}
+        return [{"role": "assistant", "content": None, "tool_calls": [call]}]
+
+    record = {"prompt": "Rain?", "chosen": answer("Oslo"), "rejected": answer("Rome")}
+    tool = {"type": "function", "function": {"name": "weather", "description": "the weather of a city"}}
+    path = write(tmp_path / "a.jsonl", [record | {"tools": [tool]}, record])
+    (table,), _ = load_tokenized([Source("a", path)], ComparisonTokenizer(tools))
+    with_tools, without = table
+    assert "the weather of a city" in tools.decode(with_tools["prompt_ids"])
+    assert with_tools["prompt_key"] != without["prompt_key"]
+    for row in table:
+        chosen, rejected = map(tools.decode, row["response_ids"])
+        assert '"Oslo"' in chosen and '"Rome"' in rejected
+    assert not table["empty"][0] and not table["identical"][0]
+    with pytest.raises(InputError, match="line 1: the chat template leaves out"):
+        load_tokenized([Source("a", path)], ComparisonTokenizer(tokenizer))
+
+
 def test_summary_counts_what_is_unusual(tmp_path, tokenizer):
     records = [
         {"prompt": "q", "chosen": "", "rejected": "b"},
@@ -146,8 +209,9 @@ def test_summary_counts_what_is_unusual(tmp_path, tokenizer):
         {"prompt": "q", "responses": ["a", "b", "c"], "preferences": [[0, 1], [1, 2]]},
     ]
     encoder = ComparisonTokenizer(tokenizer, 40)
-    (table,), _ = load_tokenized([Source("a", write(tmp_path / "a.jsonl", records))], encoder)
-    summary = summarize_table("a", table, 2, {table["prompt_key"][2]})
+    path = write(tmp_path / "a.jsonl", [*records, {}, []])
+    (table,), sources = load_tokenized([Source("a", path)], encoder, skip_bad=True)
+    summary = summarize_table("a", table, sources, {table["prompt_key"][2]})
     assert (summary.comparisons, summary.preferences, summary.left_out) == (5, 6, 2)
     assert (summary.empty, summary.identical, summary.prompt_cut) == (1, 1, 1)
     assert (summary.response_cut, summary.identical_after_cut, summary.seen_prompts) == (1, 1, 1)

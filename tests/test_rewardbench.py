@@ -429,7 +429,7 @@ def test_empty_responses_are_scored_where_that_is_wanted(saved, tmp_path):
         (["--output_dir", "FILE"], "cannot be written"),
         (["--output_dir", "/proc/nothing"], "cannot be written"),
         (["--chat_template", "/nowhere/t.jinja"], "No such file or directory"),
-        (["--chat_template", "HELLO"], "responses with the same tokens"),
+        (["--chat_template", "HELLO"], "the chat template leaves out"),
         (["--dataset", ""], "--dataset is empty"),
         (["--model_name", "m" * 250], "cannot be written"),
         (["--chat_template", "FOLDER"], "Is a directory"),

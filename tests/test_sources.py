@@ -47,8 +47,8 @@ def files_of(path) -> list[str]:
 
 
 def test_every_format_reads_alike(tmp_path):
-    expected, left_out = load_source(Source("a", write(tmp_path / "a.jsonl", RECORDS)))
-    assert left_out == 0 and len(expected) == 20
+    expected, summary = load_source(Source("a", write(tmp_path / "a.jsonl", RECORDS)))
+    assert summary.left_out == 0 and len(expected) == 20
     table = datasets.Dataset.from_list(RECORDS)
     write(tmp_path / "lines.ndjson", RECORDS)
     write(tmp_path / "UPPER.JSONL", RECORDS)
@@ -310,8 +310,8 @@ def test_a_bad_row_of_a_csv_file_costs_itself_alone(tmp_path, row, message):
     file.write_text("\n".join(lines), errors="surrogateescape")
     with pytest.raises(InputError, match=f"x.csv, {message}"):
         load_source(Source("x", str(file)))
-    table, left_out = load_source(Source("x", str(file)), skip_bad=True)
-    assert [prompt for prompt, _ in contents(table)] == ["q0", "q1", "q2"] and left_out == 1
+    table, summary = load_source(Source("x", str(file)), skip_bad=True)
+    assert [prompt for prompt, _ in contents(table)] == ["q0", "q1", "q2"] and summary.left_out == 1
     assert table["id"][2].endswith(f"line {5 + row.count(chr(10))}")
 
 
@@ -414,13 +414,13 @@ def test_one_bad_byte_costs_one_record(tmp_path):
     file.write_bytes(b"\n".join(lines))
     with pytest.raises(InputError, match="line 201: not JSON in UTF-8"):
         load_source(Source("bytes", str(file)))
-    table, left_out = load_source(Source("bytes", str(file)), skip_bad=True)
-    assert (len(table), left_out) == (300, 2)
+    table, summary = load_source(Source("bytes", str(file)), skip_bad=True)
+    assert (len(table), summary.left_out) == (300, 2)
 
 
 def test_half_a_surrogate_pair_costs_one_record(tmp_path):
     path = write(tmp_path / "a.jsonl", [*RECORDS[:2], RECORDS[2] | {"chosen": "half an emoji: \ud83d"}])
     with pytest.raises(InputError, match="line 3: not valid Unicode"):
         load_source(Source("a", path))
-    table, left_out = load_source(Source("a", path), skip_bad=True)
-    assert (len(table), left_out) == (2, 1)
+    table, summary = load_source(Source("a", path), skip_bad=True)
+    assert (len(table), summary.left_out) == (2, 1)

@@ -1,6 +1,9 @@
 """One BOS, the end token read, nothing overwritten, and the truncation rule, for many kinds of tokenizer."""
 
+import json
+
 import pytest
+import transformers
 from tokenizers.processors import TemplateProcessing
 
 from general_preference.datasets.records import parse_record
@@ -155,3 +158,25 @@ def test_a_response_longer_than_one_message(tokenizer):
     (row,) = ComparisonTokenizer(tokenizer).encode([found.prompt], [found.responses])
     assert tokenizer.decode(row["response_ids"][0]).endswith("<|assistant|>yes<|end|>")
     assert tokenizer.decode(row["response_ids"][1]) == "no<|end|>"
+
+
+def test_a_tokenizer_of_sentencepiece_alone_is_read(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentences = ["the rock, the paper and the scissors", "which throw wins? name one", "a b c d e f g h i j k l m"] * 50
+    options = {"vocab_size": 320, "model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False}
+    prefix = str(tmp_path / "tokenizer")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_prefix=prefix, minloglevel=2, **options
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | special))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    try:
+        loaded = load_tokenizer(str(tmp_path))
+    except InputError as error:
+        assert "reads tokenizer.model with losses" in str(error) and transformers.__version__ < "5.23"
+        return
+    text, pieces = "Which throw wins? ÄÖ 你好", sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    assert loaded(text, add_special_tokens=False)["input_ids"] == pieces.encode(text)
+    (row,) = ComparisonTokenizer(loaded).encode([SYSTEM], [[answer("a</s>b"), answer("c")]])
+    assert loaded.eos_token_id not in row["response_ids"][0][:-1]

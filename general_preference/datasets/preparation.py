@@ -5,28 +5,38 @@ No prompt is on both sides of a split, whatever the blend; `Summary` counts what
 
 import itertools
 import json
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import asdict, dataclass, field
 
 import datasets
 import torch
 
+from general_preference.datasets.reading import Reading
 from general_preference.datasets.sources import (
     INTEGERS,
     PREFERENCES,
+    REMEDY,
+    SHOWN,
     TEXT,
     Source,
+    SourceSummary,
     load_source,
     record_location,
     warn_of_shared_files,
+    whole_messages,
+    without_bad_rows,
 )
 from general_preference.datasets.tokenization import ComparisonTokenizer, stable_hash
 from general_preference.errors import InputError
 
-COUNTS = ("empty", "identical", "prompt_cut", "response_cut", "identical_after_cut")
+logger = logging.getLogger(__name__)
+
+COUNTS = ("empty", "identical", "prompt_cut", "response_cut", "identical_after_cut", "thoughts_left_out")
 _IDS = {"prompt_ids": INTEGERS, "response_ids": datasets.List(INTEGERS)}
 _KEYS = {"id": TEXT, "subset": TEXT, "prompt_key": TEXT}
 _NUMBERS = {"length": datasets.Value("int32")} | dict.fromkeys(COUNTS, datasets.Value("bool"))
 TOKENIZED = datasets.Features(_KEYS | _IDS | PREFERENCES | _NUMBERS)
+_ENCODED = datasets.Features(TOKENIZED | {"problem": TEXT})
 
 
 @dataclass
@@ -35,7 +45,8 @@ class Summary:
 
     left_out: records that did not fit. empty / identical: comparisons with an empty response, with two equal ones.
     prompt_cut / response_cut: comparisons cut to the length limit; identical_after_cut: told apart only beyond it.
-    seen_prompts: comparisons of an evaluation set whose prompt is also trained on.
+    thoughts_left_out: comparisons whose chat template shows no thoughts of earlier turns, and whose prompt has some.
+    seen_prompts: comparisons of an evaluation set whose prompt is also trained on. sources: what it was read from.
     """
 
     name: str
@@ -49,7 +60,9 @@ class Summary:
     prompt_cut: int = 0
     response_cut: int = 0
     identical_after_cut: int = 0
+    thoughts_left_out: int = 0
     seen_prompts: int = 0
+    sources: list[SourceSummary] = field(default_factory=list)
 
     def to_json(self) -> str:
         """One JSON object with every count."""
@@ -59,51 +72,67 @@ class Summary:
         values = {name: getattr(self, name) for name in ("left_out", *COUNTS, "seen_prompts")}
         notes = [f"{value} {name.replace('_', ' ')}" for name, value in values.items() if value]
         text = f"{self.name}: {self.comparisons} comparisons, {self.preferences} preferences, {self.tokens} tokens"
-        return f"{text} (longest {self.longest})" + (f"; {', '.join(notes)}" if notes else "")
+        text += f" (longest {self.longest})" + (f"; {', '.join(notes)}" if notes else "")
+        return "\n  ".join([text, *map(str, self.sources)])
 
 
-def tokenize(table: datasets.Dataset, encoder: ComparisonTokenizer, workers: int = 1, name: str = ""):
+def tokenize(
+    table: datasets.Dataset,
+    encoder: ComparisonTokenizer,
+    workers: int = 1,
+    name: str = "",
+    skip_bad: bool = False,
+    remedy: str = REMEDY,
+) -> tuple[datasets.Dataset, list[str]]:
     """Tokenize a table with the columns of `sources.ROW`; cached on disk under `encoder.fingerprint()`.
 
-    Returns a table with the columns of `TOKENIZED`; `length` counts unique tokens (the prompt once).
+    Returns:
+        A table with the columns of `TOKENIZED` (`length` counts unique tokens, the prompt once), and why records were
+        left out under `skip_bad`.
 
     Raises:
-        InputError: no prompt token can be made of a record, or the chat template refuses it.
+        InputError: no prompt token can be made of a record, or the chat template refuses it or leaves something out.
     """
     workers = max(1, min(workers, len(table) // 2000))
     fingerprint = stable_hash(table._fingerprint, encoder.fingerprint())
-    options = {"features": TOKENIZED, "remove_columns": table.column_names, "fn_kwargs": {"encoder": encoder}}
+    options = {"features": _ENCODED, "remove_columns": table.column_names, "fn_kwargs": {"encoder": encoder}}
     options |= {"num_proc": workers if workers > 1 else None, "desc": f"Tokenizing {name}".strip()}
     options |= {"batched": True, "batch_size": 500, "with_indices": True, "new_fingerprint": fingerprint}
-    return table.map(_encode_rows, **options)
+    return without_bad_rows(table.map(_encode_rows, **options), name, skip_bad, remedy)
 
 
 def _encode_rows(rows: dict, indices: list[int], encoder: ComparisonTokenizer) -> dict:
-    places = [record_location(name, index) for index, name in zip(indices, rows["id"], strict=True)]
+    whole = list(map(whole_messages, rows["prompt"], rows["responses"], rows["extras"]))
+    prompts, responses, options = map(list, zip(*whole, strict=True))
+    problems = [""] * len(whole)
     try:
-        encoded = encoder.encode(rows["prompt"], rows["responses"])
+        encoded = encoder.encode(prompts, responses, options)
     except InputError:
-        for place, prompt, responses in zip(places, rows["prompt"], rows["responses"], strict=True):
+        encoded = []
+        for number, one in enumerate(whole):
             try:
-                encoder.encode([prompt], [responses])
+                encoded += encoder.encode(*([part] for part in one))
             except InputError as error:
-                raise InputError(f"{place}: {error}") from error
-        raise
-    for place, row in zip(places, encoded, strict=True):
-        if not row["prompt_ids"]:
-            raise InputError(f"{place}: the prompt has no tokens; expected some text before the responses")
-    contents = [[[message["content"] for message in response] for response in some] for some in rows["responses"]]
-    repeated = list(map(_repeats, contents))
+                problems[number] = f"{record_location(rows['id'][number], indices[number])}: {error}"
+                encoded.append({"prompt_ids": [], "response_ids": []} | dict.fromkeys(COUNTS, False))
+    repeated = list(map(_repeats, responses))
     repeated_ids = [_repeats(row["response_ids"]) for row in encoded]
+    names = ("prompt_ids", "response_ids", "prompt_cut", "response_cut", "thoughts_left_out")
+    asked = [[prompt, some] if some else [prompt] for prompt, some in zip(prompts, options, strict=True)]
     return {
         **{name: rows[name] for name in ("id", "subset", "first", "second", "label", "margin")},
-        **{name: [row[name] for row in encoded] for name in encoded[0]},
-        "prompt_key": [stable_hash(prompt) for prompt in rows["prompt"]],
+        **{name: [row[name] for row in encoded] for name in names},
+        "prompt_key": [stable_hash(*parts) for parts in asked],
         "length": [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in encoded],
-        "empty": [any(not "".join(response).strip() for response in some) for some in contents],
+        "empty": [any(map(_is_empty, some)) for some in responses],
         "identical": repeated,
         "identical_after_cut": [ids and not text for ids, text in zip(repeated_ids, repeated, strict=True)],
+        "problem": problems,
     }
+
+
+def _is_empty(response: list[dict]) -> bool:
+    return all(len(message) == 2 and not message["content"].strip() for message in response)
 
 
 def _repeats(items: list) -> bool:
@@ -111,16 +140,27 @@ def _repeats(items: list) -> bool:
 
 
 def load_tokenized(
-    sources: list[Source], encoder: ComparisonTokenizer, *, custom=False, skip_bad=False, workers: int = 1
-) -> tuple[list[datasets.Dataset], dict[str, int]]:
-    """Read and tokenize each source; cached on disk. Returns the tables and the records left out of each."""
-    tables, left_out = [], {}
+    sources: list[Source],
+    encoder: ComparisonTokenizer,
+    *,
+    reading: Reading | None = None,
+    skip_bad=False,
+    workers: int = 1,
+) -> tuple[list[datasets.Dataset], list[SourceSummary]]:
+    """Read and tokenize each source; cached on disk. Returns the tables and what was read for each."""
+    tables, summaries = [], []
     if len(sources) > 1:
         warn_of_shared_files(sources)
+    if sources and encoder.input_format == "chat" and (opening := encoder.template.opening()):
+        logger.info("left out of prompts: %r, which the chat template writes only where a response begins", opening)
     for source in sources:
-        table, left_out[source.name] = load_source(source, custom, skip_bad)
-        tables.append(tokenize(table, encoder, workers, source.name))
-    return tables, left_out
+        table, summary = load_source(source, reading, skip_bad)
+        table, problems = tokenize(table, encoder, workers, source.name, skip_bad=skip_bad)
+        summary.records, summary.left_out = len(table), summary.left_out + len(problems)
+        summary.reasons = (summary.reasons + problems)[:SHOWN]
+        tables.append(table)
+        summaries.append(summary)
+    return tables, summaries
 
 
 def blend(tables: list[datasets.Dataset], probabilities: list[float], seed: int) -> datasets.Dataset:
@@ -182,6 +222,9 @@ def split_by_prompt(
     units = _units(table["prompt_key"][:], groups)  # without [:] a column is read row by row
     order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).tolist()
     limit = len(table) if max_samples is None else min(max_samples, len(table))
+    if len(units) == 1 and train_ratio < 1:
+        joined = "have the same prompt" if groups is None else "belong together, by prompt or by group"
+        raise InputError(f"all {len(table)} comparisons {joined}, so none can be held out: use train_split_ratio 1")
     chosen, total = [], 0
     for index in order:
         if total + len(units[index]) <= limit:
@@ -191,9 +234,11 @@ def split_by_prompt(
     for unit in chosen:
         side = train if len(train) + len(unit) / 2 <= train_ratio * total or train_ratio == 1 else held_out
         side.extend(unit)
+    if not chosen:
+        fewest = min(map(len, units))
+        raise InputError(f"max_samples {max_samples}: the {fewest} comparisons of a prompt stay together: raise it")
     if not train:
-        limits = f"max_samples {max_samples}, train_split_ratio {train_ratio}"
-        raise InputError(f"no comparison is left to train on ({limits})")
+        raise InputError(f"train_split_ratio {train_ratio} of {total} comparisons leaves none to train on: raise it")
     return train, held_out
 
 
@@ -212,7 +257,9 @@ def _units(prompt_keys: list[str], groups: list[int] | None) -> list[list[int]]:
     return list(units.values())
 
 
-def summarize_table(name: str, table: datasets.Dataset, left_out=0, trained_prompts: set[str] | None = None) -> Summary:
+def summarize_table(
+    name: str, table: datasets.Dataset, sources: list[SourceSummary] = (), trained_prompts: set[str] | None = None
+) -> Summary:
     """Count what a prepared table holds; `trained_prompts` are the prompt keys of the training table."""
     columns = table.with_format("numpy")
     lengths = columns["length"][:]
@@ -222,7 +269,8 @@ def summarize_table(name: str, table: datasets.Dataset, left_out=0, trained_prom
         preferences=sum(map(len, table["first"][:])),
         tokens=int(lengths.sum()),
         longest=int(lengths.max()),
-        left_out=left_out,
+        left_out=sum(source.left_out for source in sources),
+        sources=list(sources),
         **{count: int(columns[count][:].sum()) for count in COUNTS},
         seen_prompts=sum(key in (trained_prompts or ()) for key in table["prompt_key"][:]),
     )

@@ -1,21 +1,36 @@
-"""Every accepted record shape becomes one `Comparison`: prompt messages, responses, who is preferred, margin.
+"""Every accepted record becomes one `Comparison`: prompt messages, responses, who is preferred, margin.
 
     {"chosen": [messages], "rejected": [messages], "margin"?}              shared leading messages are the prompt
     {"prompt": str | [messages], "chosen": ..., "rejected": ..., "margin"?}                   explicit prompt
-    {"instruction": str, "chosen": str | {"response": str}, "reject": ..., "margin"?}         custom (cyclic) format
+    {"instruction": str, "input"?, "chosen": str | {"response": str}, "reject": ...}          custom (cyclic) format
     {..., "chosen_probability": 0.8}                                       soft label for any of the above
     {"prompt": ..., "chosen": [text, ...], "rejected": [text, ...]}    each chosen over each rejected (RewardBench 2)
     {"prompt": ..., "responses": [...], "preferences": [[winner, loser], [i, j, probability], ...]}    a group
+    {"prompt": ..., "responses": [...], "scores" | "ranks" | "ranking": [...]}                         a group
 
-A message is {"role": str, "content": str}. Optional in every shape: "id" and "subset".
+`known_sets.py` reads the field's public sets into these. A message is {"role", "content"} or ShareGPT's {"from",
+"value"}; its content is text or parts of text, and its other fields go to the chat template. Optional in every shape:
+"id", "subset", "system", "tools" and "chat_template_kwargs". Any other column with text is refused by name.
 """
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 
+from general_preference.datasets.known_sets import canonical_record
+from general_preference.datasets.messages import (
+    PREFIX,
+    Message,
+    parse_message,
+    parse_messages,
+    parse_prompt,
+    without_nothing,
+)
+from general_preference.datasets.reading import Reading, by_merit, described
 from general_preference.errors import InputError
 
-Message = dict[str, str]
+_PRETOKENIZED = ("input_ids", "chosen_ids", "chosen_input_ids", "input_ids_chosen", "rejected_input_ids")
 
 
 @dataclass
@@ -27,6 +42,8 @@ class Comparison:
     preferences: (first, second, probability in [0.5, 1] that first is preferred): indices into `responses`; 0.5: a tie
     margin:      how much the preferred side should win by, in units of the score
     id, subset:  names for people: which record it is, and which part of the set it belongs to
+    options:     variables of the chat template: `tools` and what "chat_template_kwargs" holds
+    reader:      what the record was read as. unread: names of its columns that hold text and were left out
     """
 
     prompt: list[Message]
@@ -35,95 +52,167 @@ class Comparison:
     margin: float = 0.0
     id: str = ""
     subset: str = ""
+    options: dict = field(default_factory=dict)
+    reader: str = ""
+    unread: list[str] = field(default_factory=list)
 
 
-def parse_record(record: object, custom: bool = False) -> Comparison:
-    """One decoded JSON object (or table row) -> Comparison; `custom` requires the custom format (`is_custom_dataset`).
+def parse_record(record: object, reading: Reading | None = None) -> Comparison:
+    """One decoded JSON object (or table row) -> Comparison, read as `reading` says.
 
     Raises:
         InputError: what was found and what was expected; the caller adds file and line.
     """
+    reading = reading or Reading()
     if not isinstance(record, dict):
-        raise InputError(f"found {_describe(record)}, expected a JSON object")
+        raise InputError(f"found {described(record)}, expected a JSON object")
     record = {key: value for key, value in record.items() if value is not None}
-    if custom and "instruction" not in record:
+    if found := [key for key in _PRETOKENIZED if key in record]:
+        raise InputError(f"'{found[0]}' holds token ids of another tokenizer: expected texts or messages")
+    if reading.custom and "instruction" not in record:
         raise InputError(f"is_custom_dataset expects the key 'instruction', found {_keys(record)}")
+    reader, record, unread = canonical_record(record, reading)
     if "responses" in record:
-        prompt, responses, preferences = _parse_group(record)
+        prompt, responses, preferences = _parse_group(record, reading)
     elif _is_texts(record.get("chosen")) or _is_texts(record.get("rejected")):
-        prompt, responses, preferences = _parse_texts(record)
+        prompt, responses, preferences = _parse_texts(record, reading)
     else:
-        prompt, responses = _parse_pair(record)
+        prompt, responses = _parse_pair(record, reading)
         preferences = [(0, 1, _probability(record.get("chosen_probability", 1.0), "chosen_probability"))]
     preferences = [(i, j, p) if p >= 0.5 else (j, i, 1 - p) for i, j, p in preferences]
     margin = record.get("margin", 0.0)
-    if not _is_number(margin) or not math.isfinite(margin):
-        raise InputError(f"'margin' is {_describe(margin)}, expected a finite number")
+    if not _is_finite(margin):
+        raise InputError(f"'margin' is {described(margin)}, expected a finite number")
+    for number, response in enumerate(responses):
+        if response[-1]["role"] in ("user", "system"):
+            raise InputError(f"response {number} ends with a {response[-1]['role']} turn, expected the assistant's")
+    if prompt[-1]["role"] == "assistant" and "prompt" in record and all(r[0]["role"] == "assistant" for r in responses):
+        prompt = [*prompt[:-1], prompt[-1] | {PREFIX: True}]
+    prompt = _with_system(prompt, record.get("system"))
     names = (str(record.get(key, "")) for key in ("id", "subset"))
-    return Comparison(prompt, responses, preferences, float(margin), *names)
+    return Comparison(prompt, responses, preferences, float(margin), *names, _options(record), reader, unread)
 
 
-def _parse_pair(record: dict) -> tuple[list[Message], list[list[Message]]]:
-    other = "reject" if "instruction" in record and "rejected" not in record else "rejected"
-    for key in ("chosen", other):
+def _parse_pair(record: dict, reading: Reading) -> tuple[list[Message], list[list[Message]]]:
+    for key in ("chosen", "rejected"):
         if key not in record:
-            expected = f"expected chosen and {other}, or responses and preferences"
+            if "label" in record and "completion" in record:
+                raise InputError("'completion' and 'label' are one labeled response, expected chosen and rejected")
+            expected = "expected chosen and rejected, or responses and preferences"
             raise InputError(f"no key '{key}', found {_keys(record)}; {expected}")
-    chosen, rejected = record["chosen"], record[other]
-    if "instruction" in record:
-        prompt = parse_prompt(record["instruction"], "instruction")
-        sides = [side.get("response", side) if isinstance(side, dict) else side for side in (chosen, rejected)]
-        return prompt, [parse_response(side, key, prompt) for side, key in zip(sides, ("chosen", other), strict=True)]
-    if "prompt" in record:
-        prompt = parse_prompt(record["prompt"], "prompt")
-        return prompt, [parse_response(chosen, "chosen", prompt), parse_response(rejected, other, prompt)]
-    if isinstance(chosen, str) or isinstance(rejected, str):
+    base = parse_prompt(record["prompt"], "prompt", reading) if "prompt" in record else None
+    if base is None and (isinstance(record["chosen"], str) or isinstance(record["rejected"], str)):
         raise InputError("'chosen' and 'rejected' are text without a 'prompt': expected that key, or lists of messages")
-    chosen, rejected = parse_messages(chosen, "chosen"), parse_messages(rejected, "rejected")
+    sides = [_parse_side(record[key], key, reading) for key in ("chosen", "rejected")]
+    if base is not None and not all(_may_repeat(messages, base) for messages in sides):
+        return base, [_after(messages, base, key) for messages, key in zip(sides, ("chosen", "rejected"), strict=True)]
+    chosen, rejected = sides
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     if shared == 0:
         raise InputError("'chosen' and 'rejected' share no leading message: expected a common prompt in front")
+    if base is not None and not _agree(base, chosen[:shared]):
+        found = f"'prompt' {described(_text(base[-1]))} is not what 'chosen' and 'rejected' begin with"
+        raise InputError(f"{found} ({described(_text(chosen[shared - 1]))})")
     return chosen[:shared], [chosen[shared:], rejected[shared:]]
 
 
-def _parse_group(record: dict):
-    for key in ("prompt", "preferences"):
-        if key not in record:
-            raise InputError(f"a group needs the key '{key}', found {_keys(record)}")
-    prompt = parse_prompt(record["prompt"], "prompt")
+def _may_repeat(messages: list[Message], base: list[Message]) -> bool:
+    """Whether messages are a whole conversation, which begins with the prompt."""
+    if _begins_with(messages, base):
+        return True
+    return messages[0]["role"] in ("user", "system") and base[-1]["role"] == "user"
+
+
+def _begins_with(messages: list[Message], base: list[Message]) -> bool:
+    beginning = messages[: len(base)]
+    return len(messages) > len(base) and list(map(_said, beginning)) == list(map(_said, base))
+
+
+def _said(message: Message) -> Message:
+    """A message without white space around its text, which copies of a prompt may differ in."""
+    return message | {"content": (message["content"] or "").strip()}
+
+
+def _agree(base: list[Message], shared: list[Message]) -> bool:
+    """Whether a stated prompt is that of the conversations: all of it, or one text that the user said in it."""
+    base, shared = list(map(_said, base)), list(map(_said, shared))
+    return base in (shared, [m for m in shared if m["role"] != "system"]) or (len(base) == 1 and base[0] in shared)
+
+
+def _after(messages: list[Message], base: list[Message], name: str) -> list[Message]:
+    """What follows the prompt in messages that may repeat it."""
+    if _begins_with(messages, base):
+        return messages[len(base) :]
+    if messages[0]["role"] in ("user", "system") and base[-1]["role"] == "user":
+        found = f"'{name}' begins with a {messages[0]['role']} turn {described(_text(messages[0]))}"
+        raise InputError(f"{found}, expected the assistant's, or the messages of the prompt")
+    return messages
+
+
+def _parse_side(value: object, name: str, reading: Reading | None = None) -> list[Message]:
+    """Text, one message, {"response": text} or messages."""
+    if isinstance(value, dict) and "response" in value:
+        value = value["response"]
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    if isinstance(value, dict):
+        return [parse_message(value, name, reading)]
+    if not isinstance(value, list | tuple):
+        raise InputError(f"'{name}' is {described(value)}, expected text or a list of messages")
+    return parse_messages(value, name, reading)
+
+
+def _parse_group(record: dict, reading: Reading):
+    if "prompt" not in record:
+        raise InputError(f"a group needs the key 'prompt', found {_keys(record)}")
+    stated = [key for key in ("preferences", "scores", "ranks", "ranking") if key in record]
+    if len(stated) != 1:
+        found = " and ".join(f"'{key}'" for key in stated) or _keys(record)
+        raise InputError(f"a group needs one of the keys 'preferences', 'scores', 'ranks' or 'ranking', found {found}")
+    prompt = parse_prompt(record["prompt"], "prompt", reading)
     if not isinstance(record["responses"], list) or len(record["responses"]) < 2:
-        raise InputError(f"'responses' is {_describe(record['responses'])}, expected a list of at least two")
-    responses = [parse_response(value, f"responses[{i}]", prompt) for i, value in enumerate(record["responses"])]
-    if not isinstance(record["preferences"], list) or not record["preferences"]:
-        raise InputError(f"'preferences' is {_describe(record['preferences'])}, expected [[winner, loser], ...]")
-    return prompt, responses, [_preference(value, len(responses)) for value in record["preferences"]]
+        raise InputError(f"'responses' is {described(record['responses'])}, expected a list of at least two")
+    sides = [(_parse_side(value, f"responses[{i}]", reading), i) for i, value in enumerate(record["responses"])]
+    responses = [_after(messages, prompt, f"responses[{i}]") for messages, i in sides]
+    values, count = record[stated[0]], len(responses)
+    if stated[0] == "preferences":
+        if not isinstance(values, list) or not values:
+            raise InputError(f"'preferences' is {described(values)}, expected [[winner, loser], ...]")
+        return prompt, responses, [_preference(value, count) for value in values]
+    if not isinstance(values, list) or len(values) != count or not all(map(_is_finite, values)):
+        raise InputError(f"'{stated[0]}' is {described(values)}, expected one number for each of {count} responses")
+    if stated[0] == "ranking":
+        if sorted(values) != list(range(count)):
+            expected = f"expected the indices 0 to {count - 1} of the responses, best first (ranks go into 'ranks')"
+            raise InputError(f"'ranking' is {described(values)}, {expected}")
+        return prompt, responses, [(int(i), int(j), 1.0) for i, j in combinations(values, 2)]
+    return prompt, responses, by_merit([-value for value in values] if stated[0] == "ranks" else values)
 
 
 def _is_texts(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
-def _parse_texts(record: dict):
+def _parse_texts(record: dict, reading: Reading):
     for key in ("prompt", "chosen", "rejected"):
         if key not in record:
             raise InputError(f"lists of chosen and rejected texts need the key '{key}', found {_keys(record)}")
         if key != "prompt" and not _is_texts(record[key]):
-            raise InputError(f"'{key}' is {_describe(record[key])}, expected a list of texts like the other side")
+            raise InputError(f"'{key}' is {described(record[key])}, expected a list of texts like the other side")
     if "chosen_probability" in record:
         raise InputError("'chosen_probability' belongs to one chosen and one rejected response, found lists of them")
-    prompt = parse_prompt(record["prompt"], "prompt")
-    texts = [(key, i, text) for key in ("chosen", "rejected") for i, text in enumerate(record[key])]
-    responses = [parse_response(text, f"{key}[{i}]", prompt) for key, i, text in texts]
+    prompt = parse_prompt(record["prompt"], "prompt", reading)
+    responses = [_parse_side(text, key) for key in ("chosen", "rejected") for text in record[key]]
     chosen = len(record["chosen"])
-    return prompt, responses, [(i, j, 1.0) for i in range(chosen) for j in range(chosen, len(texts))]
+    return prompt, responses, [(i, j, 1.0) for i in range(chosen) for j in range(chosen, len(responses))]
 
 
 def _preference(value: object, count: int) -> tuple[int, int, float]:
     expected = f"expected [winner, loser] or [i, j, probability] with different indices below {count}"
     if not isinstance(value, list | tuple) or len(value) not in (2, 3):
-        raise InputError(f"a preference is {_describe(value)}, {expected}")
+        raise InputError(f"a preference is {described(value)}, {expected}")
     first, second = value[0], value[1]
     for index in (first, second):
         if not _is_number(index) or index != int(index) or not 0 <= index < count:
@@ -136,7 +225,7 @@ def _preference(value: object, count: int) -> tuple[int, int, float]:
 
 def _probability(value: object, name: str) -> float:
     if not _is_number(value) or not 0 <= value <= 1:
-        raise InputError(f"{name} is {_describe(value)}, expected a number from 0 to 1")
+        raise InputError(f"{name} is {described(value)}, expected a number from 0 to 1")
     return float(value)
 
 
@@ -144,60 +233,54 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def parse_prompt(value: object, name: str = "prompt") -> list[Message]:
-    """Text or messages -> messages. InputError calls the value `name`."""
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    return parse_messages(value, name)
+def _is_finite(value: object) -> bool:
+    return _is_number(value) and math.isfinite(value)
 
 
-def parse_response(value: object, name: str, prompt: list[Message]) -> list[Message]:
-    """Text or messages, with or without `prompt` in front -> the messages after it. InputError calls it `name`."""
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
-    if not isinstance(value, list):
-        raise InputError(f"'{name}' is {_describe(value)}, expected text or a list of messages")
-    messages = parse_messages(value, name)
-    repeats_prompt = len(messages) > len(prompt) and messages[: len(prompt)] == prompt
-    return messages[len(prompt) :] if repeats_prompt else messages
+def _with_system(prompt: list[Message], system: object) -> list[Message]:
+    if system is None or system == "":
+        return prompt
+    if not isinstance(system, str):
+        raise InputError(f"'system' is {described(system)}, expected text")
+    if prompt[0]["role"] == "system":
+        if prompt[0]["content"].strip() != system.strip():
+            raise InputError("'system' differs from the system message of the conversation: drop one")
+        return prompt
+    return [{"role": "system", "content": system}, *prompt]
+
+
+def _options(record: dict) -> dict:
+    """Variables of the chat template."""
+    options = {}
+    for key, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        value = record.get(key)
+        if isinstance(value, str) and value.strip():
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise InputError(f"'{key}' is no JSON ({error})") from error
+        if value and not isinstance(value, kind):
+            raise InputError(f"'{key}' is {described(value)}, expected a {kind.__name__}")
+        if value:
+            value = without_nothing(value)
+            options |= {"tools": value} if key == "tools" else value
+    return options
 
 
 def parse_answer(value: object, name: str, prompt: list[Message]) -> list[Message]:
-    """A response that begins and ends with the assistant's turn. InputError calls the value `name`."""
-    messages = parse_response(value, name, prompt)
+    """Text or messages that begin and end with the assistant's turn, with or without `prompt` in front.
+
+    InputError calls the value `name`.
+    """
+    messages = _after(_parse_side(value, name), prompt, name)
     if any(message["role"] != "assistant" for message in (messages[0], messages[-1])):
-        raise InputError(f"{name} must begin and end with an assistant turn: {_describe(value)}")
+        raise InputError(f"{name} must begin and end with an assistant turn: {described(value)}")
     return messages
 
 
-def parse_conversation(value: object, name: str) -> tuple[list[Message], list[Message]]:
-    """Messages that end in an assistant's turn -> (those before it, that turn). InputError calls the value `name`."""
-    messages = parse_messages(value, name)
-    if all(message["role"] != "assistant" for message in messages):
-        raise InputError(f"{name} has no assistant turn, which is what gets scored: {_describe(value)}")
-    if (role := messages[-1]["role"]) != "assistant":
-        raise InputError(f"{name} ends with a {role} turn, expected the assistant's: {_describe(value)}")
-    if len(messages) == 1:
-        raise InputError(f"{name} has no turn before the assistant's, expected a prompt: {_describe(value)}")
-    return messages[:-1], messages[-1:]
-
-
-def parse_messages(value: object, name: str) -> list[Message]:
-    """A non-empty list of {"role": text, "content": text}, other keys left out. InputError calls the value `name`."""
-    if not isinstance(value, list) or not value:
-        raise InputError(f"'{name}' is {_describe(value)}, expected a list of messages {{'role', 'content'}}")
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise InputError(f"'{name}' has {_describe(message)}, expected a message {{'role': text, 'content': text}}")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+def _text(message: Message) -> str:
+    return message["content"] or ""
 
 
 def _keys(record: dict) -> str:
     return f"keys {sorted(record)}" if record else "no keys"
-
-
-def _describe(value: object) -> str:
-    """A short name for any value in an error message."""
-    text = repr(value)
-    kinds = {list: "a list", dict: "an object", str: "text", type(None): "nothing"}
-    return f"{kinds.get(type(value), type(value).__name__)} {text if len(text) <= 60 else text[:57] + '...'}"

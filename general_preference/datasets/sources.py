@@ -1,6 +1,7 @@
 """Reads comparisons from files, folders and the hub, record by record, into a cached Arrow table.
 
 A row is a `Comparison`, or its column `problem` says why not. Edited files (size or modification time) are read again.
+Messages are stored as role and content; what else a few of them hold is the JSON of the column `extras`.
 """
 
 import glob
@@ -9,8 +10,9 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -18,18 +20,22 @@ from datasets.exceptions import DatasetGenerationError
 
 from general_preference.datasets import locations
 from general_preference.datasets.locations import Location
+from general_preference.datasets.messages import Message
 from general_preference.datasets.readers import file_format, one_line, read_records, read_table, show
-from general_preference.datasets.records import parse_record
+from general_preference.datasets.reading import Reading
+from general_preference.datasets.records import Comparison, parse_record
 from general_preference.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-READER_VERSION = 6  # part of the cache key: raise it when the meaning of a row changes
+READER_VERSION = 7  # part of the cache key: raise it when the meaning of a row changes
 TEXT, FLOAT, INTEGERS = datasets.Value("string"), datasets.Value("float64"), datasets.List(datasets.Value("int32"))
 _MESSAGES = datasets.List({"role": TEXT, "content": TEXT})
 PREFERENCES = {"first": INTEGERS, "second": INTEGERS, "label": datasets.List(FLOAT), "margin": FLOAT}
-_TEXTS = dict.fromkeys(("id", "subset", "problem"), TEXT)
+_TEXTS = dict.fromkeys(("id", "subset", "extras", "reader", "problem"), TEXT)
 ROW = datasets.Features(_TEXTS | PREFERENCES | {"prompt": _MESSAGES, "responses": datasets.List(_MESSAGES)})
+REMEDY = "fix it, or set on_bad_record to skip"
+SHOWN = 5  # records left out that are shown one by one
 
 
 @dataclass(frozen=True)
@@ -121,14 +127,52 @@ def is_record_location(name: str) -> bool:
     return bool(re.search(r", (line|record|row) \d+$", name))
 
 
+@dataclass
+class SourceSummary:
+    """What one source gave.
+
+    records: how many are used. read_as: how many records were read as what (a public set, or a shape of docs/data.md).
+    columns_not_read: text that was left out, and in how many records. left_out: records that did not fit; reasons: why,
+    for the first of them.
+    """
+
+    name: str
+    path: str
+    records: int = 0
+    read_as: dict[str, int] = field(default_factory=dict)
+    columns_not_read: dict[str, int] = field(default_factory=dict)
+    left_out: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def count_columns(self, readers: list[str]) -> None:
+        """Count what the column `reader` of records says: the reader, then the columns it left out, a line each."""
+        for text, count in Counter(readers).items():
+            name, *unread = text.split("\n")
+            self.read_as[name] = self.read_as.get(name, 0) + count
+            for column in unread:
+                self.columns_not_read[column] = self.columns_not_read.get(column, 0) + count
+
+    def __str__(self) -> str:
+        def counted(counts: dict[str, int]) -> str:
+            return ", ".join(name if count == most else f"{name} ({count})" for name, count in counts.items())
+
+        most = sum(self.read_as.values())
+        text = f"{self.name}: {most} record{'s' * (most > 1)} of {self.path} read as {counted(self.read_as)}"
+        text += f"; columns not read: {counted(self.columns_not_read)}" if self.columns_not_read else ""
+        return text + (f"; left out: {self.left_out}" if self.left_out else "")
+
+
 def load_source(
-    source: Source, custom: bool = False, skip_bad: bool = False, remedy: str = "fix it, or set on_bad_record to skip"
-) -> tuple[datasets.Dataset, int]:
-    """All comparisons of a source as an Arrow table on disk (columns of `ROW` without `problem`), and records left out.
+    source: Source, reading: Reading | None = None, skip_bad: bool = False, remedy: str = REMEDY
+) -> tuple[datasets.Dataset, SourceSummary]:
+    """All comparisons of a source as an Arrow table on disk.
 
     Args:
-        custom: require the custom format (`is_custom_dataset`). remedy: what the message about a bad record advises.
+        reading: how columns are read. remedy: what the message about a bad record advises.
         skip_bad: leave out (and count) records that do not fit instead of refusing the source.
+
+    Returns:
+        The columns of `ROW` without `reader` and `problem`; what was read and left out.
 
     Raises:
         InputError: no such file, nothing in it, or a record that does not fit, with file and line.
@@ -141,7 +185,7 @@ def load_source(
         _announce(source, location, files, left_out)
         signature = tuple(_stat(part) for file in files for part in locations.parts(file))
     arguments = {"location": location, "files": tuple(map(str, files)), "signature": signature}
-    arguments |= {"custom": custom, "version": READER_VERSION}
+    arguments |= {"reading": reading or Reading(), "version": READER_VERSION}
     if next(_rows(**arguments), None) is None:
         raise InputError(f"{show(source.path)} holds no records: check that it is the right file")
     try:
@@ -150,18 +194,34 @@ def load_source(
         if isinstance(error.__cause__, InputError):  # a file as a whole, which no setting can leave out
             raise InputError(str(error.__cause__)) from error
         raise
+    table, problems = without_bad_rows(table, source.path, skip_bad, remedy)
+    summary = SourceSummary(
+        source.name, show(source.path), len(table), left_out=len(problems), reasons=problems[:SHOWN]
+    )
+    summary.count_columns(table["reader"][:])
+    return table.remove_columns("reader"), summary
+
+
+def without_bad_rows(
+    table: datasets.Dataset, path: str, skip_bad: bool, remedy: str = REMEDY
+) -> tuple[datasets.Dataset, list[str]]:
+    """(the table's rows whose column `problem` is empty, without that column; the other rows' problems).
+
+    Raises:
+        InputError: a row has a problem and `skip_bad` is off, or no row is without one.
+    """
     problems = table["problem"][:]
-    bad = [index for index, problem in enumerate(problems) if problem]
+    bad = [problem for problem in problems if problem]
     if bad and not skip_bad:
         more = f" ({len(bad)} such records in all)" if len(bad) > 1 else ""
-        raise InputError(f"{problems[bad[0]]}{more}; {remedy}")
-    for index in bad[:5]:
-        logger.warning("left out: %s", problems[index])
+        raise InputError(f"{bad[0]}{more}; {remedy}")
+    for problem in bad[:SHOWN]:
+        logger.warning("left out: %s", problem)
+    if len(bad) == len(table):
+        raise InputError(f"{show(path)} holds no usable record: all {len(bad)} were left out, the first: {bad[0]}")
     if bad:
         table = table.select([index for index, problem in enumerate(problems) if not problem])
-    if len(table) == 0:
-        raise InputError(f"{show(source.path)} holds no usable record: all {len(bad)} were left out")
-    return table.remove_columns("problem"), len(bad)
+    return table.remove_columns("problem"), bad
 
 
 def _announce(source: Source, location: Location, files: list[Path], left_out: dict[Path, str]) -> None:
@@ -193,10 +253,12 @@ def _stat(file: Path) -> tuple[str, str, int, int]:
         raise InputError(f"cannot read {show(file)}: {error.strerror}") from error
 
 
-def _rows(location: Location, files: tuple[str, ...], signature: tuple, custom: bool, version: int) -> Iterator[dict]:
+def _rows(
+    location: Location, files: tuple[str, ...], signature: tuple, reading: Reading, version: int
+) -> Iterator[dict]:
     """One `ROW` per record; `signature` and `version` only change the cache key."""
     for place, record in _records(location, files):
-        yield _row(place, record, custom)
+        yield _row(place, record, reading)
 
 
 def _records(location: Location, files: tuple[str, ...]) -> Iterator[tuple[str, object]]:
@@ -209,12 +271,15 @@ def _records(location: Location, files: tuple[str, ...]) -> Iterator[tuple[str, 
             yield from read_records(file)
 
 
-def _row(place: str, record: object, custom: bool) -> dict:
+def _row(place: str, record: object, reading: Reading) -> dict:
     try:
         if isinstance(record, InputError):
             raise record
-        json.dumps(record, ensure_ascii=False, default=str).encode()
-        found = parse_record(record, custom)
+        found = parse_record(record, reading)
+        extras, reader = _extras(found), "\n".join([found.reader, *found.unread])
+        messages = itertools.chain(found.prompt, *found.responses)
+        texts = (text for message in messages for text in (message["role"], message["content"]))
+        "".join([found.id, found.subset, extras, reader, *texts]).encode()
     except UnicodeEncodeError:
         problem = f"{place}: not valid Unicode (a byte that is not UTF-8, or half of a surrogate pair)"
     except (ValueError, OverflowError) as error:
@@ -222,9 +287,33 @@ def _row(place: str, record: object, custom: bool) -> dict:
     else:
         first, second, label = (list(column) for column in zip(*found.preferences, strict=True))
         columns = {name: getattr(found, name) for name in ("subset", "prompt", "responses", "margin")}
-        return columns | {"id": found.id or place, "first": first, "second": second, "label": label, "problem": ""}
+        columns |= {"extras": extras, "reader": reader, "problem": ""}
+        return columns | {"id": found.id or place, "first": first, "second": second, "label": label}
     nothing = {name: [] for name in ("prompt", "responses", "first", "second", "label")}
-    return nothing | {"id": place, "subset": "", "margin": 0.0, "problem": problem}
+    return nothing | {"id": place, "subset": "", "margin": 0.0, "extras": "", "reader": "", "problem": problem}
+
+
+def _extras(found: Comparison) -> str:
+    """What the columns of messages cannot hold, as JSON: variables of the chat template, and fields of messages."""
+    messages = [found.prompt, *found.responses]
+    if not found.options and all(len(message) == 2 for some in messages for message in some):
+        return ""
+    fields = [[{key: m[key] for key in m if key not in ("role", "content")} for m in some] for some in messages]
+    return json.dumps({"options": found.options, "fields": fields}, ensure_ascii=False)
+
+
+def whole_messages(
+    prompt: list[Message], responses: list[list[Message]], extras: str
+) -> tuple[list[Message], list[list[Message]], dict]:
+    """(prompt, responses, variables of the chat template) from three columns of `ROW`."""
+    if not extras:
+        return prompt, responses, {}
+    values = json.loads(extras)
+    prompt, *responses = [
+        [message | more for message, more in zip(some, fields, strict=True)]
+        for some, fields in zip([prompt, *responses], values["fields"], strict=True)
+    ]
+    return prompt, responses, values["options"]
 
 
 def _load_saved(folder: Path) -> datasets.Dataset:

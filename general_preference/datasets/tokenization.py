@@ -3,7 +3,8 @@
 Two input formats, saved with the model:
 
 chat      the prompt, rendered with the generation prompt, is tokenized separately, so its ids are a true prefix of
-          each response; the end token is appended; exactly one BOS where the tokenizer or its template wants one.
+          each response; the end token is appended; exactly one BOS where the tokenizer or its template wants one;
+          texts never become control tokens (control_tokens.py), and none is lost (rendering.py).
 released  as the published GPM checkpoints were trained: template text tokenized with special tokens again, the last
           token overwritten by the end token, the first message being the prompt (for the gate).
 """
@@ -11,16 +12,24 @@ released  as the published GPM checkpoints were trained: template text tokenized
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
+import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from general_preference.datasets.records import Message
+from general_preference.datasets.control_tokens import ControlTokens, is_protected
+from general_preference.datasets.messages import Message
+from general_preference.datasets.rendering import ChatTemplate, Rendered
 from general_preference.errors import InputError
 
-TOKENIZER_VERSION = 1  # part of the cache key: raise it when the same text gets other ids
+TOKENIZER_VERSION = 2  # part of the cache key: raise it when the same text gets other ids
 DEFAULT_TEMPLATE = "Human:\n{}\nAssistant:\n"
+DATE = datetime(2024, 7, 26)  # for templates that write today's: the default of Llama 3.1's
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def load_tokenizer(
@@ -42,7 +51,18 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=use_fast, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot load the tokenizer of {path}: {str(error).strip().splitlines()[0]}") from error
+    if not (Path(path) / files[0]).is_file() and (Path(path) / files[1]).is_file():
+        _check_conversion(tokenizer, path)
     return prepare_tokenizer(tokenizer, path, input_template)
+
+
+def _check_conversion(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Refuse a tokenizer that drops characters: some versions of transformers make one of a tokenizer.model alone."""
+    text = "Which throw wins? ÄÖ 你好"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.unk_token_id not in ids and tokenizer.decode(ids).strip() != text:
+        cure = "upgrade transformers, or save the tokenizer with it once (tokenizer.json)"
+        raise InputError(f"{path}: transformers {transformers.__version__} reads tokenizer.model with losses: {cure}")
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, input_template: str | None = None):
@@ -54,6 +74,20 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, input_templ
     if input_template is not None or not tokenizer.chat_template:
         tokenizer.chat_template = plain_template(input_template or DEFAULT_TEMPLATE)
     return tokenizer
+
+
+def fix_date(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the chat template write `DATE` for today, so that ids are the same every day; saved with the model."""
+
+    def fixed(template: str) -> str:
+        found = _TODAY.sub(lambda call: repr(DATE.strftime(call[2])), template)
+        if "strftime_now(" in found:
+            raise InputError("the chat template writes today's date in a way that cannot be fixed: put a date there")
+        return found
+
+    template = tokenizer.chat_template  # tokenizers with tools may have several, by name
+    several = {name: fixed(one) for name, one in template.items()} if isinstance(template, dict) else None
+    tokenizer.chat_template = fixed(template) if several is None else several
 
 
 def plain_template(text: str) -> str:
@@ -83,8 +117,10 @@ class ComparisonTokenizer:
 
     def __post_init__(self):
         tokenizer = self.tokenizer
+        fix_date(tokenizer)
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.adds_bos = self.bos is not None and tokenizer("a")["input_ids"][:1] == [self.bos]
+        self.control, self.template = ControlTokens(tokenizer), ChatTemplate(tokenizer)
 
     def fingerprint(self) -> str:
         """Changes whenever the same messages could get other ids."""
@@ -93,25 +129,50 @@ class ComparisonTokenizer:
         special = (self.bos, self.eos, self.adds_bos, self.tokenizer.chat_template)
         return stable_hash(TOKENIZER_VERSION, vocabulary, special, self.max_length, self.input_format)
 
-    def encode(self, prompts: list[list[Message]], responses: list[list[list[Message]]]) -> list[dict]:
+    def encode(
+        self,
+        prompts: list[list[Message]],
+        responses: list[list[list[Message]]],
+        options: list[dict] | None = None,
+    ) -> list[dict]:
         """Encode B prompts and their responses.
 
-        prompts: B lists of messages. responses: for each prompt, K lists of messages. Returns B dicts: prompt_ids,
-        response_ids (K lists that end in the end token), booleans prompt_cut and response_cut.
+        Args:
+            prompts: B lists of messages. responses: for each prompt, K lists of messages.
+            options: for each prompt, `tools` and more variables of the chat template.
+
+        Returns:
+            B dicts: prompt_ids, response_ids (K lists that end in the end token), booleans prompt_cut, response_cut and
+            thoughts_left_out (the template left thoughts of earlier turns out of the prompt).
 
         Raises:
-            InputError: the chat template refuses these messages.
+            InputError: the chat template refuses these messages or leaves out what they say, or a prompt has no token.
         """
+        options = options or [{}] * len(prompts)
         if self.input_format == "released":
-            return [self._encode_released(prompt, some) for prompt, some in zip(prompts, responses, strict=True)]
-        texts = [self._render(prompt, some) for prompt, some in zip(prompts, responses, strict=True)]
-        prompt_ids = self._ids([prompt for prompt, _ in texts])
-        flat = iter(self._ids([text for _, some in texts for text in some]))
-        pairs = zip(prompt_ids, texts, strict=True)
-        return [self._truncate(self._one_bos(ids), [next(flat) for _ in some]) for ids, (_, some) in pairs]
+            rows = [self._encode_released(*one) for one in zip(prompts, responses, options, strict=True)]
+        else:
+            found = [self._render(*one) for one in zip(prompts, responses, options, strict=True)]
+            flat = iter(self._ids([text for one in found for text in (one.prompt, *one.responses)]))
+            rows = []
+            for one in found:
+                row = self._truncate(self._one_bos(next(flat)), [next(flat) for _ in one.responses])
+                rows.append(row | {"thoughts_left_out": one.thoughts_left_out})
+        if not all(row["prompt_ids"] for row in rows):
+            raise InputError("the prompt has no tokens; expected some text before the responses")
+        return rows
+
+    def _render(self, prompt: list[Message], responses: list[list[Message]], options: dict) -> Rendered:
+        if any(map(self.control.spelled_by, (prompt, *responses))):
+            prompt, responses = self.control.protect(prompt), self.control.protect(responses)
+        return self.template.render(prompt, responses, options)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        for index, text in enumerate(texts):
+            if is_protected(text):
+                ids[index] = self.control.encode(text)
+        return ids
 
     def _one_bos(self, ids: list[int]) -> list[int]:
         """Exactly one BOS in front, if the tokenizer or its template puts one there at all."""
@@ -119,35 +180,6 @@ class ComparisonTokenizer:
         while starts < len(ids) and ids[starts] == self.bos:
             starts += 1
         return ids[starts - 1 :] if starts else ([self.bos] if self.adds_bos else []) + ids
-
-    def _render(self, prompt: list[Message], responses: list[list[Message]]) -> tuple[str, list[str]]:
-        """Template text of the prompt, and what the template adds to it for each response."""
-        prompt, text = self._apply(prompt, add_generation_prompt=responses[0][0]["role"] == "assistant")
-        return text, [self._response_text(prompt, text, response) for response in responses]
-
-    def _response_text(self, prompt: list[Message], prompt_text: str, response: list[Message]) -> str:
-        """The response as the template writes it, with its end-of-turn mark, without white space after that."""
-        try:
-            whole = self.tokenizer.apply_chat_template(prompt + response, tokenize=False)
-        except Exception as error:
-            raise InputError(f"the chat template refuses the response: {error}") from error
-        if not whole.startswith(prompt_text):
-            # Templates that rewrite earlier turns (reasoning models): the content alone, then the end token.
-            return "\n".join(message["content"] for message in response)
-        text = whole[len(prompt_text) :]
-        content = response[-1]["content"]
-        return text if content and text.endswith(content) else text.rstrip()
-
-    def _apply(self, messages: list[Message], add_generation_prompt: bool) -> tuple[list[Message], str]:
-        """Render messages; if the template refuses the system role, its text goes in front of the first message."""
-        try:
-            options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-            return messages, self.tokenizer.apply_chat_template(messages, **options)
-        except Exception as error:  # templates raise Jinja errors of their own choosing
-            if len(messages) > 1 and messages[0]["role"] == "system":
-                merged = messages[0]["content"] + "\n\n" + messages[1]["content"]
-                return self._apply([{**messages[1], "content": merged}, *messages[2:]], add_generation_prompt)
-            raise InputError(f"the chat template refuses the prompt: {error}") from error
 
     def _truncate(self, prompt: list[int], responses: list[list[int]]) -> dict:
         """Cut the prompt's oldest tokens first, down to a quarter of the budget; then the responses' ends."""
@@ -165,18 +197,19 @@ class ComparisonTokenizer:
         responses = [[*ids, self.eos] for ids in responses]
         return {"prompt_ids": prompt, "response_ids": responses, "prompt_cut": prompt_cut, "response_cut": response_cut}
 
-    def _encode_released(self, prompt: list[Message], responses: list[list[Message]]) -> dict:
+    def _encode_released(self, prompt: list[Message], responses: list[list[Message]], template_options: dict) -> dict:
         """As the published checkpoints were trained; kept only so that they score as published."""
         options = {"verbose": False, "truncation": self.max_length is not None, "max_length": self.max_length}
-        render = self.tokenizer.apply_chat_template
-        gate = len(self.tokenizer(render(prompt[:1], tokenize=False), **options)["input_ids"])
-        whole = [self.tokenizer(render(prompt + some, tokenize=False), **options)["input_ids"] for some in responses]
+        render = partial(self.tokenizer.apply_chat_template, tokenize=False, **template_options)
+        gate = len(self.tokenizer(render(prompt[:1]), **options)["input_ids"])
+        whole = [self.tokenizer(render(prompt + some), **options)["input_ids"] for some in responses]
         cut = self.max_length is not None and any(len(ids) >= self.max_length for ids in whole)
         gate = min(gate, min(len(ids) for ids in whole) - 1)
         if any(ids[:gate] != whole[0][:gate] for ids in whole):
             raise InputError("input_format released needs a template that renders the first message the same each time")
         responses = [[*ids[gate:-1], self.eos] for ids in whole]
-        return {"prompt_ids": whole[0][:gate], "response_ids": responses, "prompt_cut": False, "response_cut": cut}
+        cuts = {"prompt_cut": False, "response_cut": cut, "thoughts_left_out": False}
+        return {"prompt_ids": whole[0][:gate], "response_ids": responses} | cuts
 
 
 def stable_hash(*parts: object) -> str:

@@ -15,7 +15,8 @@ import os
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from general_preference.datasets.records import Message, parse_answer, parse_conversation, parse_prompt
+from general_preference.datasets.messages import Message, begun_prompt, parse_conversation, parse_prompt
+from general_preference.datasets.records import parse_answer
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError
 from general_preference.inference import ranking
@@ -230,7 +231,7 @@ class GPMPipeline:
         rows = []
         for index, (prompt, some) in enumerate(zip(prompts, responses, strict=True)):
             some = as_list(some, f"responses to prompt {index}", "a list of at least one", least=1)
-            messages = parse_prompt(prompt, f"prompt {index}")
+            messages = begun_prompt(parse_prompt(prompt, f"prompt {index}"))
             parsed = [parse_answer(one, f"response {n} to prompt {index}", messages) for n, one in enumerate(some)]
             rows.append(self._encode(f"prompt {index}", messages, parsed))
         return self._embed_rows(rows)
@@ -246,8 +247,6 @@ class GPMPipeline:
             row = self.encoder.encode([prompt], [responses])[0]
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
-        if not row["prompt_ids"]:
-            raise InputError(f"{name} has no tokens before the response; expected some text")
         longest, limit = len(row["prompt_ids"]) + max(map(len, row["response_ids"])), self.model.learned_positions
         if limit is not None and longest > limit:
             raise InputError(f"{name} with its response has {longest} tokens, the model {limit} positions")

@@ -9,7 +9,7 @@ runpy.run_path("scripts/run_rm.py", run_name="__main__")          # whose model 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from general_preference.datasets.records import parse_conversation
+from general_preference.datasets.messages import parse_conversation
 from general_preference.datasets.tokenization import prepare_tokenizer
 from general_preference.errors import InputError
 from general_preference.inference.cuts import Cuts

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from general_preference.cli import check_at_least, flag, parse_flags
+from general_preference.datasets.arguments import ReadingArguments
 from general_preference.errors import InputError
 from general_preference.files import replace_text
 from general_preference.models.config import HEADS, PreferenceConfig
@@ -65,7 +66,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(ReadingArguments):
     """What it is trained and evaluated on."""
 
     # fmt: off
@@ -75,9 +76,7 @@ class DataArguments:
     train_split_ratio: float = flag(1.0, "share of --dataset to train on; the rest, with other prompts, is the set 'held_out'")
     max_samples: int = flag(1000000, "use at most so many comparisons of --dataset, drawn after the shuffle")
     max_len: int | None = flag(None, "tokens of a prompt and a response; prompts are cut first, at their oldest end; default what --pretrain was saved with, else 512")
-    is_custom_dataset: bool = flag(False, "require the custom format: instruction, chosen, reject")
     group_size: int = flag(1, "neighboring records that stay in one step")
-    on_bad_record: str = flag("stop", "a record that does not fit: stop the run, or skip and count it", choices=["stop", "skip"])
     preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenize")
     return_prompt_length: bool = flag(False, "log the mean prompt length of each step (train/prompt_length, tokens)")
     # fmt: on
@@ -86,6 +85,7 @@ class DataArguments:
         """InputError for values that cannot be used together."""
         if not self.dataset:
             raise InputError("--dataset is missing: name a file, folder or hub dataset of comparisons")
+        self.reading()
         if not 0 < self.train_split_ratio <= 1:
             raise InputError(f"--train_split_ratio {self.train_split_ratio} must lie above 0 and not exceed 1")
         check_at_least(self, 1, "max_samples", "group_size", "preprocessing_workers")
