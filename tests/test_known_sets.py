@@ -243,7 +243,7 @@ def test_a_stated_strength_is_a_margin_or_a_soft_label():
         assert (found.preferences, found.margin) == (BA, 2.0)
         found = parse_record(record, Reading(strength="label"))
         assert (found.preferences, found.margin) == ([(1, 0, pytest.approx(5 / 6))], 0.0)
-    with pytest.raises(InputError, match="strength of preference is int 4"):
+    with pytest.raises(InputError, match=r"strength of preference is 4\.0"):
         parse_record(helpsteer_2(4))
 
 
@@ -281,6 +281,17 @@ def test_columns_are_named_by_keys():
     assert parse_record(row, Reading(**keys, ignore_columns=("persona",))).unread == ["persona", "model"]
 
 
+def test_numbers_in_a_csv_file_are_texts():
+    for record in (shp(1), webgpt(0.5), helpsteer_2(-3), arena_55k("tie"), safe(1, 0), unified(1, 2)):
+        texts = {key: str(int(value) if isinstance(value, bool) else value) if isinstance(value, int | float) else value
+                 for key, value in record.items()}  # fmt: skip
+        found, expected = parse_record(texts), parse_record(record)
+        assert (found.prompt, found.responses, found.preferences) == (
+            expected.prompt, expected.responses, expected.preferences)  # fmt: skip
+    with pytest.raises(InputError, match="column 'labels' is text 'A', expected a number"):
+        parse_record(shp("A"))
+
+
 @pytest.mark.parametrize("value", ["good morning", ["text"], {"a": {"b": "text"}}, b"\x89PNG", [{"bytes": b"x"}]])
 @pytest.mark.parametrize("column", ["input", "context", "task", "document", "images"])
 def test_a_text_that_nothing_reads_is_refused_by_name(column, value):
@@ -311,7 +322,7 @@ def test_columns_about_a_record_are_left_out_and_listed(column):
     [
         ({"prompt": "q", "response": "a", "helpfulness": 4, "verbosity": 2}, "one rated response a record"),
         ({"prompt": "q", "completion": "a", "label": True}, "'completion' and 'label' are one labeled response"),
-        (shp(2), "'labels' is int 2"),
+        (shp(2), "'labels' is float 2.0"),
         (arena("both"), "'winner' is text 'both'"),
         (arena_55k("nobody"), "the winner is nobody"),
         (arena_55k("model_a", (None, "b")), "'response_a' is text .*all of them texts"),

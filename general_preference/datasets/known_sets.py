@@ -81,6 +81,14 @@ def _take(columns: dict, name: str, kind: type = str):
     return value
 
 
+def _take_number(columns: dict, name: str) -> float:
+    value = columns.pop(name, None)
+    try:
+        return float(value)  # in a CSV file numbers are texts
+    except (TypeError, ValueError) as error:
+        raise InputError(f"column {name!r} is {described(value)}, expected a number") from error
+
+
 def _read_canonical(columns: dict, reading: Reading) -> dict:
     return {key: columns.pop(key) for key in _CANONICAL if key in columns}
 
@@ -170,10 +178,10 @@ def _read_sharegpt(columns: dict, reading: Reading) -> dict:
     return {"prompt": columns.pop("conversations")} | _read_canonical(columns, reading)
 
 
-def _by_strength(first, second, strength: object, reading: Reading) -> dict:
+def _by_strength(first, second, strength: float, reading: Reading) -> dict:
     """HelpSteer's strength: -3 (the first is much better) to 3 (the second is)."""
-    if not isinstance(strength, int | float) or isinstance(strength, bool) or not -3 <= strength <= 3:
-        raise InputError(f"the strength of preference is {described(strength)}, expected a number from -3 to 3")
+    if not -3 <= strength <= 3:
+        raise InputError(f"the strength of preference is {strength}, expected a number from -3 to 3")
     size, order = abs(strength), [0, 1] if strength <= 0 else [1, 0]
     found = {"responses": [first, second]}
     if reading.strength == "label" or size == 0:
@@ -186,12 +194,14 @@ def _read_helpsteer_2(columns: dict, reading: Reading) -> dict:
     roles, said = ["user", *(role.lower() for role in more[::2])], [question, *more[1::2]]
     prompt = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
     sides = columns.pop("response_1"), columns.pop("response_2")
-    return {"prompt": prompt} | _by_strength(*sides, columns.pop("preference_strength"), reading)
+    return {"prompt": prompt} | _by_strength(*sides, _take_number(columns, "preference_strength"), reading)
 
 
 def _read_helpsteer_3(columns: dict, reading: Reading) -> dict:
     sides = columns.pop("response1"), columns.pop("response2")
-    return {"prompt": columns.pop("context")} | _by_strength(*sides, columns.pop("overall_preference"), reading)
+    return {"prompt": columns.pop("context")} | _by_strength(
+        *sides, _take_number(columns, "overall_preference"), reading
+    )
 
 
 def _refuse_single(columns: dict, reading: Reading) -> dict:
@@ -213,13 +223,16 @@ def _read_nectar(columns: dict, reading: Reading) -> dict:
 
 def _read_shp(columns: dict, reading: Reading) -> dict:
     sides = [columns.pop("human_ref_A"), columns.pop("human_ref_B")]
-    return {"prompt": _take(columns, "history"), **_chosen_of(sides, {1: 0, 0: 1}, columns.pop("labels"), "labels")}
+    return {
+        "prompt": _take(columns, "history"),
+        **_chosen_of(sides, {1: 0, 0: 1}, _take_number(columns, "labels"), "labels"),
+    }
 
 
 def _read_webgpt(columns: dict, reading: Reading) -> dict:
     question = columns.pop("question")
     prompt = question["full_text"] if isinstance(question, dict) else question
-    scores = [columns.pop("score_0"), columns.pop("score_1")]
+    scores = [_take_number(columns, name) for name in ("score_0", "score_1")]
     return {"prompt": prompt, "responses": [columns.pop("answer_0"), columns.pop("answer_1")], "scores": scores}
 
 
@@ -229,7 +242,7 @@ def _read_summaries(columns: dict, reading: Reading) -> dict:
     parts = [("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post"), ("Article: ", "article")]
     texts = [f"{label}{info[key]}" for label, key in parts if info.get(key)]
     summaries = [one["text"] for one in _take(columns, "summaries", list)]
-    chosen = _chosen_of(summaries, {0: 0, 1: 1}, columns.pop("choice"), "choice")
+    chosen = _chosen_of(summaries, {0: 0, 1: 1}, _take_number(columns, "choice"), "choice")
     return {"prompt": "\n\n".join([*texts, "TL;DR:"]), **chosen}
 
 
@@ -252,7 +265,7 @@ def _read_arena(columns: dict, reading: Reading) -> dict:
 
 def _read_arena_55k(columns: dict, reading: Reading) -> dict:
     asked, *answers = (_json_turns(columns, name) for name in ("prompt", "response_a", "response_b"))
-    votes = {name: columns.pop(f"winner_{name}") for name in ("model_a", "model_b", "tie")}
+    votes = {name: _take_number(columns, f"winner_{name}") for name in ("model_a", "model_b", "tie")}
     winners = [name for name, vote in votes.items() if vote]
     if len(winners) != 1:
         raise InputError(f"the winner is {', '.join(winners) or 'nobody'}, expected one of model_a, model_b, tie")
@@ -280,7 +293,7 @@ def _read_safe_rlhf(columns: dict, reading: Reading) -> dict:
     name = {None: "better", "better": "better", "safer": "safer"}.get(reading.criterion)
     if name is None:
         raise InputError(f"criterion {reading.criterion!r} is none of better, safer")
-    sides, chosen = [columns.pop("response_0"), columns.pop("response_1")], columns.pop(f"{name}_response_id", None)
+    sides, chosen = [columns.pop("response_0"), columns.pop("response_1")], _take_number(columns, f"{name}_response_id")
     return {"prompt": columns.pop("prompt"), **_chosen_of(sides, {0: 0, 1: 1}, chosen, f"{name}_response_id")}
 
 
@@ -298,7 +311,7 @@ def _read_candidates(columns: dict, reading: Reading) -> dict:
 
 
 def _read_unified(columns: dict, reading: Reading) -> dict:
-    first, second = columns.pop("conv_A_rating"), columns.pop("conv_B_rating")
+    first, second = (_take_number(columns, f"conv_{side}_rating") for side in "AB")
     probability = 0.5 if first == second else float(first > second)
     return {"chosen": columns.pop("conv_A"), "rejected": columns.pop("conv_B"), "chosen_probability": probability}
 
@@ -331,12 +344,14 @@ _SETS = [
     _set("HelpSteer, single responses", "prompt response helpfulness", _refuse_single),
     _set("labeled responses", "completion label", _refuse_labeled),
     _set("Nectar", "prompt answers", _read_nectar),
-    _set("SHP", "history human_ref_A human_ref_B labels", _read_shp),
+    _set("SHP", "history human_ref_A human_ref_B labels", _read_shp,
+         "upvote_ratio created_at_utc_A created_at_utc_B seconds_difference score_ratio"),
     _set("WebGPT", "question answer_0 answer_1 score_0 score_1", _read_webgpt, "quotes_0 quotes_1 tokens_0 tokens_1"),
     _set("summarize_from_feedback", "info summaries choice", _read_summaries, "batch extra"),
     _set("Arena", "conversation_a conversation_b winner", _read_arena,
          "full_conversation conv_metadata turn user openai_moderation toxic_chat_tag"),
     _set("Arena, 55k", "prompt response_a response_b winner_model_a winner_model_b winner_tie", _read_arena_55k),
-    _set("PKU-SafeRLHF", "prompt response_0 response_1 better_response_id", _read_safe_rlhf, rated=True),
+    _set("PKU-SafeRLHF", "prompt response_0 response_1 better_response_id", _read_safe_rlhf,
+         "is_response_0_safe is_response_1_safe response_0_severity_level response_1_severity_level", rated=True),
     _set("Unified-Feedback", "conv_A conv_B conv_A_rating conv_B_rating", _read_unified),
 ]  # fmt: skip
