@@ -1,5 +1,8 @@
 """The field's public sets, three rows each in the layout of the hub, and what becomes of every column."""
 
+import contextlib
+import copy
+import functools
 import json
 
 import datasets
@@ -331,7 +334,7 @@ def test_columns_about_a_record_are_left_out_and_listed(column):
         ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b\n\nHuman: more"},
          "response 1 ends with a user turn"),
         ({"instruction": "q", "completions": [{"response": "a"}, {"response": "b"}]}, "completion 0 has no ratings"),
-        ({"instruction": "q", "completions": ["a", "b"]}, "'completions' has text 'a'"),
+        ({"instruction": "q", "completions": ["a", "b"]}, "'completions' has text 'a', expected objects with response"),
         (PAIR | {"prompt_id": "1", "messages": turns("other", "text"), "chosen": turns("q", "a"),
                  "rejected": turns("q", "b")}, "column 'messages'"),
         (PAIR | {"instruction": "q", "history": ["x"]}, "'history' is a list"),
@@ -340,6 +343,29 @@ def test_columns_about_a_record_are_left_out_and_listed(column):
 def test_what_a_reader_cannot_read_is_refused(record, message):
     with pytest.raises(InputError, match=message):
         parse_record(record)
+
+
+JUNK = [None, "", 3, "x", [], {}, [1], ["a"], {"a": 1}, True, float("nan"), [[]], [{}], {"role": "user"}, 10**400, b"x"]
+
+
+def places(value, path=()):
+    """Every place in nested lists and objects."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+@pytest.mark.parametrize("rows", [rows for *_, rows in SETS], ids=[name for name, *_ in SETS])
+def test_whatever_stands_in_a_record_it_is_read_or_refused(rows):
+    for record, *_ in rows:
+        for *path, last in filter(None, places(record)):
+            for junk in JUNK:
+                changed = copy.deepcopy(record)
+                inner = functools.reduce(lambda value, key: value[key], path, changed)
+                inner[last] = junk
+                with contextlib.suppress(InputError):
+                    parse_record(changed)
 
 
 def test_the_reader_takes_nothing_from_the_record_it_was_given():

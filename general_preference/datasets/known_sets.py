@@ -81,11 +81,30 @@ def _take(columns: dict, name: str, kind: type = str):
     return value
 
 
+def _take_objects(columns: dict, name: str, *keys: str) -> list[dict]:
+    """A column that is a list of objects, each with these keys."""
+    value = _take(columns, name, list)
+    for one in value:
+        if not isinstance(one, dict) or not one.keys() >= set(keys):
+            raise InputError(f"column {name!r} has {described(one)}, expected objects with {', '.join(keys)}")
+    return value
+
+
+def _take_instruction(columns: dict) -> str | list:
+    """`instruction`, with the text of `input` below it where there is one."""
+    asked, more = columns.pop("instruction"), columns.pop("input", "")
+    if isinstance(asked, str) and isinstance(more, str):
+        return "\n".join(filter(None, [asked, more]))
+    if more or not isinstance(asked, list):
+        raise InputError(f"'instruction' and 'input' are {described(asked)} and {described(more)}, expected texts")
+    return asked
+
+
 def _take_number(columns: dict, name: str) -> float:
     value = columns.pop(name, None)
     try:
         return float(value)  # in a CSV file numbers are texts
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"column {name!r} is {described(value)}, expected a number") from error
 
 
@@ -129,10 +148,8 @@ def _read_binarized(columns: dict, reading: Reading) -> dict:
 
 
 def _read_completions(columns: dict, reading: Reading) -> dict:
-    completions = _take(columns, "completions", list)
+    completions = _take_objects(columns, "completions", "response")
     for one in completions:
-        if not isinstance(one, dict) or not isinstance(one.get("response"), str):
-            raise InputError(f"'completions' has {described(one)}, expected an object with the text 'response'")
         columns |= {f"completions.{key}": one[key] for key in one if key not in ("response", "annotations")}
     scores = [_rating(one, reading.criterion, f"completion {number}") for number, one in enumerate(completions)]
     responses = [one["response"] for one in completions]
@@ -142,10 +159,12 @@ def _read_completions(columns: dict, reading: Reading) -> dict:
 def _rating(completion: dict, criterion: str | None, name: str) -> float:
     """The rating by a criterion, or the mean of all that were given ("N/A" is none)."""
     annotations = completion.get("annotations") or {}
+    if not isinstance(annotations, dict):
+        raise InputError(f"the annotations of {name} are {described(annotations)}, expected an object")
     stated = {key: one.get("Rating") for key, one in annotations.items() if isinstance(one, dict)}
     if criterion in ("overall_score", "fine-grained_score"):
         stated[criterion] = completion.get(criterion)
-    ratings = {key: float(value) for key, value in stated.items() if re.fullmatch(r"-?\d+(\.\d+)?", str(value))}
+    ratings = {key: float(value) for key, value in stated.items() if re.fullmatch(r"-?\d{1,9}(\.\d+)?", str(value))}
     if criterion is not None and criterion not in ratings:
         raise InputError(f"{name} has no rating {criterion!r}, found {', '.join(ratings) or 'none'}")
     if not ratings:
@@ -164,12 +183,12 @@ def _read_question(columns: dict, reading: Reading) -> dict:
 
 
 def _read_alpaca(columns: dict, reading: Reading) -> dict:
-    asked = "\n".join(filter(None, [columns.pop("instruction"), columns.pop("input", "")]))
-    past = columns.pop("history", None) or []
-    if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in past):
+    asked, past = _take_instruction(columns), columns.pop("history", None) or []
+    if not isinstance(past, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in past):
         raise InputError(f"'history' is {described(past)}, expected [[question, answer], ...]")
     turns = [*(text for turn in past for text in turn), asked]
     prompt = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)]
+    prompt = prompt if past or isinstance(asked, str) else asked  # a list of messages
     other = "rejected" if "rejected" in columns else "reject"
     return {"prompt": prompt, "chosen": columns.pop("chosen"), "rejected": columns.pop(other)}
 
@@ -213,11 +232,11 @@ def _refuse_labeled(columns: dict, reading: Reading) -> dict:
 
 
 def _read_nectar(columns: dict, reading: Reading) -> dict:
-    prompt, answers = _take(columns, "prompt"), _take(columns, "answers", list)
+    prompt, answers = _take(columns, "prompt"), _take_objects(columns, "answers", "answer", "rank")
     messages = _turns(prompt, "'prompt'") if re.match(r"\s*Human:", prompt) else [{"role": "user", "content": prompt}]
     if messages[-1] == {"role": "assistant", "content": ""}:
         messages.pop()
-    responses, ranks = ([one.get(key) for one in answers] for key in ("answer", "rank"))
+    responses, ranks = ([one[key] for one in answers] for key in ("answer", "rank"))
     return {"prompt": messages, "responses": responses, "ranks": ranks}
 
 
@@ -231,7 +250,7 @@ def _read_shp(columns: dict, reading: Reading) -> dict:
 
 def _read_webgpt(columns: dict, reading: Reading) -> dict:
     question = columns.pop("question")
-    prompt = question["full_text"] if isinstance(question, dict) else question
+    prompt = question.get("full_text") if isinstance(question, dict) else question
     scores = [_take_number(columns, name) for name in ("score_0", "score_1")]
     return {"prompt": prompt, "responses": [columns.pop("answer_0"), columns.pop("answer_1")], "scores": scores}
 
@@ -241,7 +260,7 @@ def _read_summaries(columns: dict, reading: Reading) -> dict:
     info = _take(columns, "info", dict)
     parts = [("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post"), ("Article: ", "article")]
     texts = [f"{label}{info[key]}" for label, key in parts if info.get(key)]
-    summaries = [one["text"] for one in _take(columns, "summaries", list)]
+    summaries = [one["text"] for one in _take_objects(columns, "summaries", "text")]
     chosen = _chosen_of(summaries, {0: 0, 1: 1}, _take_number(columns, "choice"), "choice")
     return {"prompt": "\n\n".join([*texts, "TL;DR:"]), **chosen}
 
@@ -256,7 +275,7 @@ _VOTES = {"model_a": 1.0, "model_b": 0.0} | dict.fromkeys(("tie", "tie (bothbad)
 
 
 def _read_arena(columns: dict, reading: Reading) -> dict:
-    winner = columns.pop("winner")
+    winner = _take(columns, "winner")
     if winner not in _VOTES:
         raise InputError(f"'winner' is {described(winner)}, expected one of {', '.join(_VOTES)}")
     sides = {"chosen": columns.pop("conversation_a"), "rejected": columns.pop("conversation_b")}
@@ -298,14 +317,14 @@ def _read_safe_rlhf(columns: dict, reading: Reading) -> dict:
 
 
 def _read_candidates(columns: dict, reading: Reading) -> dict:
-    candidates = _take(columns, "candidates", list)
-    scores = [one.get("scores") or {} for one in candidates]
+    candidates = _take_objects(columns, "candidates", "scores")
+    scores = [one["scores"] if isinstance(one["scores"], dict) else {} for one in candidates]
     names = sorted(set.intersection(*map(set, scores))) if scores else []
     criterion = reading.criterion or (names[0] if len(names) == 1 else None)
     if criterion not in names:
         asked = "expected a criterion" if reading.criterion is None else f"expected no criterion {criterion!r}"
         raise InputError(f"the candidates have the scores {', '.join(names) or 'none in common'}: {asked}")
-    prompt = "\n".join(filter(None, [columns.pop("instruction"), columns.pop("input", "")]))
+    prompt = _take_instruction(columns)
     texts = [one["text"] if "text" in one else one.get("output") for one in candidates]
     return {"prompt": prompt, "responses": texts, "scores": [one[criterion] for one in scores]}
 

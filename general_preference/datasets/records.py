@@ -14,7 +14,6 @@
 """
 
 import json
-import math
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -234,7 +233,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return _is_number(value) and math.isfinite(value)
+    return _is_number(value) and abs(value) < 1e300
 
 
 def _with_system(prompt: list[Message], system: object) -> list[Message]:
