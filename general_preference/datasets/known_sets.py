@@ -29,7 +29,8 @@ class KnownSet:
     fits: Callable[[dict], bool] | None = None
 
 
-_CANONICAL = ("prompt", "chosen", "rejected", "responses", "preferences", "scores", "ranks", "ranking")
+_PAIR = ("prompt", "chosen", "rejected")
+_RATED = ("prompt", "responses", "preferences", "scores", "ranks", "ranking")
 _OPTIONAL = ("id", "subset", "margin", "chosen_probability", "system", "tools", "chat_template_kwargs")
 # Names of columns that say where a record comes from, or what a judge wrote about it.
 _DESCRIBES = re.compile(
@@ -108,8 +109,12 @@ def _take_number(columns: dict, name: str) -> float:
         raise InputError(f"column {name!r} is {described(value)}, expected a number") from error
 
 
-def _read_canonical(columns: dict, reading: Reading) -> dict:
-    return {key: columns.pop(key) for key in _CANONICAL if key in columns}
+def _read_pair(columns: dict, reading: Reading) -> dict:
+    return {key: columns.pop(key) for key in _PAIR if key in columns}
+
+
+def _read_group(columns: dict, reading: Reading) -> dict:
+    return {key: columns.pop(key) for key in _RATED if key in columns}
 
 
 def _read_mapped(columns: dict, reading: Reading) -> dict:
@@ -144,7 +149,7 @@ def _read_hh(columns: dict, reading: Reading) -> dict:
 def _read_binarized(columns: dict, reading: Reading) -> dict:
     if columns["messages"] == columns["chosen"]:  # a copy for supervised training
         del columns["messages"]
-    return _read_canonical(columns, reading)
+    return _read_pair(columns, reading)
 
 
 def _read_completions(columns: dict, reading: Reading) -> dict:
@@ -179,7 +184,7 @@ def _read_chosen_response(columns: dict, reading: Reading) -> dict:
 
 def _read_question(columns: dict, reading: Reading) -> dict:
     asked = next(key for key in ("question", "input") if key in columns)
-    return {"prompt": columns.pop(asked)} | _read_canonical(columns, reading)
+    return {"prompt": columns.pop(asked)} | _read_pair(columns, reading)
 
 
 def _read_alpaca(columns: dict, reading: Reading) -> dict:
@@ -194,7 +199,7 @@ def _read_alpaca(columns: dict, reading: Reading) -> dict:
 
 
 def _read_sharegpt(columns: dict, reading: Reading) -> dict:
-    return {"prompt": columns.pop("conversations")} | _read_canonical(columns, reading)
+    return {"prompt": columns.pop("conversations")} | _read_pair(columns, reading)
 
 
 def _by_strength(first, second, strength: float, reading: Reading) -> dict:
@@ -340,9 +345,9 @@ def _set(name: str, columns: str, read, others: str = "", **options) -> KnownSet
 
 
 _MAPPED = _set("columns named by keys", "", _read_mapped)
-_GROUP = _set("group", "", _read_canonical)
-_PROMPT = _set("prompt, chosen, rejected", "", _read_canonical)
-_CONVERSATIONS = _set("conversations", "", _read_canonical)
+_GROUP = _set("group", "", _read_group)
+_PROMPT = _set("prompt, chosen, rejected", "", _read_pair)
+_CONVERSATIONS = _set("conversations", "", _read_pair)
 _LABELING = "generations order labelling_model labelling_prompt raw_labelling_response status output_parsed"
 # Layouts with more columns come first.
 _SETS = [

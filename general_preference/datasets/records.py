@@ -170,6 +170,8 @@ def _parse_group(record: dict, reading: Reading):
     if len(stated) != 1:
         found = " and ".join(f"'{key}'" for key in stated) or _keys(record)
         raise InputError(f"a group needs one of the keys 'preferences', 'scores', 'ranks' or 'ranking', found {found}")
+    if "chosen_probability" in record:
+        raise InputError("'chosen_probability' belongs to one chosen and one rejected response, found a group")
     prompt = parse_prompt(record["prompt"], "prompt", reading)
     if not isinstance(record["responses"], list) or len(record["responses"]) < 2:
         raise InputError(f"'responses' is {described(record['responses'])}, expected a list of at least two")
