@@ -28,14 +28,15 @@ if __name__ == "__main__":
 from general_preference.cli import exit_code, format_table, quiet_other_libraries
 from general_preference.datasets import preparation
 from general_preference.datasets.sources import parse_sources
-from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
+from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer, separate_padding
 from general_preference.distributed import is_main_process
 from general_preference.errors import InputError, RunError, Stopped
 from general_preference.files import lock_folder, replace_text
-from general_preference.models.config import OWN_BASE, PreferenceConfig, adapter_base, saved_preference
+from general_preference.models.config import OWN_BASE, PreferenceConfig, adapter_base
+from general_preference.models.heads import saved_preference
 from general_preference.models.merging import lacks_heads, merged_base
 from general_preference.models.reward_model import get_reward_model
-from general_preference.trainer.arguments import DEFAULT_MAX_LEN, Arguments, parse_arguments
+from general_preference.trainer.arguments import Arguments, parse_arguments
 from general_preference.trainer.deepspeed_config import without_keys
 from general_preference.trainer.folders import check_folders, output_folders
 
@@ -85,7 +86,7 @@ def print_plan(arguments: Arguments) -> None:
     if lacks_heads(arguments.model.pretrain, arguments.model.trust_remote_code):  # it would be merged
         arguments = on_base(arguments, adapter_base(arguments.model.pretrain))
     preference = resolve_preference(arguments)
-    encoder = ComparisonTokenizer(make_tokenizer(arguments), preference.max_length, preference.input_format)
+    encoder = make_encoder(make_tokenizer(arguments), preference)
     lengths = prepare_data(arguments, encoder)[0]["length"][:]
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     print(plan(arguments, preference, arguments.output.plan, world_size, lengths))
@@ -104,12 +105,17 @@ def run(arguments: Arguments, engine) -> None:
     given, arguments = arguments, merge_pretrain(arguments, context)
     preference = context.main_process_first(lambda: resolve_preference(arguments))
     tokenizer = context.main_process_first(lambda: make_tokenizer(arguments))
-    encoder = ComparisonTokenizer(tokenizer, preference.max_length, preference.input_format)
+    encoder = make_encoder(tokenizer, preference)
     train_table, eval_tables, summaries = context.main_process_first(lambda: prepare_data(arguments, encoder))
     for summary in summaries:
         logger.info("%s", summary)
     model = make_model(arguments, preference, engine.config())
     model.card.base_model = given.model.pretrain
+    if preference.pad_token_id is None:  # others find the reward before the padding
+        separate_padding(tokenizer)
+    else:
+        tokenizer.pad_token_id = preference.pad_token_id
+    model.language_model.config.pad_token_id = tokenizer.pad_token_id
     for table in (train_table, *eval_tables.values()):
         preparation.check_known_ids(table, model.vocabulary_size, tokenizer)
     objective = PreferenceObjective(arguments.loss, model, tokenizer, engine.device)
@@ -117,10 +123,9 @@ def run(arguments: Arguments, engine) -> None:
     trainer = Trainer(arguments, engine, model, tokenizer, objective, train_table, eval_tables)
     kernel = model.config._attn_implementation
     logger.info(
-        "%s D=%d%s on %s: %d steps of %d comparisons, %d process(es) on %s, ZeRO %d, attention %s",
-        preference.head, preference.dim, " with gate" if preference.prompt_gate else "", arguments.model.pretrain,
-        trainer.steps, engine.global_batch_size, context.world_size, engine.device, arguments.engine.zero_stage,
-        kernel,
+        "%s on %s: %d steps of %d comparisons, %d process(es) on %s, ZeRO %d, attention %s",
+        preference.describe(), arguments.model.pretrain, trainer.steps, engine.global_batch_size, context.world_size,
+        engine.device, arguments.engine.zero_stage, kernel,
     )  # fmt: skip
     if context.world_size > 1:
         logger.info("tokens of the fullest process: %.1f %% above the mean", 100 * trainer.sampler.imbalance())
@@ -166,16 +171,7 @@ def on_base(arguments: Arguments, base: str) -> Arguments:
 def resolve_preference(arguments: Arguments) -> PreferenceConfig:
     """The head to train: what the flags ask for, or what the checkpoint in --pretrain already has."""
     model = arguments.model
-    saved = saved_preference(model.pretrain, model.trust_remote_code)
-    if saved is None:
-        return model.preference(arguments.data.max_len or DEFAULT_MAX_LEN)
-    same = {"head": model.preference_head or ("gpm" if model.is_general_preference else None)}
-    same |= {"dim": model.value_head_dim, "prompt_gate": model.add_prompt_head or None}
-    same |= {name: getattr(model, name) for name in ("gate", "normalize", "input_format")}
-    saved.check(model.pretrain, **same, temperature=model.general_preference_tau)
-    saved.max_length = arguments.data.max_len or saved.max_length or DEFAULT_MAX_LEN
-    saved.learnable_temperature = model.learnable_temperature
-    return saved
+    return model.preference(arguments.data.max_len, saved_preference(model.pretrain, model.trust_remote_code))
 
 
 def make_tokenizer(arguments: Arguments):
@@ -183,6 +179,11 @@ def make_tokenizer(arguments: Arguments):
     model = arguments.model
     options = {"use_fast": not model.disable_fast_tokenizer, "trust_remote_code": model.trust_remote_code}
     return load_tokenizer(model.pretrain, input_template=model.input_template, **options)
+
+
+def make_encoder(tokenizer, preference: PreferenceConfig) -> ComparisonTokenizer:
+    """What turns messages into the tokens that the model reads."""
+    return ComparisonTokenizer(tokenizer, preference.max_length, preference.input_format, preference.pad_token_id)
 
 
 def prepare_data(arguments: Arguments, encoder: ComparisonTokenizer):
@@ -220,7 +221,8 @@ def make_model(arguments: Arguments, preference: PreferenceConfig, deepspeed_con
     wanted, names = arguments.model, ("load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "target_modules")
     options = {name: getattr(wanted, name) for name in (*names, "attn_implementation", "trust_remote_code")}
     options |= {"use_flash_attention_2": wanted.flash_attn, "seed": arguments.optimizer.seed}
-    options |= {"bf16": arguments.engine.bf16, "ds_config": deepspeed_config}
+    options |= {"bf16": arguments.engine.bf16, "ds_config": deepspeed_config, "keep_reward": wanted.keep_reward}
+    options |= dict.fromkeys(("init_value_head", "init_prompt_head"), wanted.new_head)
     model = get_reward_model(wanted.pretrain, preference=preference, **options)
     check_positions(model, preference.max_length)
     model.freeze_unused(language_model_head=arguments.loss.add_pretrain_loss)

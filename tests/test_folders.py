@@ -13,7 +13,8 @@ from general_preference.datasets.tokenization import load_tokenizer
 from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError, RunError
 from general_preference.inference.batch import ResultStore
-from general_preference.models.config import saved_preference, weights_digest
+from general_preference.models.config import weights_digest
+from general_preference.models.heads import saved_preference
 from general_preference.trainer.arguments import parse_arguments
 from general_preference.trainer.checkpoint import BestModels, CheckpointStore, RunState, save_model
 from general_preference.trainer.folders import check_folders

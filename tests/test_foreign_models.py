@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from general_preference import GPMPipeline, RewardModel, get_reward_model
 from general_preference.datasets.preparation import check_known_ids
 from general_preference.errors import InputError
-from general_preference.models.config import saved_preference, weights_digest
+from general_preference.models.config import weights_digest
+from general_preference.models.heads import saved_preference
 from general_preference.models.merging import lacks_heads, merge_into_folder, merged_base
 from tests.conftest import random_comparisons
 from tests.test_multimodal import FAMILIES as MULTIMODAL
@@ -42,10 +43,13 @@ def altered(model_folder, saved, tmp_path):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("score.weight", r"is a sequence classifier of another tool \(it holds score.weight\)"),
-        ("classifier.dense.weight", "sequence classifier"),
-        ("v_head.summary.weight", r"is a value model of another tool \(it holds v_head.summary.weight\)"),
-        ("value_head.summary.bias", "value model of another tool"),
+        ("score.0.weight", "holds score.0.weight, a part of a classifier that is more than one weight"),
+        ("classifier.dense.weight", "classifier.dense.weight, the head of an encoder that pools, or of another class"),
+        ("v_head.summary.weight", "holds v_head.summary.weight, the head of a reward or value model of another kind"),
+        (
+            "value_head.summary.bias",
+            "value model of another kind: of other tools, only decoder-only reward models with",
+        ),
         (
             "model.layers.2.mlp.up_proj.weight",
             "holds weights that its configuration has no place for, the first model.l",
@@ -243,7 +247,11 @@ def test_an_adapter_with_more_tokens(place, model_folder, family):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda tensors: tensors | {"base_model.model.score.weight": torch.zeros(1, 32)}, "sequence classifier of ano"),
+        (lambda tensors: tensors | {"base_model.model.score.weight": torch.zeros(2, 32)}, "score.weight has 2 labels"),
+        (
+            lambda tensors: tensors | {"base_model.model.v_head.weight": torch.zeros(1, 32)},
+            "holds base_.*of another kind",
+        ),
         (
             lambda tensors: tensors | {"base_model.model.x.lora_A.weight": torch.zeros(2, 32)},
             "has no place for, 1 tensors",
@@ -291,8 +299,8 @@ def test_runs_that_start_from_models_of_other_tools(place, tuned, altered):
         "merged": [*sft, "--zero_stage", "3"],
         "reused": sft,
         "head": ["--pretrain", altered(remove=["lm_head.weight"]), "--add_pretrain_loss"],
-        "classifier": ["--pretrain", altered(add=["score.weight"])],
-        "partitioned": ["--pretrain", altered(add=["score.weight"]), "--zero_stage", "3"],
+        "classifier": ["--pretrain", altered(add=["score.0.weight"])],
+        "partitioned": ["--pretrain", altered(add=["score.0.weight"]), "--zero_stage", "3"],
         "images": ["--pretrain", images, "--zero_stage", "3", "--lora_rank", "0", "--save_path", str(place / "seen")],
         "ids": ["--pretrain", str(place / "grown")],
         "base": ["--pretrain", str(place / "adapter"), "--save_path", str(place / "tiny"), "--lora_rank", "0"],
@@ -303,10 +311,10 @@ def test_runs_that_start_from_models_of_other_tools(place, tuned, altered):
     said = {name: text for name, (_, text) in found.items()}
     assert f"sft, an adapter without preference heads, is merged into {run}/base" in said["merged"]
     assert "was merged before into" in said["reused"] and "Parameters:" in said["plan"]
-    assert "its language-model head" in said["head"] and "sequence classifier" in said["classifier"]
-    assert "sequence classifier" in said["partitioned"]
+    assert "its language-model head" in said["head"] and "score.0.weight" in said["classifier"]
+    assert "score.0.weight" in said["partitioned"]
     names = set(load_file(place / "seen" / "model.safetensors"))
-    assert names - {"value_head.weight"} == set(load_file(place / "images" / "model.safetensors"))
+    assert names - {"value_head.weight", "score.weight"} == set(load_file(place / "images" / "model.safetensors"))
     assert "has token 300 ('contest'), but the model has 300 embeddings" in said["ids"]
     assert f"save_path {place}/tiny is {place}/tiny" in said["base"]
     assert json.loads((place / "run" / "arguments.json").read_text())["pretrain"] == str(place / "sft")

@@ -151,7 +151,7 @@ def load_tokenized(
     tables, summaries = [], []
     if len(sources) > 1:
         warn_of_shared_files(sources)
-    if sources and encoder.input_format == "chat" and (opening := encoder.template.opening()):
+    if sources and encoder.input_format != "released" and (opening := encoder.template.opening()):
         logger.info("left out of prompts: %r, which the chat template writes only where a response begins", opening)
     for source in sources:
         table, summary = load_source(source, reading, skip_bad)

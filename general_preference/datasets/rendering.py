@@ -40,10 +40,14 @@ _SCHEMA |= {"enum", "default", "strict", "additionalProperties", "anyOf", "oneOf
 
 @dataclass
 class Rendered:
-    """The prompt's text and what follows it in each response; whether thoughts of earlier turns were left out."""
+    """The prompt's text and what follows it in each response; whether thoughts of earlier turns were left out.
+
+    spaces: white space that the template writes behind each response.
+    """
 
     prompt: str
     responses: list[str]
+    spaces: list[str]
     thoughts_left_out: bool = False
 
 
@@ -68,6 +72,10 @@ class ChatTemplate:
             before = (talk.partition(_TALK[1]["content"])[0] for talk in talks if talk)
             self._openings[key] = prompt[len(_common_prefix([prompt, *before])) :]
         return self._openings[key]
+
+    def closing(self) -> str:
+        """What the template writes behind an assistant's text: the end of its turn."""
+        return self._try(_TALK[:2]).rpartition(_TALK[1]["content"])[2]
 
     def _try(self, messages: list[Message], options: dict | None = None, generate=False, parts=False) -> str:
         """The rendered text, "" where the template refuses the messages."""
@@ -104,7 +112,9 @@ class ChatTemplate:
             merged = f"{prompt[0]['content']}\n\n{prompt[1]['content']}"
             prompt = [prompt[1] | {"content": merged}, *prompt[2:]]
             text = self._prompt_text(prompt, answers, options)
-        rendered = Rendered(text, [self._response_text(text, prompt, response, options) for response in responses])
+        whole = [self._response_text(text, prompt, response, options) for response in responses]
+        found = [_without_space(*one) for one in zip(whole, responses, strict=True)]
+        rendered = Rendered(text, found, [one[len(text) :] for one, text in zip(whole, found, strict=True)])
         if options and not _says(text, options.get("tools")):
             raise InputError("the chat template leaves out the tools, or a part of them")
         lost, rendered.thoughts_left_out = _lost(prompt, text, history=True)
@@ -129,7 +139,7 @@ class ChatTemplate:
         lost, _ = _lost(response, whole[len(text) :])
         found = self._framed(text, prompt, response, options, lost) if lost or not whole.startswith(text) else whole
         self._check_shown(messages, options)
-        return _without_space(found[len(text) :], response)
+        return found[len(text) :]
 
     def _framed(self, text: str, prompt: list[Message], response: list[Message], options: dict, lost: str) -> str:
         """The conversation as the template writes it around any response, with the response as it is.

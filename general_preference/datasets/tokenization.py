@@ -1,16 +1,21 @@
 """Messages -> token ids of the prompt and of each response, with the one truncation rule.
 
-Two input formats, saved with the model:
+Input formats, saved with the model:
 
 chat      the prompt, rendered with the generation prompt, is tokenized separately, so its ids are a true prefix of
           each response; the end token is appended; exactly one BOS where the tokenizer or its template wants one;
           texts never become control tokens (control_tokens.py), and none is lost (rendering.py).
 released  as the published GPM checkpoints were trained: template text tokenized with special tokens again, the last
           token overwritten by the end token, the first message being the prompt (for the gate).
+sequence_classification
+          as transformers' reward models are trained and run: the conversation as `apply_chat_template` tokenizes it,
+          nothing added; the last token that is not padding is read. Texts never become control tokens here either.
+openrlhf  as OpenRLHF trains reward models: that conversation without new lines at its end, but with the end token.
 """
 
 import hashlib
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -25,6 +30,8 @@ from general_preference.datasets.control_tokens import ControlTokens, is_protect
 from general_preference.datasets.messages import Message
 from general_preference.datasets.rendering import ChatTemplate, Rendered
 from general_preference.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_VERSION = 2  # part of the cache key: raise it when the same text gets other ids
 DEFAULT_TEMPLATE = "Human:\n{}\nAssistant:\n"
@@ -71,9 +78,26 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, input_templ
         raise InputError(f"the tokenizer of {name} has no end token (eos_token): the embedding is read there, set one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if input_template is None and not tokenizer.chat_template:
+        logger.warning("%s has no chat template: conversations are written as %r", name, DEFAULT_TEMPLATE)
     if input_template is not None or not tokenizer.chat_template:
         tokenizer.chat_template = plain_template(input_template or DEFAULT_TEMPLATE)
     return tokenizer
+
+
+def separate_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad with a token that texts never hold: transformers reads a reward where the padding begins."""
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return
+    used = f"{tokenizer.bos_token}{tokenizer.eos_token}{tokenizer.chat_template}"
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    free = [name for name in special if name not in used]
+    if free:
+        tokenizer.pad_token = min(free, key=lambda name: ("pad" not in name.lower(), name != tokenizer.unk_token))
+    else:
+        logger.warning(
+            "no token but %s can pad: tools that pass over padding read one token early", tokenizer.eos_token
+        )
 
 
 def fix_date(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -109,11 +133,13 @@ class ComparisonTokenizer:
     """Encodes prompts and responses the same way for training, evaluation and inference.
 
     max_length bounds prompt + one response in tokens, the end token included; None is no bound.
+    pad_token_id: sequence_classification passes over tokens with this id at the end, as transformers does.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None = None
     input_format: str = "chat"
+    pad_token_id: int | None = None
 
     def __post_init__(self):
         tokenizer = self.tokenizer
@@ -121,13 +147,22 @@ class ComparisonTokenizer:
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.adds_bos = self.bos is not None and tokenizer("a")["input_ids"][:1] == [self.bos]
         self.control, self.template = ControlTokens(tokenizer), ChatTemplate(tokenizer)
+        # Whether conversations are tokenized whole; in parts they may get other ids where the parts meet.
+        self.whole = self.input_format in ("sequence_classification", "openrlhf")
+        self.end = [self.eos]  # what stays behind a response that is cut
+        if self.input_format == "sequence_classification":
+            self.end = self._without_padding(self._ids([self.template.closing()])[0])
+        if self.max_length is not None and len(self.end) > self.max_length // 2:
+            found = f"the chat template ends a turn with {len(self.end)} tokens"
+            raise InputError(f"{found}, which leaves too little of max_length {self.max_length}: raise it")
 
     def fingerprint(self) -> str:
         """Changes whenever the same messages could get other ids."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
         special = (self.bos, self.eos, self.adds_bos, self.tokenizer.chat_template)
-        return stable_hash(TOKENIZER_VERSION, vocabulary, special, self.max_length, self.input_format)
+        passed_over = () if self.pad_token_id is None else (self.pad_token_id,)
+        return stable_hash(TOKENIZER_VERSION, vocabulary, special, self.max_length, self.input_format, *passed_over)
 
     def encode(
         self,
@@ -153,10 +188,11 @@ class ComparisonTokenizer:
             rows = [self._encode_released(*one) for one in zip(prompts, responses, options, strict=True)]
         else:
             found = [self._render(*one) for one in zip(prompts, responses, options, strict=True)]
-            flat = iter(self._ids([text for one in found for text in (one.prompt, *one.responses)]))
+            flat = iter(self._ids([text for one in found for text in self._texts(one)]))
             rows = []
             for one in found:
-                row = self._truncate(self._one_bos(next(flat)), [next(flat) for _ in one.responses])
+                prompt, *some = (next(flat) for _ in range(1 + len(one.responses)))
+                row = self._truncate(*(self._split(prompt, some) if self.whole else (self._one_bos(prompt), some)))
                 rows.append(row | {"thoughts_left_out": one.thoughts_left_out})
         if not all(row["prompt_ids"] for row in rows):
             raise InputError("the prompt has no tokens; expected some text before the responses")
@@ -167,12 +203,36 @@ class ComparisonTokenizer:
             prompt, responses = self.control.protect(prompt), self.control.protect(responses)
         return self.template.render(prompt, responses, options)
 
+    def _texts(self, one: Rendered) -> list[str]:
+        """What is tokenized: the prompt, and each response alone or in its whole conversation."""
+        if not self.whole:
+            return [one.prompt, *one.responses]
+        whole = [one.prompt + "".join(end) for end in zip(one.responses, one.spaces, strict=True)]
+        if self.input_format == "openrlhf":
+            end, whole = self.tokenizer.eos_token, [text.rstrip("\n") for text in whole]
+            whole = [text if text.endswith(end) else f"{text} {end}" for text in whole]
+        return [one.prompt, *whole]
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         for index, text in enumerate(texts):
             if is_protected(text):
                 ids[index] = self.control.encode(text)
         return ids
+
+    def _split(self, prompt: list[int], whole: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+        """The tokens with which the prompt and all whole conversations begin, and what follows in each."""
+        whole = list(map(self._without_padding, whole))
+        rows = [prompt, *(ids[:-1] for ids in whole)]
+        differ = (place for place, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1)
+        shared = next(differ, min(map(len, rows)))
+        return prompt[:shared], [ids[shared:] for ids in whole]
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        end = len(ids)
+        while end and ids[end - 1] == self.pad_token_id:
+            end -= 1
+        return ids[:end]
 
     def _one_bos(self, ids: list[int]) -> list[int]:
         """Exactly one BOS in front, if the tokenizer or its template puts one there at all."""
@@ -183,18 +243,20 @@ class ComparisonTokenizer:
 
     def _truncate(self, prompt: list[int], responses: list[list[int]]) -> dict:
         """Cut the prompt's oldest tokens first, down to a quarter of the budget; then the responses' ends."""
-        responses = [ids[:-1] if ids[-1:] == [self.eos] else ids for ids in responses]
+        written = [_ends_with(ids, self.end) for ids in responses]
+        responses = [ids[: -len(self.end)] if there else ids for ids, there in zip(responses, written, strict=True)]
+        ends = [[] if self.whole and not there else self.end for there in written]  # an end token is always appended
         prompt_cut = response_cut = False
         if self.max_length is not None:
-            longest = max(len(ids) for ids in responses)
-            keep = max(self.max_length // 4, self.max_length - 1 - longest)
+            longest, reserved = max(len(ids) for ids in responses), max(map(len, ends))
+            keep = max(self.max_length // 4, self.max_length - reserved - longest)
             if prompt_cut := len(prompt) > keep:
                 head = prompt[:1] if prompt[:1] == [self.bos] else []
                 prompt = head + prompt[len(prompt) - max(keep - len(head), 1) :]
-            room = self.max_length - 1 - len(prompt)
+            room = self.max_length - reserved - len(prompt)
             response_cut = longest > room
             responses = [ids[:room] for ids in responses]
-        responses = [[*ids, self.eos] for ids in responses]
+        responses = [ids + end for ids, end in zip(responses, ends, strict=True)]
         return {"prompt_ids": prompt, "response_ids": responses, "prompt_cut": prompt_cut, "response_cut": response_cut}
 
     def _encode_released(self, prompt: list[Message], responses: list[list[Message]], template_options: dict) -> dict:
@@ -210,6 +272,10 @@ class ComparisonTokenizer:
         responses = [[*ids[gate:-1], self.eos] for ids in whole]
         cuts = {"prompt_cut": False, "response_cut": cut, "thoughts_left_out": False}
         return {"prompt_ids": whole[0][:gate], "response_ids": responses} | cuts
+
+
+def _ends_with(ids: list[int], end: list[int]) -> bool:
+    return len(ids) >= len(end) > 0 and ids[-len(end) :] == end
 
 
 def stable_hash(*parts: object) -> str:

@@ -23,8 +23,9 @@ from general_preference.inference import ranking
 from general_preference.inference.cuts import Cuts
 from general_preference.inference.embedding import EmbeddedPrompt, embed
 from general_preference.inference.inputs import as_list, check_keywords, choose_dtype
-from general_preference.models.config import MIN_LENGTH, PreferenceConfig, trained_preference
+from general_preference.models.config import MIN_LENGTH, PreferenceConfig
 from general_preference.models.device import choose_device
+from general_preference.models.heads import trained_preference
 from general_preference.models.reward_model import RewardModel, load_reward_model
 from general_preference.models.score import preference_probability, preference_score
 
@@ -62,12 +63,12 @@ class GPMPipeline:
         disable_fast_tokenizer: bool = False,
         trust_remote_code: bool = False,
     ):
-        """Load a model folder (full, sharded or LoRA adapter) or hub name.
+        """Load a model folder (full, sharded or LoRA adapter) or hub name; reward models of other tools as well.
 
         Args:
             device: "auto" takes a GPU if there is one, then mps, then the CPU; a number is that of an accelerator.
             value_head_dim, is_general_preference, add_prompt_head, tau: what the checkpoint is expected to say, if not
-                None. `tau` sets the temperature of published weights, which record none.
+                None. `tau` sets the temperature of weights that record none: published ones and those of other tools.
             bf16: the backbone's dtype; None is bf16 on GPUs that compute it fast, else fp32. Scores are fp32.
             truncation: cut prompt + response to `max_length` tokens (prompts first, from their oldest side).
             max_length: default what the model was trained with.
@@ -125,7 +126,8 @@ class GPMPipeline:
         limit = max_length or self.preference.max_length or released
         limit = limit if positions is None else min(limit or positions, positions)
         self.max_length = limit if truncation else None
-        self.encoder = ComparisonTokenizer(tokenizer, self.max_length, self.preference.input_format)
+        how = self.preference.input_format, self.preference.pad_token_id
+        self.encoder = ComparisonTokenizer(tokenizer, self.max_length, *how)
         self.cut = Cuts()
 
     @property

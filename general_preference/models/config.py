@@ -1,16 +1,13 @@
-"""What a model folder or hub repository says about itself: its preference head, tensors, adapter and identity.
+"""What a model folder or hub repository says about itself: its settings, tensors, adapter and identity.
 
-`preference` in config.json is a `PreferenceConfig`; checkpoints without one (published GPM weights, the paper's code)
-are described from the shapes of their head tensors.
+`preference` in config.json is a `PreferenceConfig`; heads.py reads it, and describes the heads of other tools with it.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,6 +22,8 @@ from general_preference.errors import InputError
 
 MIN_LENGTH = 8  # tokens that leave room for a prompt and a response
 HEADS = ("bt", "gpm", "hybrid")
+INPUT_FORMATS = ("chat", "released", "sequence_classification", "openrlhf")
+_WORDS = {"bt": "Bradley-Terry", "gpm": "GPM", "hybrid": "hybrid"}
 _DIMENSIONS = {  # the least D (even heads are even), and how a message says it
     "bt": (1, "a Bradley-Terry head has dimension 1"),
     "gpm": (2, "a GPM head needs an even value_head_dim >= 2"),
@@ -43,8 +42,10 @@ class PreferenceConfig:
     normalize:             L2-normalize the planes of an embedding
     temperature:           tau of P = sigmoid(score / tau); the learned value if it was learned
     learnable_temperature: whether training optimizes it
-    input_format:          "chat" or "released" (see datasets/tokenization.py)
+    input_format:          one of INPUT_FORMATS (see datasets/tokenization.py)
     max_length:            tokens of prompt and response together, or None for no limit
+    pad_token_id:          sequence_classification: tokens with this id at the end of a sequence are passed over
+    reward_offset:         added to the scalar of a Bradley-Terry or hybrid head; scores do not depend on it
     """
 
     head: Literal["bt", "gpm", "hybrid"] = "bt"
@@ -54,11 +55,13 @@ class PreferenceConfig:
     normalize: bool = False
     temperature: float = 1.0
     learnable_temperature: bool = False
-    input_format: Literal["chat", "released"] = "chat"
+    input_format: Literal["chat", "released", "sequence_classification", "openrlhf"] = "chat"
     max_length: int | None = None
+    pad_token_id: int | None = None
+    reward_offset: float = 0.0
 
     def __post_init__(self):
-        kinds = {"head": HEADS, "gate": ("softmax", "scaled_softmax"), "input_format": ("chat", "released")}
+        kinds = {"head": HEADS, "gate": ("softmax", "scaled_softmax"), "input_format": INPUT_FORMATS}
         for name, known in kinds.items():
             if getattr(self, name) not in known:
                 raise InputError(f"unknown preference {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
@@ -75,6 +78,16 @@ class PreferenceConfig:
         """Number of planes P = D // 2."""
         return self.dim // 2
 
+    def same_head(self, other: "PreferenceConfig") -> bool:
+        """Whether the weights of one head fit the other."""
+        return (self.head, self.dim, self.prompt_gate) == (other.head, other.dim, other.prompt_gate)
+
+    def describe(self) -> str:
+        """The head in words: Bradley-Terry, or its kind, D, and whether it has a gate."""
+        return (
+            f"{_WORDS[self.head]} D={self.dim}{' with gate' * self.prompt_gate}" if self.planes else _WORDS[self.head]
+        )
+
     @classmethod
     def from_dict(cls, values: dict) -> "PreferenceConfig":
         """Read the object back; a field this version does not know is an error, never silently dropped."""
@@ -83,7 +96,8 @@ class PreferenceConfig:
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise InputError(f"config.json has unknown preference fields {sorted(unknown)}: is it of a newer version?")
-        kinds = {"dim": (int,), "max_length": (int, type(None)), "temperature": (int, float)}
+        kinds = {"dim": (int,), "temperature": (int, float), "reward_offset": (int, float)}
+        kinds |= dict.fromkeys(("max_length", "pad_token_id"), (int, type(None)))
         kinds |= dict.fromkeys(("prompt_gate", "normalize", "learnable_temperature"), (bool,))
         for name in kinds.keys() & values.keys():
             if type(values[name]) not in kinds[name]:
@@ -107,7 +121,7 @@ class PreferenceConfig:
         for name, value in asked.items():
             if value is not None and value != getattr(self, name):
                 found = f"{path} was saved with {name} = {getattr(self, name)!r}, but {value!r} was asked for"
-                raise InputError(f"{found}: drop the setting, or start from the base model")
+                raise InputError(f"{found}: drop the setting, or start with new heads")
 
 
 HEADS_FILE = "preference_heads.safetensors"
@@ -115,39 +129,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 # A run's base model if it was merged from an adapter: its folder in the run's, and the note in it of which adapter.
 OWN_BASE, MERGED_FROM = "base", "merged_from.json"
 BASE_DIGEST = "base_model_digest"  # key in an adapter's config.json: `weights_digest` of the model that it belongs to
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAMPLE = 1 << 16  # bytes at the start, middle and end of a weight file that its checksum covers
-HEAD_NAMES = ("value_head.weight", "prompt_head.weight")
-SINGLE_FILES = ("model.safetensors", "adapter_model.safetensors", HEADS_FILE)
-FOREIGN_HEADS = re.compile(r"(^|\.)(score|classifier|v_head|value_head|reward_head|rm_head|regression_layer)\.")
-
-
-def saved_preference(path: str, trust_remote_code: bool = False) -> PreferenceConfig | None:
-    """What the checkpoint at `path` says about its head; None for a plain language model."""
-    if (recorded := getattr(load_config(path, trust_remote_code), "preference", None)) is not None:
-        return PreferenceConfig.from_dict(recorded)
-    shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(path, HEAD_NAMES).items()}
-    value_head, prompt_head = map(shapes.get, HEAD_NAMES)
-    return None if value_head is None else PreferenceConfig.from_shapes(value_head, prompt_head)
-
-
-def trained_preference(path: str, trust_remote_code: bool = False, temperature: float | None = None):
-    """The `PreferenceConfig` of a trained model; `temperature` is used where none is recorded (published weights).
-
-    Raises:
-        InputError: no such model, no heads, or another temperature is recorded.
-    """
-    preference = saved_preference(path, trust_remote_code)
-    if preference is None:
-        if pickles := [name for name in PICKLES if resolve(path, name)]:
-            raise InputError(f"{path} holds pickle ({pickles[0]}), which is never loaded: convert it to safetensors")
-        check_foreign_heads(path, tensor_names(path))
-        raise InputError(f"{path} is a plain language model without value_head: train it first, or pass a trained one")
-    recorded = getattr(load_config(path, trust_remote_code), "preference", None) is not None
-    if temperature is not None and not recorded:
-        return dataclasses.replace(preference, temperature=temperature)
-    preference.check(str(path), temperature=temperature)
-    return preference
+VALUE_HEAD_FILE = "value_head.safetensors"  # of LLaMA-Factory
+SINGLE_FILES = ("model.safetensors", "adapter_model.safetensors", VALUE_HEAD_FILE, HEADS_FILE)
 
 
 def load_config(path: str, trust_remote_code: bool = False):
@@ -167,7 +151,8 @@ def load_config(path: str, trust_remote_code: bool = False):
         if resolve(path, "config.json") is None and (base := base_of(path)) is not None:
             with naming_adapter(path):
                 config = load_config(base, trust_remote_code)
-            vars(config).pop("preference", None)
+            for key in ("preference", "value_head_prefix"):
+                vars(config).pop(key, None)
             return config
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except InputError:
@@ -259,35 +244,25 @@ def naming_adapter(path: str) -> Iterator[None]:
 
 def read_tensors(path: str, names) -> dict[str, torch.Tensor]:
     """The named tensors of a checkpoint that are there, read without touching the others."""
-    found, single = {}, resolve(path, HEADS_FILE)
+    found = {}
     with naming_damage(path):
-        weight_map = {} if single else _weight_map(path)
-        if not weight_map and (single := single or resolve(path, "model.safetensors")):
-            weight_map = dict.fromkeys(names, single)
-        for name in set(names) & set(weight_map):
-            with safe_open(single or resolve(path, weight_map[name]), framework="pt") as tensors:
-                if name in tensors.keys():  # noqa: SIM118 (a file handle, not a dict)
-                    found[name] = tensors.get_tensor(name)
+        files = tensor_files(path)
+        for name in set(names) & set(files):
+            with safe_open(resolve(path, files[name]), framework="pt") as tensors:
+                found[name] = tensors.get_tensor(name)
     return found
 
 
-def tensor_names(path: str) -> set[str]:
-    """Names of all tensors of a checkpoint in safetensors, an adapter's and its heads' included."""
-    names = set(_weight_map(path))
-    for file in filter(None, (resolve(path, name) for name in SINGLE_FILES)) if not names else ():
-        with naming_damage(path), safe_open(file, framework="pt") as tensors:
-            names |= set(tensors.keys())
-    return names
-
-
-def check_foreign_heads(path: str, names) -> None:
-    """InputError if one of these tensors is the head of a reward or value model that another tool made."""
-    if found := sorted(name for name in names if name not in HEAD_NAMES and FOREIGN_HEADS.search(name)):
-        what = "sequence classifier" if FOREIGN_HEADS.search(found[0])[2] in ("score", "classifier") else "value model"
-        raise InputError(
-            f"{path} is a {what} of another tool (it holds {found[0]}), which is not read as a language model: "
-            "use the language model that it was made from"
-        )
+def tensor_files(path: str) -> dict[str, str]:
+    """{tensor: its file} of a checkpoint in safetensors, an adapter's and its heads' included."""
+    found = _weight_map(path)
+    singles = SINGLE_FILES[1:] if found else SINGLE_FILES
+    for name, file in ((name, resolve(path, name)) for name in singles):
+        with naming_damage(path):
+            if file is not None:
+                with safe_open(file, framework="pt") as tensors:
+                    found |= dict.fromkeys(tensors.keys(), name)
+    return found
 
 
 @contextlib.contextmanager

@@ -14,18 +14,17 @@ from general_preference.errors import InputError
 from general_preference.models.config import (
     ADAPTER_CONFIG,
     BASE_DIGEST,
-    HEAD_NAMES,
     base_chain,
     base_of,
-    check_foreign_heads,
     first_line,
     load_config,
     naming_adapter,
     reason,
     resolve,
-    tensor_names,
+    tensor_files,
     weights_digest,
 )
+from general_preference.models.heads import IN_ADAPTER, check_no_head, head_tensors
 from general_preference.models.kernels import asked_of_transformers
 from general_preference.models.multimodal import auto_class, freeze_other_parts, text_modules
 
@@ -59,7 +58,7 @@ def load_backbone(
         what = f"{path} was trained on a base model whose weights have the checksum {trained_on}"
         raise InputError(f"{what}, but those of {base} have {found}: put the base model of its training there")
     model.config.update({BASE_DIGEST: found})
-    return load_adapter(model, path)
+    return load_adapter(model, path, trust_remote_code)
 
 
 def _load_language_model(path: str, config, dtype, attention: str, trust_remote_code, load_in_4bit, device):
@@ -81,7 +80,7 @@ def _load_language_model(path: str, config, dtype, attention: str, trust_remote_
         transformers.logging.set_verbosity(verbosity)
     if model.get_output_embeddings() is None:
         raise InputError(f"{path} is a {config.model_type} model without a language-model head: use a decoder-only LM")
-    model.made_up = _check_tensors(path, model, info)
+    model.made_up = _check_tensors(path, model, info, head_tensors(path, trust_remote_code))
     if conversions := getattr(model, "_weight_conversions", None):
         # Partitioned loading keeps what it had no use for, and saving would rename tensors by it.
         model._weight_conversions = [one for one in conversions if not hasattr(one, "was_used") or one.was_used()]
@@ -91,10 +90,10 @@ def _load_language_model(path: str, config, dtype, attention: str, trust_remote_
     return model
 
 
-def _check_tensors(path: str, model, info: dict) -> str | None:
+def _check_tensors(path: str, model, info: dict, of_head: set[str]) -> str | None:
     """InputError for tensors that are missing or have no place; the prefix of an LM head that is missing."""
-    unused = sorted(name for name in info["unexpected_keys"] if name not in HEAD_NAMES and not OLD_MASKS.search(name))
-    check_foreign_heads(path, unused)
+    unused = sorted(name for name in info["unexpected_keys"] if name not in of_head and not OLD_MASKS.search(name))
+    check_no_head(path, unused)
     if unused:
         raise InputError(f"{path} holds weights that its configuration has no place for, the first {unused[0]}")
     modules = {module: name for name, module in model.named_modules()}
@@ -142,7 +141,7 @@ def add_lora(backbone, rank: int, alpha: int, target_modules, dropout: float, se
         raise InputError(f"LoRA does not fit this model: {first_line(error)}") from error
 
 
-def load_adapter(model, path: str):
+def load_adapter(model, path: str, trust_remote_code: bool = False):
     """The adapter at `path` on its base `model`, trainable; InputError without peft or readable weights."""
     weights = resolve(path, "adapter_model.safetensors")
     if weights is None:
@@ -150,11 +149,14 @@ def load_adapter(model, path: str):
     try:
         from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
-        held = tensor_names(path) - set(HEAD_NAMES)
-        check_foreign_heads(path, held)
+        of_head = head_tensors(path, trust_remote_code)
+        held = set(tensor_files(path)) - of_head
+        check_no_head(path, held)
         folder = str(Path(weights).parent)  # of the hub's snapshot, if it came from there
         settings = PeftConfig.from_pretrained(folder)
         settings.task_type = None  # whatever it was made for, it adapts the layers alone
+        heads = {name.removeprefix(IN_ADAPTER).split(".")[0] for name in of_head}
+        settings.modules_to_save = [name for name in settings.modules_to_save or () if name not in heads] or None
         _match_vocabulary(model, weights)
         loaded = PeftModel.from_pretrained(model, folder, config=settings, is_trainable=True, use_safetensors=True)
         missing = set(get_peft_model_state_dict(loaded, save_embedding_layers=False)) - held

@@ -22,9 +22,9 @@ from general_preference.models.config import (
     first_line,
     load_config,
     resolve,
-    saved_preference,
     weights_digest,
 )
+from general_preference.models.heads import saved_preference
 from general_preference.models.loading import load_backbone, merge_adapter
 from general_preference.models.reward_model import RewardModel, load_reward_model
 

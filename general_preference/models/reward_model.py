@@ -3,6 +3,7 @@
 `get_reward_model` makes one to train, `load_reward_model` loads a trained one.
 """
 
+import logging
 import math
 import os
 
@@ -15,19 +16,18 @@ from general_preference.models.attention import PackedSequences
 from general_preference.models.backbone import PackedBackbone
 from general_preference.models.config import (
     BASE_DIGEST,
-    HEAD_NAMES,
     PreferenceConfig,
     adapter_base,
-    read_tensors,
     resolve,
-    saved_preference,
-    trained_preference,
     weights_digest,
 )
+from general_preference.models.heads import HEAD_NAMES, read_heads, saved_preference, trained_preference
 from general_preference.models.loading import add_lora, load_backbone, partitioned_loading
 from general_preference.models.losses import load_balancing_loss
 from general_preference.models.saving import CardFacts, push_reward_model, read_card_facts, save_reward_model
 from general_preference.models.score import normalize_embedding
+
+logger = logging.getLogger(__name__)
 
 
 class Fp32Linear(nn.Linear):
@@ -37,6 +37,16 @@ class Fp32Linear(nn.Linear):
         """(..., in_features) of any float dtype -> (..., out_features) in fp32 or better."""
         dtype = torch.promote_types(input.dtype, torch.float32)
         return F.linear(input.to(dtype), self.weight.to(dtype))
+
+
+class ValueHead(Fp32Linear):
+    """Embeds in D numbers. The scalar of an odd D is computed by itself: to the bit as a Bradley-Terry head does."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) of any float dtype -> (..., D) in fp32 or better."""
+        dtype, scalar = torch.promote_types(input.dtype, torch.float32), self.out_features % 2
+        parts = self.weight.to(dtype).split([size for size in (self.out_features - scalar, scalar) if size])
+        return torch.cat([F.linear(input.to(dtype), part) for part in parts], dim=-1)
 
 
 class Temperature(nn.Module):
@@ -62,7 +72,7 @@ class RewardModel(PackedBackbone):
         self.preference = preference
         self.card = CardFacts()
         hidden = self.config.hidden_size
-        self.value_head = Fp32Linear(hidden, preference.dim, bias=False)
+        self.value_head = ValueHead(hidden, preference.dim, bias=False)
         self.prompt_head = Fp32Linear(hidden, preference.planes, bias=False) if preference.prompt_gate else None
         self.temperature = Temperature(preference.temperature) if preference.learnable_temperature else None
 
@@ -104,6 +114,9 @@ class RewardModel(PackedBackbone):
         embeddings = self.value_head(hidden[response_ends])
         if self.preference.normalize:
             embeddings = normalize_embedding(embeddings)
+        if self.preference.reward_offset:
+            scalar = torch.arange(embeddings.shape[-1], device=embeddings.device) == embeddings.shape[-1] - 1
+            embeddings = embeddings + self.preference.reward_offset * scalar
         output = {"embeddings": embeddings, "prompt_hidden_states": hidden[prompt_ends]}
         fixed = torch.full((1,), self.preference.temperature, device=hidden.device)
         output["temperature"] = fixed if self.temperature is None else self.temperature()
@@ -137,6 +150,7 @@ def get_reward_model(
     ds_config: dict | None = None,
     init_value_head: bool = False,
     init_prompt_head: bool = False,
+    keep_reward: bool = False,
     add_prompt_head: bool = False,
     is_general_preference: bool = False,
     value_head_dim: int | None = None,
@@ -147,26 +161,34 @@ def get_reward_model(
 ) -> RewardModel:
     """A preference model to train, from a language model or an earlier preference model (the paper's arguments).
 
-    A plain language model gets new heads (N(0, 1/hidden), by `seed`); a preference model keeps its own, unless
-    `init_value_head` / `init_prompt_head` ask for new ones.
+    A plain language model gets new heads (N(0, 1/hidden), by `seed`). A preference or reward model keeps its own,
+    unless another head is asked for, or new ones by `init_value_head` / `init_prompt_head`; its backbone stays.
 
     Args:
+        keep_reward: a hybrid head on a Bradley-Terry model, whose scores are those of that model until it is trained.
         bf16: the backbone in bfloat16, else fp32. load_in_4bit: in 4 bits (bitsandbytes), frozen under adapters.
-        is_general_preference, value_head_dim (default 2), add_prompt_head: the head if `preference` is not given.
+        is_general_preference, value_head_dim (default 2), add_prompt_head: the head if `preference` is not given;
+            where none of them is, the model's own, else Bradley-Terry.
         ds_config: a DeepSpeed configuration; with ZeRO stage 3 no process holds the whole backbone (except in 4 bits).
         attn_implementation: one of `kernels.CHOICES`; the kernel is chosen where the model runs.
 
     Raises:
-        InputError: no such model, a folder that is none, or a request that contradicts a checkpoint's own head.
+        InputError: no such model, a folder that is none, or a reward to keep where there is none.
     """
     path = os.path.expanduser(model_name_or_path)
+    saved = saved_preference(path, trust_remote_code)
     if preference is None and is_general_preference:
         preference = PreferenceConfig("gpm", value_head_dim or 2, add_prompt_head, normalize=True, temperature=0.1)
-    preference = preference or PreferenceConfig("bt", value_head_dim or 1, add_prompt_head)
-    saved = saved_preference(path, trust_remote_code)
-    if saved is not None:
-        saved.check(path, head=preference.head, dim=preference.dim, prompt_gate=preference.prompt_gate)
-    elif adapter_base(path) is not None:
+    elif preference is None and (saved is None or value_head_dim or add_prompt_head):
+        preference = PreferenceConfig("bt", value_head_dim or 1, add_prompt_head)
+    preference = preference or saved
+    if keep_reward and (saved is None or saved.head != "bt" or preference.head != "hybrid"):
+        found = "a plain language model" if saved is None else f"a {saved.describe()} model"
+        raise InputError(
+            f"a {preference.describe()} head cannot keep the reward of {path}, {found}: it takes a hybrid "
+            "head on a Bradley-Terry model"
+        )
+    if saved is None and adapter_base(path) is not None:
         raise InputError(f"{path} is an adapter without preference heads: merge it first (scripts/merge_lora.py)")
     attention = "flash_attention_2" if use_flash_attention_2 else attn_implementation
     partitioned = partitioned_loading(ds_config, path, trust_remote_code)
@@ -183,9 +205,16 @@ def get_reward_model(
     model = RewardModel(backbone, preference, attention)
     model.card.base_model = path
     model.initialize_heads(seed)
-    if saved is not None:
+    if keep_reward:
+        _start_from_reward(model, read_heads(path, trust_remote_code)[HEAD_NAMES[0]])
+    elif saved is not None and saved.same_head(preference):
         keep = [name for name, new in zip(HEAD_NAMES, (init_value_head, init_prompt_head), strict=True) if not new]
-        _copy_heads(model, path, keep)
+        _copy_heads(model, path, keep, trust_remote_code)
+    if saved is not None and (keep_reward or init_value_head or not saved.same_head(preference)):
+        reward = " whose scalar is its reward" if keep_reward else ""
+        logger.info(
+            "%s (%s) keeps its backbone and gets a new %s head%s", path, saved.describe(), preference.describe(), reward
+        )
     model.check_sharing(can_run=partitioned is None)
     return model
 
@@ -210,7 +239,7 @@ def load_reward_model(
     preference = preference or trained_preference(path, trust_remote_code)
     backbone = load_backbone(path, dtype, attn_implementation, trust_remote_code, device=device)
     model = RewardModel(backbone, preference, attn_implementation)
-    _copy_heads(model, path, HEAD_NAMES)
+    _copy_heads(model, path, HEAD_NAMES, trust_remote_code)
     model.to(device)  # before the self-check, which is of the kernels there
     model.card = read_card_facts(resolve(path, "README.md"))
     model.check_sharing()
@@ -218,9 +247,16 @@ def load_reward_model(
     return model
 
 
-def _copy_heads(model: RewardModel, path: str, names) -> None:
+def _start_from_reward(model: RewardModel, reward: torch.Tensor) -> None:
+    """Hybrid heads with the scalar `reward` (1, hidden): every plane's second coordinate is 0, so planes score 0."""
+    weight = model.value_head.weight.data
+    weight[1:-1:2] = 0
+    weight[-1:] = reward
+
+
+def _copy_heads(model: RewardModel, path: str, names, trust_remote_code: bool) -> None:
     """Fill the model's heads `names` from the checkpoint at `path`; a head without weights is never left random."""
-    tensors = read_tensors(path, names)
+    tensors = read_heads(path, trust_remote_code)
     for name in names:
         head = getattr(model, name.split(".")[0])
         found = f"has {name} of shape {tuple(tensors[name].shape)}" if name in tensors else f"has no {name}"

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from yaml import YAMLError
 
-from general_preference.models.config import BASE_DIGEST, HEAD_NAMES, HEADS_FILE, PreferenceConfig
+from general_preference.models.config import BASE_DIGEST, HEADS_FILE, PreferenceConfig
+from general_preference.models.heads import DIGEST, HEAD_NAMES, SCORE
 
 
 def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_shard_size="50GB", tags=None) -> None:
@@ -34,11 +35,13 @@ def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_s
         preference = dataclasses.replace(preference, temperature=learned)
 
     language_model = model.language_model
-    language_model.config.preference = dataclasses.asdict(preference)
+    _describe(language_model.config, preference)
     # Generation settings are unused, and inconsistent ones would refuse to be saved.
     language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
     if language_model is model.backbone:
         vars(language_model.config).pop(BASE_DIGEST, None)  # of an adapter that was merged
+        if preference.head == "bt":  # the name by which transformers, TRL, vLLM and OpenRLHF read it
+            heads[SCORE] = heads[HEAD_NAMES[0]].clone()
         model.backbone.save_pretrained(path, state_dict={**backbone, **heads}, max_shard_size=max_shard_size)
     else:
         model.backbone.save_pretrained(path, state_dict=backbone)
@@ -47,6 +50,15 @@ def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_s
     for weights in Path(path).glob("*.safetensors"):
         shutil.copymode(Path(path) / "config.json", weights)  # safetensors writes them with mode 600
     model_card(preference, model.card, tags).save(Path(path) / "README.md")
+
+
+def _describe(config, preference: PreferenceConfig) -> None:
+    """Write into a configuration what this package, and what others read of a reward model."""
+    for key in ("mean", "std", "normalize_reward", "value_head_prefix", DIGEST):  # of the model that it started from
+        vars(config).pop(key, None)
+    config.preference = dataclasses.asdict(preference)
+    if preference.head == "bt":
+        config.num_labels, config.value_head_prefix = 1, SCORE.split(".")[0]
 
 
 def push_reward_model(model, repo_id: str, *, private=None, token=None, revision=None, tags=None, **options):

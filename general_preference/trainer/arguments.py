@@ -7,7 +7,7 @@ reads the command line.
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -15,11 +15,16 @@ from general_preference.cli import check_at_least, flag, parse_flags
 from general_preference.datasets.arguments import ReadingArguments
 from general_preference.errors import InputError
 from general_preference.files import replace_text
-from general_preference.models.config import HEADS, PreferenceConfig
+from general_preference.models.config import HEADS, INPUT_FORMATS, PreferenceConfig
 from general_preference.models.kernels import CHOICES
 from general_preference.models.losses import LanguageModelLossKind, PreferenceLossKind
 
 DEFAULT_MAX_LEN = 512
+_DEFAULT_HEADS = {
+    "bt": PreferenceConfig("bt"),
+    "gpm": PreferenceConfig("gpm", 2, normalize=True, temperature=0.1),
+    "hybrid": PreferenceConfig("hybrid", 3, normalize=True, temperature=0.1),
+}
 
 
 @dataclass
@@ -28,7 +33,7 @@ class ModelArguments:
 
     # fmt: off
     pretrain: str = flag("google/gemma-2b-it", "base language model, or an earlier preference model: folder or hub name")
-    preference_head: str | None = flag(None, "bt (one number), gpm (planes) or hybrid (both); default gpm with --is_general_preference, else bt", choices=list(HEADS))
+    preference_head: str | None = flag(None, "bt (one number), gpm (planes) or hybrid (both); default what --pretrain has, gpm with --is_general_preference, else bt", choices=list(HEADS))
     is_general_preference: bool = flag(False, "train a General Preference Model; same as --preference_head gpm")
     value_head_dim: int | None = flag(None, "size D of an embedding: even for gpm (default 2), odd for hybrid (default 3), 1 for bt")
     add_prompt_head: bool = flag(False, "weigh the planes by a gate that reads the prompt's last token")
@@ -36,7 +41,9 @@ class ModelArguments:
     normalize: bool | None = flag(None, "L2-normalize the planes of an embedding; default on for gpm and hybrid, never for bt")
     general_preference_tau: float | None = flag(None, "temperature tau of P = sigmoid(score / tau); default 0.1 for gpm and hybrid, 1 for bt", aliases=["--tau"])
     learnable_temperature: bool = flag(False, "optimize the temperature, starting at --general_preference_tau; saved with the model")
-    input_format: str | None = flag(None, "chat, or released (published checkpoints); default what the model was saved with, else chat", choices=["chat", "released"])
+    new_head: bool = flag(False, "start with new heads where --pretrain has the same: only its backbone is kept")
+    keep_reward: bool = flag(False, "a hybrid head on a Bradley-Terry --pretrain that starts as its reward")
+    input_format: str | None = flag(None, "what is tokenized: chat, sequence_classification (as transformers' reward models), openrlhf, or released (published checkpoints); default what the model was saved with, else chat", choices=list(INPUT_FORMATS))
     attn_implementation: str = flag("auto", "attention kernel; auto takes the fastest that is exact for the model on this device", choices=CHOICES)
     flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
     disable_fast_tokenizer: bool = flag(False, "use the slow (Python) tokenizer where a model has both")
@@ -49,20 +56,51 @@ class ModelArguments:
     target_modules: list[str] | None = field(default_factory=lambda: ["all-linear"], metadata={"help": "modules that get adapters: names, or all-linear"})
     # fmt: on
 
-    def preference(self, max_length: int | None) -> PreferenceConfig:
-        """The head these flags ask for; InputError where they contradict each other."""
-        head = self.preference_head or ("gpm" if self.is_general_preference else "bt")
+    def preference(self, max_length: int | None, saved: PreferenceConfig | None = None) -> PreferenceConfig:
+        """The head to train: what the flags ask for, on a model that was `saved` with a head or has none.
+
+        Raises:
+            InputError: flags that contradict each other or the head that is continued.
+        """
+        head = self.preference_head or ("gpm" if self.is_general_preference else None)
         if self.is_general_preference and head == "bt":
             raise InputError("--is_general_preference asks for a GPM, --preference_head bt for Bradley-Terry: drop one")
-        if self.normalize and head == "bt":
+        asked = {"dim": self.value_head_dim, "prompt_gate": self.add_prompt_head or None}
+        asked |= {"gate": self.gate, "normalize": self.normalize, "temperature": self.general_preference_tau}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        always = {"learnable_temperature": self.learnable_temperature}
+        always["max_length"] = max_length or (saved and saved.max_length) or DEFAULT_MAX_LEN
+        if saved is not None and not self.new_head and not self.keep_reward and self._continues(saved, head):
+            saved.check(self.pretrain, **asked, input_format=self.input_format)
+            return replace(saved, **always)
+        if self.keep_reward:
+            start = self._kept_reward(saved, head)
+        else:
+            head = head or (saved.head if saved else "bt")
+            start = saved if saved is not None and saved.head == head else _DEFAULT_HEADS[head]
+            start = replace(start, temperature=_DEFAULT_HEADS[head].temperature, reward_offset=0.0)
+        if self.normalize and start.head == "bt":
             raise InputError("--normalize has no meaning for --preference_head bt (one number): drop it")
-        dim = self.value_head_dim if self.value_head_dim is not None else {"bt": 1, "gpm": 2, "hybrid": 3}[head]
-        tau = self.general_preference_tau if self.general_preference_tau is not None else (1.0 if head == "bt" else 0.1)
-        normalize = head != "bt" if self.normalize is None else self.normalize
-        return PreferenceConfig(
-            head, dim, self.add_prompt_head, self.gate or "softmax", normalize, tau, self.learnable_temperature,
-            self.input_format or "chat", max_length,
-        )  # fmt: skip
+        always["input_format"] = self.input_format or (saved.input_format if saved else "chat")
+        always["pad_token_id"] = saved and saved.pad_token_id
+        return replace(start, **asked, **always)
+
+    def _continues(self, saved: PreferenceConfig, head: str | None) -> bool:
+        """Whether the head that was saved is the one these flags ask for."""
+        dim, gate = self.value_head_dim, self.add_prompt_head
+        return head in (None, saved.head) and dim in (None, saved.dim) and gate <= saved.prompt_gate
+
+    def _kept_reward(self, saved: PreferenceConfig | None, head: str | None) -> PreferenceConfig:
+        """A hybrid head with the units, padding and input of a reward model."""
+        if self.new_head:
+            raise InputError("--new_head forgets the reward that --keep_reward keeps: drop one")
+        if head not in (None, "hybrid"):
+            raise InputError(f"--keep_reward makes a hybrid head, not {head}: drop one")
+        if saved is None or saved.head != "bt":
+            found = "a plain language model" if saved is None else f"a {saved.describe()} model"
+            raise InputError(f"--keep_reward needs a Bradley-Terry model, but --pretrain {self.pretrain} is {found}")
+        saved.check(self.pretrain, input_format=self.input_format)
+        return replace(saved, head="hybrid", dim=3)
 
 
 @dataclass
