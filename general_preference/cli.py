@@ -33,10 +33,13 @@ def flag(default, text: str, **metadata):
     return field(default=default, metadata={"help": text, **metadata})
 
 
-def parse_flags(groups: tuple[type, ...], argv: list[str] | None, description: str, replaced=lambda flags: ()) -> list:
+def parse_flags(
+    groups: tuple[type, ...], argv: list[str] | None, description: str, replaced=lambda flags: (), files: str = ""
+) -> list:
     """One filled dataclass per group. Unknown flags and values of the wrong type exit with code 2, as argparse does.
 
     replaced: from the Namespace of the command line alone, keys of the --config file that it makes meaningless.
+    files: help text of one or more paths without a flag; their list is returned after the groups.
     """
     parser = HfArgumentParser(groups, allow_abbrev=False, description=description)
     parser.error = functools.partial(_refuse, parser)
@@ -44,6 +47,8 @@ def parse_flags(groups: tuple[type, ...], argv: list[str] | None, description: s
         if action.type is string_to_bool:  # also where the default is None a bare flag means true
             action.nargs, action.const = "?", True
     parser.add_argument("--config", help="YAML or JSON file of flags, such as a run's arguments.json; flags here win")
+    if files:
+        parser.add_argument("files", nargs="+", metavar="FILE", help=files)
     argv = sys.argv[1:] if argv is None else argv
     given, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -53,10 +58,10 @@ def parse_flags(groups: tuple[type, ...], argv: list[str] | None, description: s
             argv = _config_flags(given.config, {action.dest for action in parser._actions}, replaced(given)) + argv
         except InputError as error:
             parser.error(str(error))
-    filled = list(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))[: len(groups)]
+    *filled, others = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     for group in filled:  # a shell leaves the "~" of --flag=~/path to the program
         vars(group).update({n: os.path.expanduser(value) for n, value in vars(group).items() if isinstance(value, str)})
-    return filled
+    return [*filled, others.files] if files else filled
 
 
 def _config_flags(path: str, known: set[str], replaced: tuple[str, ...]) -> list[str]:
@@ -69,7 +74,7 @@ def _config_flags(path: str, known: set[str], replaced: tuple[str, ...]) -> list
     if not isinstance(values, dict):
         raise InputError(f"config {path} is not a mapping of flags to values")
     values.pop("resolved", None)
-    unknown = sorted(str(key) for key in values if key not in known - {"config", "help"})
+    unknown = sorted(str(key) for key in values if key not in known - {"config", "files", "help"})
     if unknown:
         raise InputError(f"config {path} has unknown keys: {', '.join(unknown)}")
     flags = []

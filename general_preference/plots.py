@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 MEMBER_CHARACTERS, MAX_SUBSETS = 90, 40  # of a response beside its point; in one picture
 _POINT, _BAR, _RIGHT, _WRONG = "#1f3b5c", "#9db4cc", "#2a7f62", "#c0392b"
-_GROUPS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3")
+_GROUPS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
 _TRAIN, _EVALUATION = {"lw": 1, "alpha": 0.7, "color": "0.55"}, {"lw": 1.8, "marker": "o", "ms": 4}
 _STYLE = {"figure.constrained_layout.use": True, "savefig.dpi": 130, "axes.titlesize": 10, "axes.grid": True}
 _STYLE |= {"axes.axisbelow": True, "grid.alpha": 0.25, "legend.frameon": False, "legend.fontsize": 8}
@@ -226,4 +226,39 @@ def draw_runs(runs: list[tuple[str, dict[str, float]]], path: Path) -> bool:
     axis.grid(False)
     axis.axhline(1, color="0.8", lw=0.8, zorder=0)
     axis.legend(ncols=len(runs), loc="upper center")
+    return _save(pyplot, figure, path)
+
+
+def draw_comparison(compared: dict, path: Path) -> bool:
+    """Accuracies of models, and differences from the first, per subset with 95 % intervals; of `compare_models`."""
+    if (pyplot := load_pyplot()) is None:
+        return False
+    models, against = (compared[key] for key in ("models", "against_baseline"))
+    *subsets, last = models[compared["baseline"]]["results"]
+    shown = [*subsets[:MAX_SUBSETS], last] if len(subsets) > 1 else [last]
+    height = 1.7 + len(shown) * max(0.34, 0.17 * len(models))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, max(3, height)), sharey=True, width_ratios=(3, 2))
+    for number, label in enumerate(models):
+        look = {"fmt": "o", "ms": 5, "lw": 1.4, "capsize": 2.5, "color": _GROUPS[number % len(_GROUPS)]}
+        for axis, keys, found in (
+            (left, ("accuracy", "accuracy_low", "accuracy_high"), models[label]),
+            (right, ("difference", "low", "high"), against.get(label, {"results": {}})),
+        ):
+            for place, name in enumerate(name for name in shown if name in found["results"]):
+                values = [found["results"][name][key] for key in keys]
+                middle, low, high = (values[0] if value is None else value for value in values)
+                spread = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
+                y = place + 0.7 * ((number + 0.5) / len(models) - 0.5)
+                axis.errorbar(middle, y, xerr=spread, label=None if place else label, **look)
+    n = models[compared["baseline"]]["results"]
+    left.set_yticks(range(len(shown)), [f"{name} ({n[name]['n']})" for name in shown], parse_math=False)
+    left.set(ylim=(len(shown) - 0.5, -0.5), xlabel="accuracy, 95 % interval")
+    right.set(xlabel="difference of accuracies, 95 % interval")
+    right.set_title(f"difference from {compared['baseline']}", parse_math=False)
+    right.axvline(0, color="0.3", lw=1, ls="--", zorder=1)
+    for axis in (left, right):
+        axis.grid(False, axis="y")
+        for edge in range(len(shown) - 1):
+            axis.axhline(edge + 0.5, color="0.9", lw=0.8, zorder=0)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(models)))
     return _save(pyplot, figure, path)

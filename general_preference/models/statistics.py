@@ -25,7 +25,7 @@ def preference_sums(score: Tensor, label: Tensor, loss: Tensor, temperature, cou
     tie = (score == 0).double()
     wins = torch.where(score > 0, label, 1 - label)
     outcome = torch.where(score == 0, torch.full_like(label, 0.5), wins)
-    correct = torch.where((score == 0) | (label == 0.5), torch.full_like(label, 0.5), (wins > 0.5).double())
+    correct = preference_credit(score, label)
     toward_preferred = torch.where(label >= 0.5, score, -score)
     probability = torch.sigmoid(toward_preferred / tau)
     head = torch.stack([torch.ones_like(score), loss, correct, tie, probability, toward_preferred])
@@ -37,6 +37,12 @@ def preference_sums(score: Tensor, label: Tensor, loss: Tensor, temperature, cou
     each = torch.stack([torch.ones_like(confidence), confidence, outcome])
     per_bin.index_add_(1, bins, torch.where(counted > 0, each, 0.0))
     return torch.cat([head, per_bin.flatten()])
+
+
+def preference_credit(score: Tensor, label: Tensor) -> Tensor:
+    """(M,) 1 where the score is on the side of the label, else 0; one half where either is on none. Both float64."""
+    right = (torch.where(score > 0, label, 1 - label) > 0.5).double()
+    return torch.where((score == 0) | (label == 0.5), torch.full_like(label, 0.5), right)
 
 
 def preference_statistics(sums: Tensor) -> dict[str, float]:
