@@ -111,7 +111,8 @@ def _difference(row: dict) -> dict:
 
 def _place(row: dict) -> dict:
     between = {"preferred": f"{row['preferred']} over {row['other']}"} if "preferred" in row else {}
-    return {name: row[name] for name in ("row", "id", "subset") if row[name]} | between | row["probability"]
+    probabilities = {f"P of {label}": probability for label, probability in row["probability"].items()}
+    return {name: row[name] for name in ("row", "id", "subset") if row[name]} | between | probabilities
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""All pictures: training curves, held-out cycles, reliability, benchmark subsets, runs side by side.
+"""All pictures: training curves, held-out cycles, reliability, benchmark subsets, runs and models side by side.
 
 Each `draw_` function writes one PNG and returns whether it did: without matplotlib it logs one line and draws nothing.
 """
@@ -230,35 +230,37 @@ def draw_runs(runs: list[tuple[str, dict[str, float]]], path: Path) -> bool:
 
 
 def draw_comparison(compared: dict, path: Path) -> bool:
-    """Accuracies of models, and differences from the first, per subset with 95 % intervals; of `compare_models`."""
+    """Accuracies of models and their differences from the first, of `compare_models`, as dots with 95 % intervals.
+
+    A row per subset, all rows last; of more than `MAX_SUBSETS` only the first and the last are drawn.
+    """
     if (pyplot := load_pyplot()) is None:
         return False
-    models, against = (compared[key] for key in ("models", "against_baseline"))
-    *subsets, last = models[compared["baseline"]]["results"]
+    models, against, baseline = (compared[key] for key in ("models", "against_baseline", "baseline"))
+    *subsets, last = models[baseline]["results"]
     shown = [*subsets[:MAX_SUBSETS], last] if len(subsets) > 1 else [last]
-    height = 1.7 + len(shown) * max(0.34, 0.17 * len(models))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, max(3, height)), sharey=True, width_ratios=(3, 2))
-    for number, label in enumerate(models):
+    height = max(3, 1.7 + len(shown) * max(0.34, 0.17 * len(models)))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, height), sharey=True, width_ratios=(3, 2))
+    accuracies = [(left, label, ("accuracy", "accuracy_low", "accuracy_high"), models[label]) for label in models]
+    differences = [(right, label, ("difference", "low", "high"), against[label]) for label in against]
+    for axis, label, keys, found in accuracies + differences:
+        number = list(models).index(label)
+        places = [place + 0.7 * ((number + 0.5) / len(models) - 0.5) for place in range(len(shown))]
+        rows = [[found["results"][name][key] for key in keys] for name in shown]
+        middle, *ends = zip(*([row[0] if value is None else value for value in row] for row in rows), strict=True)
+        spread = [[abs(end - value) for end, value in zip(side, middle, strict=True)] for side in ends]
         look = {"fmt": "o", "ms": 5, "lw": 1.4, "capsize": 2.5, "color": _GROUPS[number % len(_GROUPS)]}
-        for axis, keys, found in (
-            (left, ("accuracy", "accuracy_low", "accuracy_high"), models[label]),
-            (right, ("difference", "low", "high"), against.get(label, {"results": {}})),
-        ):
-            for place, name in enumerate(name for name in shown if name in found["results"]):
-                values = [found["results"][name][key] for key in keys]
-                middle, low, high = (values[0] if value is None else value for value in values)
-                spread = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
-                y = place + 0.7 * ((number + 0.5) / len(models) - 0.5)
-                axis.errorbar(middle, y, xerr=spread, label=None if place else label, **look)
-    n = models[compared["baseline"]]["results"]
-    left.set_yticks(range(len(shown)), [f"{name} ({n[name]['n']})" for name in shown], parse_math=False)
+        axis.errorbar(middle, places, xerr=spread, label=label, **look)
+    counts = [models[baseline]["results"][name]["n"] for name in shown]
+    names = [f"{name} ({n})" for name, n in zip(shown, counts, strict=True)]
+    left.set_yticks(range(len(shown)), names, parse_math=False)
     left.set(ylim=(len(shown) - 0.5, -0.5), xlabel="accuracy, 95 % interval")
-    right.set(xlabel="difference of accuracies, 95 % interval")
-    right.set_title(f"difference from {compared['baseline']}", parse_math=False)
+    right.set_xlabel(f"difference of accuracies from {baseline}, 95 % interval", parse_math=False)
     right.axvline(0, color="0.3", lw=1, ls="--", zorder=1)
+    right.locator_params(axis="x", nbins=6)
     for axis in (left, right):
         axis.grid(False, axis="y")
-        for edge in range(len(shown) - 1):
-            axis.axhline(edge + 0.5, color="0.9", lw=0.8, zorder=0)
+        for edge in range(1, len(shown)):
+            axis.axhline(edge - 0.5, color="0.9", lw=0.8, zorder=0)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(models)))
     return _save(pyplot, figure, path)
