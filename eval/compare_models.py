@@ -13,14 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from general_preference.cli import (
-    check_at_least,
-    exit_code,
-    flag,
-    format_table,
-    parse_flags,
-    quiet_other_libraries,
-)
+from general_preference.cli import check_at_least, exit_code, flag, format_table, parse_flags, quiet_other_libraries
 from general_preference.errors import InputError
 from general_preference.files import check_outputs, read_object, replace_text
 from general_preference.inference.batch import ResultStore
@@ -29,8 +22,8 @@ from general_preference.inference.results import check_same_rows, model_labels, 
 from general_preference.plots import draw_comparison
 
 FILES = "two or more result files (.jsonl) of the same rows; the first is what the others are compared with"
-
-COLUMNS = ("n", "accuracy", "interval", "ties", "file")
+COLUMNS = {name: name for name in ("n", "accuracy", "interval", "ties", "file")}
+GROUPS = "p and intervals of accuracies take comparisons as independent; intervals of differences keep groups whole"
 
 
 @dataclass
@@ -82,7 +75,8 @@ def format_comparison(compared: dict) -> str:
     shown = [*subsets, last] if len(subsets) > 1 else [last]
     totals = {label: model["results"][last] | {"file": model["file"]} for label, model in models.items()}
     counts = f"{compared['rows']} rows, {compared['comparisons']} comparisons; {compared['credit']}"
-    parts = [counts, format_table(totals, "model", dict(zip(COLUMNS, COLUMNS, strict=True)))]
+    counts += f"\n{GROUPS}" if compared["rows"] < compared["comparisons"] else ""
+    parts = [counts, format_table(totals, "model", COLUMNS)]
     if len(shown) > 1:
         parts.append(format_table({name: _accuracies(models, name) for name in shown}, "accuracy", None))
     for label, other in compared["against_baseline"].items():

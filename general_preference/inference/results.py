@@ -120,10 +120,11 @@ def _read_row(index: int, row: dict) -> tuple[str, dict, list[Decision]]:
     credits = preference_credit(*(torch.tensor(numbers, dtype=torch.float64) for numbers in (scores, labels))).tolist()
     decisions = []
     for (i, j, label), score, chance, credit in zip(preferences, scores, probabilities, credits, strict=True):
-        toward = (score, chance, (i, j)) if label >= 0.5 else (-score, 1 - chance, (j, i))
-        preferred, between = (score > 0) - (score < 0), None if pair else toward[2]
-        decided = (row.get("correct", credit), *toward[:2], preferred, preferred == 0, between)
-        decisions.append(Decision(index, index, *decided))
+        preferred = (score > 0) - (score < 0)
+        if label < 0.5:  # it is the second that is preferred
+            i, j, score, chance = j, i, -score, 1 - chance
+        decided = (row.get("correct", credit), score, chance, preferred, preferred == 0)
+        decisions.append(Decision(index, index, *decided, None if pair else (i, j)))
     stated |= {"label": row["label"]} if pair else {"preferences": preferences}
     return PAIRS if "correct" in row else COMPARISONS, stated, decisions
 
