@@ -1,8 +1,11 @@
-"""All pictures: training curves, held-out cycles, reliability, benchmark subsets, runs and models side by side.
+"""Pictures of runs and models: training curves, held-out cycles, reliability, benchmark subsets, models side by side.
 
 Each `draw_` function writes one PNG and returns whether it did: without matplotlib it logs one line and draws nothing.
+`inference/figures.py` draws for notebooks with what this file gives it: a figure, points, arrows and circles.
 """
 
+import functools
+import io
 import logging
 import math
 import textwrap
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from general_preference.errors import InputError
 from general_preference.models.score import preference_score, simple_cycles
 from general_preference.models.statistics import wilson_interval
 
@@ -36,6 +40,27 @@ def load_pyplot():
     from matplotlib import pyplot
 
     return pyplot
+
+
+def open_figure(width: float, height: float):
+    """A matplotlib Figure of that many inches outside pyplot: a notebook shows it once, as the value of its cell.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("a picture needs matplotlib, which is not installed: pip install matplotlib") from error
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    figure._repr_png_ = functools.partial(_png, figure)  # IPython knows Figures only once pyplot has been imported
+    return figure
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _save(pyplot, figure, path: Path) -> bool:
@@ -109,17 +134,43 @@ def draw_cycles(cycles: list[EmbeddedCycle], path: Path) -> bool:
         axis.grid(False)
         points, places, bend = (_on_line if cycle.embeddings.shape[-1] == 1 else _on_plane)(axis, cycle)
         agrees = preference_score(cycle.embeddings, cycle.embeddings.roll(-1, dims=0), cycle.gate) > 0
-        for i, (point, (x, y)) in enumerate(zip(points, places, strict=True)):
-            axis.plot(*point, "o", color=_POINT, ms=8, zorder=4)
-            arrow = {"color": _RIGHT if agrees[i] else _WRONG, "connectionstyle": f"arc3,rad={bend}"}
-            arrow |= {"arrowstyle": "-|>", "lw": 1.4, "mutation_scale": 11, "shrinkA": 5, "shrinkB": 5}
-            axis.annotate("", points[(i + 1) % len(points)], point, arrowprops=arrow)
-            above_or_below = bend or abs(x) < 0.4 * abs(y)
-            side = "center" if above_or_below else "left" if x > 0 else "right"
-            end = {"ha": side, "va": "center" if not above_or_below else "bottom" if y > 0 else "top"}
-            line = {"arrowstyle": "-", "color": "0.85", "shrinkA": 0}
-            axis.annotate(cycle.members[i], point, (x, y), **end, fontsize=7.5, arrowprops=line)
+        for i, (point, place) in enumerate(zip(points, places, strict=True)):
+            mark_point(axis, point, place, cycle.members[i], math.inf if bend else 0.4)
+            mark_preference(axis, point, points[(i + 1) % len(points)], bool(agrees[i]), bend)
     return _save(pyplot, figure, path)
+
+
+def mark_preference(axis, winner, loser, agrees: bool, bend: float = 0.0) -> None:
+    """An arrow between two points (x, y), green or red; `bend` is the curve's, as a share of its length."""
+    arrow = {"color": _RIGHT if agrees else _WRONG, "connectionstyle": f"arc3,rad={bend}"}
+    arrow |= {"arrowstyle": "-|>", "lw": 1.4, "mutation_scale": 11, "shrinkA": 5, "shrinkB": 5}
+    axis.annotate("", loser, winner, arrowprops=arrow)
+
+
+def mark_point(axis, point, place, text: str, steep: float) -> None:
+    """A dot, joined by a line to a text beside `place` (x, y), or centered above or below it if |x| < steep * |y|."""
+    axis.plot(*point, "o", color=_POINT, ms=8, zorder=4)
+    x, y = place
+    centered = abs(x) < steep * abs(y)
+    side = "center" if centered else "left" if x > 0 else "right"
+    end = {"ha": side, "va": "center" if not centered else "bottom" if y > 0 else "top"}
+    line = {"arrowstyle": "-", "color": "0.85", "shrinkA": 0}
+    axis.annotate(text, point, place, **end, fontsize=7.5, arrowprops=line, parse_math=False)
+
+
+def open_plane(axis, points: torch.Tensor, radius: float) -> list[list[float]]:
+    """Prepare an axis for points (K, 2) in a circle; returns places for their texts, in equal steps around it.
+
+    The steps are turned toward the points, and no text covers another.
+    """
+    axis.set(xlim=(-2.6 * radius, 2.6 * radius), ylim=(-1.6 * radius, 1.6 * radius), aspect="equal")
+    circle = torch.linspace(0, 2 * math.pi, 200)
+    axis.plot(radius * circle.cos(), radius * circle.sin(), color="0.8", lw=1, zorder=0)
+    axis.axis("off")
+    angles = torch.atan2(points[:, 1], points[:, 0])
+    steps = angles.argsort().argsort() * (2 * math.pi / len(points))
+    turn = torch.atan2((angles - steps).sin().sum(), (angles - steps).cos().sum())
+    return (1.2 * radius * torch.stack([(steps + turn).cos(), (steps + turn).sin()], dim=1)).tolist()
 
 
 def _on_plane(axis, cycle: EmbeddedCycle) -> tuple[list, list, float]:
@@ -129,20 +180,11 @@ def _on_plane(axis, cycle: EmbeddedCycle) -> tuple[list, list, float]:
     pairs = cycle.embeddings[:, : 2 * planes].unflatten(1, (planes, 2))
     plane = int((weights * preference_score(pairs, pairs.roll(-1, dims=0)).mean(dim=0)).argmax())
     points = pairs[:, plane]
-    radius = max(1.0, points.norm(dim=-1).max().item())
-    axis.set(xlim=(-2.6 * radius, 2.6 * radius), ylim=(-1.6 * radius, 1.6 * radius), aspect="equal")
-    circle = torch.linspace(0, 2 * math.pi, 200)
-    axis.plot(radius * circle.cos(), radius * circle.sin(), color="0.8", lw=1, zorder=0)
-    # Texts in equal steps around the circle, turned toward their points, so that none covers another.
-    angles = torch.atan2(points[:, 1], points[:, 0])
-    steps = angles.argsort().argsort() * (2 * math.pi / len(points))
-    turn = torch.atan2((angles - steps).sin().sum(), (angles - steps).cos().sum())
-    places = 1.2 * radius * torch.stack([(steps + turn).cos(), (steps + turn).sin()], dim=1)
+    places = open_plane(axis, points, max(1.0, points.norm(dim=-1).max().item()))
     weight = f", gate {weights[plane]:.2f}" if cycle.gate is not None else ""
     also = "; arrows count the number, too" if cycle.embeddings.shape[-1] % 2 else ""
     axis.set_title(f"{cycle.set}: plane {plane + 1} of {planes}{weight}{also}")
-    axis.axis("off")
-    return points.tolist(), places.tolist(), 0.0
+    return points.tolist(), places, 0.0
 
 
 def _on_line(axis, cycle: EmbeddedCycle) -> tuple[list, list, float]:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from general_preference.datasets.sources import Source
 from general_preference.datasets.tokenization import stable_hash

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from general_preference.datasets.packing import Collator, distinct_responses
 from general_preference.errors import NonFiniteError

@@ -1,10 +1,11 @@
-"""GPMPipeline: a trained preference model in a notebook. Needs torch and transformers, nothing else.
+"""GPMPipeline: a trained preference model in a notebook. Needs torch and transformers; `show` also matplotlib.
 
 rm = GPMPipeline("path or hub name")
 rm.compare(prompt, first, second)             P(first is preferred)
 rm.preference_matrix(prompt, responses)       (K, K) probabilities from K forward passes
 rm.rank(prompt, responses)                    indices, best first
 rm.score(prompts, responses)                  one number per response, as rewards
+rm.show(prompt, responses)                    a picture of the preferences and of what they come from
 rm([conversation, ...], return_prompt=True)   embeddings and prompt hidden states, as in the paper's example
 """
 
@@ -22,6 +23,7 @@ from general_preference.errors import InputError
 from general_preference.inference import ranking
 from general_preference.inference.cuts import Cuts
 from general_preference.inference.embedding import EmbeddedPrompt, embed
+from general_preference.inference.figures import default_labels, draw_preferences, save_figure
 from general_preference.inference.inputs import as_list, check_keywords, choose_dtype
 from general_preference.models.config import MIN_LENGTH, PreferenceConfig
 from general_preference.models.device import choose_device
@@ -95,7 +97,7 @@ class GPMPipeline:
             named = load_tokenizer(os.path.expanduser(named), use_fast=not disable_fast_tokenizer, **remote)
         if tokenizer is not None and len(named) > (known := model.vocabulary_size):
             raise InputError(f"the tokenizer has {len(named)} tokens and is not this model's, which knows {known}")
-        self._hold(model, named, truncation, max_length, padding, batch_tokens)
+        self._hold(model, named, truncation, max_length, padding, batch_tokens, path)
 
     @classmethod
     def from_model(
@@ -112,13 +114,13 @@ class GPMPipeline:
         self._hold(model.eval(), tokenizer, truncation, max_length, padding, batch_tokens)
         return self
 
-    def _hold(self, model: RewardModel, tokenizer, truncation, max_length, padding, batch_tokens) -> None:
+    def _hold(self, model: RewardModel, tokenizer, truncation, max_length, padding, batch_tokens, path=None) -> None:
         for name, value, least in (("max_length", max_length, MIN_LENGTH), ("batch_tokens", batch_tokens, 1)):
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}, expected at least {least}")
         self.model, self.tokenizer, self.preference = model, tokenizer, model.preference
         self.value_head_dim, self.add_prompt_head = self.preference.dim, self.preference.prompt_gate
-        self.padding, self.batch_tokens = padding, batch_tokens
+        self.path, self.padding, self.batch_tokens = path, padding, batch_tokens
         positions = model.learned_positions
         if truncation and max_length is not None and positions is not None and max_length > positions:
             raise InputError(f"max_length {max_length} exceeds the model's {positions} positions")
@@ -129,6 +131,14 @@ class GPMPipeline:
         how = self.preference.input_format, self.preference.pad_token_id
         self.encoder = ComparisonTokenizer(tokenizer, self.max_length, *how)
         self.cut = Cuts()
+
+    def __repr__(self) -> str:
+        head, size = self.preference, sum(weight.numel() for weight in self.model.parameters())
+        parts = [repr(self.path)] if self.path else []  # of a model from memory there is none
+        parts += [f"{head.head} D={head.dim}{' with gate' * head.prompt_gate}", f"temperature {head.temperature:g}"]
+        parts += [head.input_format, f"max_length {self.max_length}"]
+        parts += [f"{self.device} {str(self.model.dtype).removeprefix('torch.')}", f"{size / 1e6:,.1f} M parameters"]
+        return f"GPMPipeline({', '.join(parts)})"
 
     @property
     def device(self) -> torch.device:
@@ -219,6 +229,32 @@ class GPMPipeline:
         """
         numbers = (ranking.response_scores(one.scores(), method, self.tau) for one in self.embed(prompts, responses))
         return [torch.tensor(list(map(float, some))) for some in numbers]
+
+    def show(self, prompt: Prompt, responses: list[Response], labels: list[str] | None = None, path=None):
+        """The preferences among K >= 2 responses as a matplotlib Figure, which a notebook displays.
+
+        Left `preference_matrix`; right the embeddings on their planes (of many, those with the largest gate weights),
+        and the rewards or, of a hybrid head, the numbers beside the planes.
+
+        Args:
+            labels: K names of the responses; default their indices and beginnings. Long ones are cut.
+            path: also write the picture there; the ending chooses the format (.png, .pdf, ...).
+
+        Raises:
+            InputError (a ValueError): fewer than two responses, another number of labels, an unknown format, no
+                matplotlib, or something that cannot be scored.
+        """
+        responses = as_list(responses, "responses", "a list of at least two", least=1)
+        labels = labels if labels is None else as_list(labels, "labels", "a list with one for each response")
+        if len(responses) < 2:
+            raise InputError("there is one response, expected at least two to compare")
+        if labels is not None and len(labels) != len(responses):
+            raise InputError(f"there are {len(labels)} labels, but {len(responses)} responses: give one for each")
+        (embedded,) = self.embed([prompt], [responses])
+        figure = draw_preferences(embedded, self.tau, default_labels(responses) if labels is None else labels)
+        if path is not None:
+            save_figure(figure, path)
+        return figure
 
     def embed(self, prompts: list[Prompt], responses: list[list[Response]]) -> list[EmbeddedPrompt]:
         """Embed B prompts, each with K >= 1 responses (K may differ), into B EmbeddedPrompts with `scores()` (K, K).

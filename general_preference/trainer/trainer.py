@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from general_preference.datasets.checksum import table_checksum
 from general_preference.datasets.packing import Batch, Collator, Comparisons
