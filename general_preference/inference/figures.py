@@ -28,14 +28,14 @@ def default_labels(responses: list) -> list[str]:
     return [f"{index}: {text}" for index, text in enumerate(texts)]
 
 
-def draw_preferences(embedded: EmbeddedPrompt, temperature: float, labels: list[str]):
+def draw_preferences(embedded: EmbeddedPrompt, temperature: float, labels: list):
     """A matplotlib Figure of K >= 2 responses with one label each."""
     labels, count, dim = list(map(_shortened, labels)), len(labels), embedded.embeddings.shape[1]
     shown = _planes(embedded)
     panels = len(shown) + dim % 2
     side, panel = max(3.2, 0.5 * count), max(2.7, 1.2 + 0.22 * count)  # inches: of the matrix, height of a panel
-    figure = open_figure(side + 2.2 + 1.8 * panel, max(side + 1.7, panels * panel + 0.3))
-    left, right = figure.subfigures(1, 2, width_ratios=[side + 2.2, 1.8 * panel])
+    figure = open_figure(side + 2.4 + 1.8 * panel, max(side + 1.7, panels * panel + 0.3))
+    left, right = figure.subfigures(1, 2, width_ratios=[side + 2.4, 1.8 * panel])
     _draw_matrix(left.subplots(), preference_probability(embedded.scores(), temperature), labels)
     axes = [part.subplots() for part in right.subfigures(panels, squeeze=False)[:, 0]]
     if shown:
@@ -66,8 +66,8 @@ def save_figure(figure, path: str | os.PathLike) -> None:
         figure.savefig(path)
 
 
-def _shortened(text: str) -> str:
-    text = " ".join(text.split())
+def _shortened(label: object) -> str:
+    text = " ".join(str(label).split())
     return text if len(text) <= LABEL_CHARACTERS else text[: LABEL_CHARACTERS - 1].rstrip() + "…"
 
 
