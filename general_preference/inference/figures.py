@@ -35,6 +35,7 @@ def draw_preferences(embedded: EmbeddedPrompt, temperature: float, labels: list)
     panels = len(shown) + dim % 2
     side, panel = max(3.2, 0.5 * count), max(2.7, 1.2 + 0.22 * count)  # inches: of the matrix, height of a panel
     figure = open_figure(side + 2.4 + 1.8 * panel, max(side + 1.7, panels * panel + 0.3))
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # room for slanted labels, which the default cuts
     left, right = figure.subfigures(1, 2, width_ratios=[side + 2.4, 1.8 * panel])
     _draw_matrix(left.subplots(), preference_probability(embedded.scores(), temperature), labels)
     axes = [part.subplots() for part in right.subfigures(panels, squeeze=False)[:, 0]]
@@ -120,7 +121,7 @@ def _draw_numbers(axis, numbers: list[float], labels: list[str], title: str) -> 
     axis.set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
     axis.invert_yaxis()
     axis.axvline(0, color="0.5", lw=0.8)
-    axis.margins(x=0.15)
+    axis.margins(x=0.2)
     axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.grid(False)
