@@ -112,15 +112,15 @@ def test_ties_have_no_arrow(pipeline):
 
 
 def test_labels_are_the_beginnings_of_texts_and_messages(pipeline):
-    long = "Costs $5 and\n $x_i$, " + "which is long. " * 9
+    long = "Costs $\\5 and\n $6, " + "which is long. " * 9
     responses = ["short", long, [{"role": "assistant", "content": "of  messages"}]]
     figure = pipeline().show([{"role": "user", "content": PROMPT}], (one for one in responses))
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels == ["0: short", "1: Costs $5 and $x_i$, whic…", "2: of messages"]
+    assert labels == ["0: short", "1: Costs $\\5 and $6, which…", "2: of messages"]
     assert max(map(len, labels)) <= LABEL_CHARACTERS
     named = pipeline().show(PROMPT, ["a", "b"], labels=range(2))
     assert [label.get_text() for label in named.axes[0].get_yticklabels()] == ["0", "1"]
-    assert figure._repr_png_().startswith(b"\x89PNG")  # the text between dollars is no formula
+    assert figure._repr_png_().startswith(b"\x89PNG")  # the text between dollars is no formula, nor could it be one
 
 
 def test_path_writes_the_picture(pipeline, tmp_path):
