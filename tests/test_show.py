@@ -180,8 +180,8 @@ def test_repr_states_the_model(saved, model_folder, tokenizer):
     folder = saved()
     rm = GPMPipeline(folder, device="cpu", max_length=64)
     size = sum(weight.numel() for weight in rm.model.parameters())
-    rest = "gpm D=4 with gate, temperature 0.1, chat, max_length 64, cpu float32"
+    rest = "GPM D=4 with gate, temperature 0.1, chat, max_length 64, cpu float32"
     assert repr(rm) == f"GPMPipeline('{folder}', {rest}, {size / 1e6:.1f} M parameters)"
     model = get_reward_model(model_folder("llama"), preference=PreferenceConfig("bt", max_length=32))
-    expected = "GPMPipeline(bt D=1, temperature 1, chat, max_length 32, cpu bfloat16, 0.0 M parameters)"
+    expected = "GPMPipeline(Bradley-Terry, temperature 1, chat, max_length 32, cpu bfloat16, 0.0 M parameters)"
     assert repr(GPMPipeline.from_model(model, tokenizer)) == expected

@@ -135,7 +135,7 @@ class GPMPipeline:
     def __repr__(self) -> str:
         head, size = self.preference, sum(weight.numel() for weight in self.model.parameters())
         parts = [repr(self.path)] if self.path else []  # of a model from memory there is none
-        parts += [f"{head.head} D={head.dim}{' with gate' * head.prompt_gate}", f"temperature {head.temperature:g}"]
+        parts += [head.describe(), f"temperature {head.temperature:g}"]
         parts += [head.input_format, f"max_length {self.max_length}"]
         parts += [f"{self.device} {str(self.model.dtype).removeprefix('torch.')}", f"{size / 1e6:,.1f} M parameters"]
         return f"GPMPipeline({', '.join(parts)})"
