@@ -140,7 +140,7 @@ def test_a_head_on_the_command_line_replaces_that_of_a_config_file(tmp_path):
     assert head() == (True, 6, 0.25)
     assert head("--value_head_dim", "4") == (True, 4, 0.25)
     assert head("--preference_head", "gpm") == (False, None, 0.25)
-    assert head("--preference_head", "bt") == (False, None, None)
+    assert head("--preference_head", "bt") == head("--keep_reward") == (False, None, None)
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,7 @@ def _unescape(text: str) -> str:
 
 def _replaced(flags) -> tuple[str, ...]:
     """Keys of a --config file that a head on the command line replaces: it is chosen as a whole."""
-    if flags.preference_head is None:
+    if flags.preference_head is None and not flags.keep_reward:
         return ()
     head = ("is_general_preference", "value_head_dim", "add_prompt_head")
-    return (*head, "general_preference_tau") if flags.preference_head == "bt" else head
+    return (*head, "general_preference_tau") if flags.keep_reward or flags.preference_head == "bt" else head
