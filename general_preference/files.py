@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -37,6 +38,38 @@ def check_outputs(outputs: dict[Path, str], read: Iterable[str], data: Iterable[
                 problem = "would be written into"
             if problem:
                 raise InputError(f"{name} {output} {problem} {path}, which is read: choose another place to write to")
+
+
+def check_new_folder(output: Path, read: Iterable[str]) -> None:
+    """InputError if a folder to be made by `new_folder` holds something already, or is or contains what is read."""
+    check_outputs({output: "output", _unfinished(output): "output"}, read)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} exists and is not empty: choose another folder, or remove it")
+
+
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write into, which becomes `output` at the end; what fails or stops leaves none.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    temporary = _unfinished(output)
+    with writing(output):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            if output.is_dir():
+                output.rmdir()
+            temporary.rename(output)
+        except BaseException:  # a full disk should get its space back
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _unfinished(output: Path) -> Path:
+    return output.with_name(f".writing_{output.name}")
 
 
 def _places(path: str) -> list[Path]:

@@ -101,6 +101,8 @@ def read_heads(path: str, trust_remote_code: bool = False) -> dict[str, torch.Te
     found = read_tensors(path, head.tensors)
     if head.tensors == HEAD_NAMES:
         return found
+    if not found:
+        raise InputError(f"{path} describes a {head.preference.describe()} head, but holds no weights of it")
     weight, preference = found[head.tensors[0]].float() / head.std, head.preference
     rows = (preference.dim, preference.planes * preference.prompt_gate)
     if weight.shape[0] != sum(rows):

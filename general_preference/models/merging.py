@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from general_preference.errors import InputError
-from general_preference.files import check_outputs, read_object, replace_text, writing
+from general_preference.files import check_new_folder, new_folder, read_object, replace_text
 from general_preference.models.backbone import PackedBackbone
 from general_preference.models.config import (
     ADAPTER_CONFIG,
@@ -55,10 +55,7 @@ def merge_into_folder(
     base = adapter_base(adapter)
     if base is None:
         raise InputError(f"{adapter} is not an adapter: it has no {ADAPTER_CONFIG}. A full model needs no merging")
-    temporary = output.with_name(f".writing_{output.name}")
-    check_outputs({output: "output", temporary: "output"}, base_chain(adapter))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists and is not empty: choose another folder, or remove it")
+    check_new_folder(output, base_chain(adapter))
     if not trained and saved_preference(base, trust_remote_code) is not None:
         raise InputError(f"{adapter} has no preference heads, but {base} under it has some: they would be lost")
     options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
@@ -71,22 +68,13 @@ def merge_into_folder(
     stored = stored or torch.float32
     model.backbone.to(stored)
     note = {"adapter": adapter, "weights": weights_digest(adapter)}
-    with writing(output):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            if trained:
-                _save_preference_model(model, adapter, temporary)
-            else:
-                _save_language_model(model, base, temporary)
-            tokenizer.save_pretrained(str(temporary))
-            replace_text(temporary / MERGED_FROM, json.dumps(note, indent=2))
-            if output.is_dir():
-                output.rmdir()
-            temporary.rename(output)
-        except BaseException:  # a full disk should get its space back
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with new_folder(output) as folder:
+        if trained:
+            _save_preference_model(model, adapter, folder)
+        else:
+            _save_language_model(model, base, folder)
+        tokenizer.save_pretrained(str(folder))
+        replace_text(folder / MERGED_FROM, json.dumps(note, indent=2))
     return base, stored
 
 

@@ -35,7 +35,7 @@ def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_s
         preference = dataclasses.replace(preference, temperature=learned)
 
     language_model = model.language_model
-    _describe(language_model.config, preference)
+    describe_head(language_model.config, preference)
     # Generation settings are unused, and inconsistent ones would refuse to be saved.
     language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
     if language_model is model.backbone:
@@ -52,7 +52,7 @@ def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_s
     model_card(preference, model.card, tags).save(Path(path) / "README.md")
 
 
-def _describe(config, preference: PreferenceConfig) -> None:
+def describe_head(config, preference: PreferenceConfig) -> None:
     """Write into a configuration what this package, and what others read of a reward model."""
     for key in ("mean", "std", "normalize_reward", "value_head_prefix", DIGEST):  # of the model that it started from
         vars(config).pop(key, None)
@@ -88,6 +88,20 @@ _DESCRIPTIONS = {
     "gpm": _PLANES % "",
     "hybrid": _PLANES % " and a scalar reward",
 }
+_USE = """```python
+from general_preference import GPMPipeline
+
+rm = GPMPipeline("path or hub name of this model")
+rm.compare(prompt, first, second)       # P(first is preferred)
+rm.rank(prompt, responses)              # indices, best first
+```
+
+"""
+_FORMATS = {
+    "bt": """transformers' AutoModelForSequenceClassification, TRL and vLLM read this folder as it is (an adapter: after
+`scripts/merge_lora.py`). The reward is read at the end token, which follows the conversation.""",
+    "gpm": "For vLLM, SGLang, transformers or sentence-transformers, `scripts/export_model.py` makes a folder of it.",
+}
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -98,13 +112,7 @@ _TEMPLATE = """---
 
 ## Use
 
-```python
-from general_preference import GPMPipeline
-
-rm = GPMPipeline("path or hub name of this model")
-rm.compare(prompt, first, second)       # P(first is preferred)
-rm.rank(prompt, responses)              # indices, best first
-```
+{{ use }}
 
 ## Training
 
@@ -128,8 +136,10 @@ class CardFacts:
     results: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def model_card(preference: PreferenceConfig, facts: CardFacts, tags: list[str] | None = None) -> ModelCard:
-    """The card of a model with this head; `tags` are added to its own."""
+def model_card(
+    preference: PreferenceConfig, facts: CardFacts, tags: list[str] | None = None, use: str | None = None
+) -> ModelCard:
+    """The card of a model with this head; `tags` are added to its own. use: how it is used, if not by GPMPipeline."""
     gate = ", prompt gate" if preference.prompt_gate else ""
     title = _HEADS[preference.head] + (f" (D = {preference.dim}{gate})" if preference.planes else "")
     results = [
@@ -155,6 +165,7 @@ def model_card(preference: PreferenceConfig, facts: CardFacts, tags: list[str] |
         template_str=_TEMPLATE,
         title=title,
         description=_DESCRIPTIONS[preference.head].format(preference),
+        use=use or _USE + _FORMATS["bt" if preference.head == "bt" else "gpm"],
         base=_shown(facts.base_model),
         data=", ".join(map(_shown, facts.datasets)) or "not recorded",
         evaluation="\n".join(table) if facts.results else "No evaluation was recorded.",
