@@ -158,7 +158,7 @@ def quiet_other_libraries() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    for name in ("httpx", "accelerate", "DeepSpeed", "torch", "datasets", "fsspec", "filelock", "huggingface_hub"):
+    for name in ("httpx", "accelerate", "DeepSpeed", "torch", "datasets", "fsspec", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if not main_process or not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -21,14 +21,13 @@ from transformers import (
 
 from general_preference import GPMPipeline, get_reward_model
 from general_preference.errors import InputError
-from general_preference.inference.export import export_model
+from general_preference.inference.export import FORMATS, export_model
 from general_preference.models.config import PreferenceConfig, tensor_files
 from tests.conftest import COMMON, HIDDEN
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "scripts" / "export_model.py")
 PROMPT, RESPONSES = "Which throw wins?", ["The rock.", "The paper, the scissors äöü 你好.", ""]
 HEADS = {"bt": ("bt", 1, False), "gate": ("gpm", 4, True), "hybrid": ("hybrid", 3, True)}
-CLASSES = ("sequence_classification", "sentence_transformers")
 
 
 def sequences(rm: GPMPipeline) -> list[list[int]]:
@@ -145,22 +144,24 @@ def test_stored_dtypes_are_kept(saved, tmp_path):
     tensors = load_file(source / "model.safetensors")
     half = {name: one if "norm" in name or "_head." in name else one.half() for name, one in tensors.items()}
     save_file(half, source / "model.safetensors", metadata={"format": "pt"})
-    for format in CLASSES:
+    for format in FORMATS:
         export_model(str(source), tmp_path / format, format)
         kept = load_file(tmp_path / format / "model.safetensors")
         for name in kept.keys() - {"score.weight"}:
             assert kept[name].dtype == half[name].dtype and torch.equal(kept[name], half[name])
-    assert_same_scores(tmp_path / CLASSES[0], str(source))
-    assert load_file(tmp_path / CLASSES[0] / "model.safetensors")["score.weight"].dtype == torch.float32
+    assert_same_scores(tmp_path / FORMATS[0], str(source))
+    assert load_file(tmp_path / FORMATS[0] / "model.safetensors")["score.weight"].dtype == torch.float32
 
 
-def test_shards_are_read(saved, make_model, tmp_path):
+def test_shards_are_read_and_written(saved, make_model, tmp_path):
     source = Path(shutil.copytree(saved("llama", *HEADS["gate"]), tmp_path / "source"))
     (source / "model.safetensors").unlink()
     make_model("llama").save_pretrained(source, max_shard_size="40KB")
     assert len(list(source.glob("*.safetensors"))) > 1
-    export_model(str(source), tmp_path / "out", "sequence_classification")
-    assert_same_scores(tmp_path / "out", str(source))
+    export_model(str(source), tmp_path / "out", "sequence_classification", max_shard_size="40KB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    rm = assert_same_scores(tmp_path / "out", str(source))
+    torch.testing.assert_close(logits(tmp_path / "out", rm), numbers(rm), rtol=0, atol=1e-5)
 
 
 def test_what_is_trained_further_is_no_longer_ours(saved, tmp_path):
@@ -248,6 +249,16 @@ def test_an_architecture_that_transformers_does_not_classify_with(tokenizer, tmp
     torch.testing.assert_close(embedded(tmp_path / "out", rm), numbers(rm), rtol=0, atol=1e-5)
 
 
+def test_an_lm_head_of_another_name_on_disk(saved, tmp_path):
+    source = saved("gpt_neox", *HEADS["gate"])
+    assert "embed_out.weight" in tensor_files(source)
+    for format, numbers_of in zip(FORMATS, (logits, embedded), strict=True):
+        export_model(source, tmp_path / format, format)
+        assert "embed_out.weight" not in tensor_files(str(tmp_path / format))
+        rm = GPMPipeline(source)
+        torch.testing.assert_close(numbers_of(tmp_path / format, rm), numbers(rm), rtol=0, atol=1e-5)
+
+
 def test_a_model_that_reads_images_too(tokenizer, tmp_path):
     text = COMMON | {"vocab_size": 300, "query_pre_attn_scalar": 8}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -267,16 +278,16 @@ def test_what_cannot_be_exported_is_said(saved, model_folder, tmp_path):
     (tmp_path / "full" / "note").write_text("mine")
     cases = [
         (source, "out", "onnx", "unknown format 'onnx': choose one of sequence_classification"),
-        (source, "full", CLASSES[0], "exists and is not empty"),
-        (model_folder("llama"), "out", CLASSES[0], "a plain language model without value_head"),
-        (str(tmp_path / "gone"), "out", CLASSES[1], "does not exist"),
+        (source, "full", FORMATS[0], "exists and is not empty"),
+        (model_folder("llama"), "out", FORMATS[0], "a plain language model without value_head"),
+        (str(tmp_path / "gone"), "out", FORMATS[1], "does not exist"),
     ]
     for path, output, format, said in cases:
         with pytest.raises(InputError, match=said):
             export_model(path, tmp_path / output, format)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     with pytest.raises(InputError, match="which is read"):
-        export_model(source, Path(source), CLASSES[0])
+        export_model(source, Path(source), FORMATS[0])
 
 
 def test_the_card_says_how_to_use_it(saved, tmp_path):

@@ -12,6 +12,7 @@ from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import load_tokenizer
 from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError, RunError
+from general_preference.files import check_new_folder, new_folder
 from general_preference.inference.batch import ResultStore
 from general_preference.models.config import weights_digest
 from general_preference.models.heads import saved_preference
@@ -218,3 +219,20 @@ def test_backslashes_in_an_input_template(tmp_path, flag, template):
     assert arguments.model.input_template == template
     arguments.save(tmp_path)
     assert parse_arguments(["--config", str(tmp_path / "arguments.json")]) == arguments
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
+    output = tmp_path / "new"
+    with pytest.raises(KeyboardInterrupt), new_folder(output) as folder:
+        (folder / "part").write_text("half")
+        assert not output.exists()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".writing_new").mkdir()  # of a process that was killed
+    (tmp_path / ".writing_new" / "part").write_text("half")
+    output.mkdir()
+    with new_folder(output) as folder:
+        (folder / "whole").write_text("all")
+    assert [file.name for file in output.iterdir()] == ["whole"] and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(InputError, match="exists and is not empty"):
+        check_new_folder(output, [])

@@ -13,9 +13,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+from transformers.utils import is_accelerate_available
 
 from general_preference.datasets.tokenization import fix_date, load_tokenizer, separate_padding
 from general_preference.errors import InputError
@@ -39,7 +40,7 @@ from general_preference.models.heads import (
     score_digest,
     trained_preference,
 )
-from general_preference.models.loading import OLD_MASKS, load_backbone
+from general_preference.models.loading import OLD_MASKS, load_backbone, without_report
 from general_preference.models.merging import merge_into_folder
 from general_preference.models.saving import describe_head, model_card, read_card_facts
 
@@ -47,13 +48,16 @@ from general_preference.models.saving import describe_head, model_card, read_car
 _MODULES = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
 
 
-def export_model(path: str, output: Path, format: str) -> tuple[PreferenceConfig, str]:
+def export_model(
+    path: str, output: Path, format: str, max_shard_size: int | str = "5GB"
+) -> tuple[PreferenceConfig, str]:
     """Write the preference model at `path` (full, sharded or an adapter, which is merged) to `output` for servers.
 
     The backbone's tensors keep the dtype that they are stored in, the head is in fp32, and the LM head is left out.
 
     Args:
         output: a folder that does not exist or is empty. format: one of `FORMATS`.
+        max_shard_size: of a file of weights, in bytes or as here.
 
     Returns:
         The head, and the name of the class that reads the backbone.
@@ -72,9 +76,9 @@ def export_model(path: str, output: Path, format: str) -> tuple[PreferenceConfig
             heads = read_heads(source)
             weight = torch.cat([heads[name].float() for name in HEAD_NAMES if name in heads])
             config, left_out = _configuration(source, preference, format, len(weight))
-            if preference.pad_token_id is None:
-                distinct = tokenizer.pad_token_id != tokenizer.eos_token_id
-                config.get_text_config().pad_token_id = tokenizer.pad_token_id if distinct else None
+            distinct = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
+            passed_over = preference.pad_token_id
+            config.get_text_config().pad_token_id = distinct if passed_over is None else passed_over
             tensors = read_tensors(source, set(tensor_files(source)) - left_out)
             if format == "sequence_classification":
                 tensors[SCORE] = weight
@@ -83,7 +87,7 @@ def export_model(path: str, output: Path, format: str) -> tuple[PreferenceConfig
                 _sentence_transformers(folder, weight)
             config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+            _write_shards(tensors, folder, max_shard_size)
             facts = read_card_facts(resolve(source, "README.md"))
             use = serving(preference, format, config.architectures[0], tokenizer, weight.shape[1])
             model_card(preference, facts, use=use).save(folder / "README.md")
@@ -134,8 +138,9 @@ def _configuration(path: str, preference: PreferenceConfig, format: str, numbers
     language_model = load_backbone(path, torch.float32, device="meta")  # names and shapes alone
     names = {module: name for name, module in language_model.named_modules()}
     lm_head = names[language_model.get_output_embeddings()] + "."
-    with torch.device("meta"):
-        twin = mapping[type(config)](config)
+    options = {"device_map": "meta"} if is_accelerate_available() else {}
+    with without_report():
+        twin, info = mapping[type(config)].from_pretrained(path, config=config, output_loading_info=True, **options)
     prefix = "" if classifies else f"{language_model.base_model_prefix}."
     expected = {prefix + name: tensor.shape for name, tensor in twin.state_dict().items()}
     found = {name: tensor.shape for name, tensor in language_model.state_dict().items() if not name.startswith(lm_head)}
@@ -143,7 +148,7 @@ def _configuration(path: str, preference: PreferenceConfig, format: str, numbers
     if differing := sorted(name for name, _ in found.items() ^ expected.items()):
         raise InputError(f"{path}: {config.architectures[0]} has other tensors than this model, as {differing[0]}")
     unused = {name for name in tensor_files(path) if f".{lm_head}" in f".{name}" or OLD_MASKS.search(name)}
-    return config, unused | head_tensors(path)
+    return config, unused | set(info["unexpected_keys"]) | head_tensors(path)  # of some, the LM head has another name
 
 
 def labels(preference: PreferenceConfig) -> list[str]:
@@ -151,6 +156,15 @@ def labels(preference: PreferenceConfig) -> list[str]:
     planes, gates = 2 * preference.planes, preference.planes * preference.prompt_gate
     names = [f"embedding_{index}" for index in range(planes)] + ["reward"] * (preference.dim % 2)
     return names + [f"gate_{index}" for index in range(gates)]
+
+
+def _write_shards(tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: int | str) -> None:
+    shards = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for name, held in shards.filename_to_tensors.items():
+        save_file({tensor: tensors[tensor] for tensor in held}, folder / name, metadata={"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        replace_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
 
 
 def _sentence_transformers(folder: Path, weight: torch.Tensor) -> None:

@@ -1,7 +1,9 @@
 """Backbones from folders and hub names: the causal LM, its LoRA adapter, partitioned or in 4 bits."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -65,19 +67,16 @@ def _load_language_model(path: str, config, dtype, attention: str, trust_remote_
     options = {"quantization_config": BitsAndBytesConfig(**FOUR_BITS)} if load_in_4bit else {}
     if device is not None and is_accelerate_available():
         options["device_map"] = device
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # what is missing or unexpected is checked here
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "config": config}
     options |= {"use_safetensors": True, "output_loading_info": True}
     options["attn_implementation"] = asked_of_transformers(attention)
     try:
-        model, info = auto_class(config, path).from_pretrained(path, **options)
+        with without_report():
+            model, info = auto_class(config, path).from_pretrained(path, **options)
     except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # damaged files, and values in config.json that the architecture cannot be built with
         raise InputError(f"cannot load the model {path}: {reason(path, error)}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     if model.get_output_embeddings() is None:
         raise InputError(f"{path} is a {config.model_type} model without a language-model head: use a decoder-only LM")
     model.made_up = _check_tensors(path, model, info, head_tensors(path, trust_remote_code))
@@ -88,6 +87,17 @@ def _load_language_model(path: str, config, dtype, attention: str, trust_remote_
         model.get_output_embeddings().requires_grad_(False)
     freeze_other_parts(model)
     return model
+
+
+@contextlib.contextmanager
+def without_report() -> Iterator[None]:
+    """Around transformers' `from_pretrained`, where the caller checks what is missing or unexpected."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def _check_tensors(path: str, model, info: dict, of_head: set[str]) -> str | None:
