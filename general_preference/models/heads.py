@@ -64,7 +64,8 @@ def saved_head(path: str, trust_remote_code: bool = False) -> SavedHead | None:
     config, names = load_config(path, trust_remote_code), set(tensor_files(path))
     recorded, own = getattr(config, "preference", None), HEAD_NAMES[0] in names
     if recorded is not None and (own or SCORE not in names or _is_export(path, config)):
-        return SavedHead(PreferenceConfig.from_dict(recorded), HEAD_NAMES if own else (SCORE,), recorded=True)
+        tensors = (SCORE,) if SCORE in names and not own else HEAD_NAMES
+        return SavedHead(PreferenceConfig.from_dict(recorded), tensors, recorded=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(path, HEAD_NAMES).items()} if own else {}
     if own and (shapes[HEAD_NAMES[0]][0] > 1 or getattr(config, "value_head_prefix", None) is None):
         return SavedHead(PreferenceConfig.from_shapes(*map(shapes.get, HEAD_NAMES)))
@@ -101,8 +102,6 @@ def read_heads(path: str, trust_remote_code: bool = False) -> dict[str, torch.Te
     found = read_tensors(path, head.tensors)
     if head.tensors == HEAD_NAMES:
         return found
-    if not found:
-        raise InputError(f"{path} describes a {head.preference.describe()} head, but holds no weights of it")
     weight, preference = found[head.tensors[0]].float() / head.std, head.preference
     rows = (preference.dim, preference.planes * preference.prompt_gate)
     if weight.shape[0] != sum(rows):
