@@ -50,11 +50,17 @@ end token `{eos}` (id {eos_id}). {gate}
     "sequence_classification": """
 The conversation as `apply_chat_template` tokenizes it{cut_off}. {gate}
 """,
+    "openrlhf": """
+The conversation as the chat template renders it, without new lines at its end. Where it does not end in the end token
+`{eos}` (id {eos_id}), a space and that token follow. {gate}
+""",
 }
 _PROMPTS = {
     "chat": "The gate's text is the prompt alone, so rendered, without the end token.",
     "released": "The gate's text is the first message alone, so rendered and tokenized, without the end token.",
-    "sequence_classification": "The gate's text is the tokens with which all conversations of the prompt begin.",
+    **dict.fromkeys(
+        ("sequence_classification", "openrlhf"), "The gate's text is the tokens with which all conversations begin."
+    ),
 }
 
 
