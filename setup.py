@@ -49,6 +49,16 @@ setup(
         "liger": ["liger-kernel"],
         "lora": ["peft>=0.20.0"],
         "qlora": ["peft>=0.20.0", "bitsandbytes>=0.46.1"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "peft>=0.20.0", "trl>=1.16.0"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "peft>=0.20.0",
+            "trl>=1.16.0",
+            "nbclient",
+            "ipykernel",
+        ],
     },
 )

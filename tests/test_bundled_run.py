@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,3 +115,21 @@ def test_the_example_runs_with_and_without_a_trained_model(trained, tmp_path):
     shutil.copy(example, tmp_path)
     made = run(sys.executable, tmp_path / example.name, PYTHONPATH=str(tmp_path))
     assert "making an untrained one" in made.stdout and "rank by nash" in made.stdout
+
+
+def test_walkthrough(trained, tmp_path, monkeypatch):
+    """The notebook runs as it is, and shows what its text says."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    for name, value in (("MODEL", trained), ("WALKTHROUGH", tmp_path), ("PYTHONPATH", ROOT), ("WANDB_MODE", "offline")):
+        monkeypatch.setenv(name, str(value))
+    notebook = nbformat.read(ROOT / "docs" / "walkthrough.ipynb", as_version=4)
+    stored = [cell.get("outputs") for cell in notebook.cells]
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "docs")}})
+    client.execute()
+    for outputs in (stored, [cell.get("outputs") for cell in notebook.cells]):
+        found = [output for some in outputs for output in some or ()]
+        texts = "".join(one.get("text", "") + one.get("data", {}).get("text/plain", "") for one in found)
+        assert sum("image/png" in one.get("data", {}) for one in found) == 3
+        assert "cyclic share: 0.9" in texts and "equal to 1e-5: True" in texts and "error" not in texts.lower()
+        table = dict(re.findall(r"^(GPM|reward model of TRL) +([\d.]+)", texts, re.MULTILINE))
+        assert float(table["GPM"]) > 0.9 and float(table["reward model of TRL"]) <= 0.741, "accuracy on cycles"
