@@ -26,11 +26,11 @@ KEYS_PER_TOKEN = 4  # at most, in packed rows, which copy a prompt's keys for ev
 class EmbeddedPrompt:
     """What the model makes of a prompt and its K responses, on the CPU.
 
-    embeddings: (K, D) in fp32. prompt_hidden_state: (hidden,). gate: (P,) or None.
+    embeddings: (K, D) in fp32. prompt_hidden_state: (hidden,), None of a served model. gate: (P,) or None.
     """
 
     embeddings: torch.Tensor
-    prompt_hidden_state: torch.Tensor
+    prompt_hidden_state: torch.Tensor | None
     gate: torch.Tensor | None
 
     def scores(self) -> torch.Tensor:

@@ -77,7 +77,8 @@ def check_keywords(cls: type) -> type:
 
     `help` shows the methods' own signatures.
     """
-    for name, member in list(vars(cls).items()):
+    members = {name: member for base in reversed(cls.__mro__[:-1]) for name, member in vars(base).items()}
+    for name, member in members.items():
         function = getattr(member, "__func__", member)
         if inspect.isfunction(function) and (name in ("__init__", "__call__") or not name.startswith("_")):
             called = cls.__name__ if name in ("__init__", "__call__") else f"{cls.__name__}.{name}"

@@ -9,36 +9,26 @@ rm.show(prompt, responses)                    a picture of the preferences and o
 rm([conversation, ...], return_prompt=True)   embeddings and prompt hidden states, as in the paper's example
 """
 
-import dataclasses
-import functools
 import os
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from general_preference.datasets.messages import Message, begun_prompt, parse_conversation, parse_prompt
-from general_preference.datasets.records import parse_answer
-from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
+from general_preference.datasets.messages import Message, parse_conversation
+from general_preference.datasets.tokenization import load_tokenizer
 from general_preference.errors import InputError
-from general_preference.inference import ranking
-from general_preference.inference.cuts import Cuts
 from general_preference.inference.embedding import EmbeddedPrompt, embed
-from general_preference.inference.figures import default_labels, draw_preferences, save_figure
 from general_preference.inference.inputs import as_list, check_keywords, choose_dtype
-from general_preference.models.config import MIN_LENGTH, PreferenceConfig
+from general_preference.inference.scorer import PreferenceScorer
+from general_preference.models.config import PreferenceConfig
 from general_preference.models.device import choose_device
 from general_preference.models.heads import trained_preference
 from general_preference.models.reward_model import RewardModel, load_reward_model
-from general_preference.models.score import preference_probability, preference_score
-
-RELEASED_MAX_LENGTH = 4096  # tokens; what the published checkpoints are run with, they record none
-
-Prompt = str | list[Message]
-Response = str | list[Message]
+from general_preference.models.score import preference_score
 
 
 @check_keywords
-class GPMPipeline:
+class GPMPipeline(PreferenceScorer):
     """Scores, compares and ranks responses with a preference model, whose head and settings the checkpoint states.
 
     Wherever a list is expected, tuples, numpy arrays, pandas Series, `datasets` columns and generators will do.
@@ -115,22 +105,12 @@ class GPMPipeline:
         return self
 
     def _hold(self, model: RewardModel, tokenizer, truncation, max_length, padding, batch_tokens, path=None) -> None:
-        for name, value, least in (("max_length", max_length, MIN_LENGTH), ("batch_tokens", batch_tokens, 1)):
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}, expected at least {least}")
-        self.model, self.tokenizer, self.preference = model, tokenizer, model.preference
-        self.value_head_dim, self.add_prompt_head = self.preference.dim, self.preference.prompt_gate
-        self.path, self.padding, self.batch_tokens = path, padding, batch_tokens
-        positions = model.learned_positions
-        if truncation and max_length is not None and positions is not None and max_length > positions:
-            raise InputError(f"max_length {max_length} exceeds the model's {positions} positions")
-        released = RELEASED_MAX_LENGTH if self.preference.input_format == "released" else None
-        limit = max_length or self.preference.max_length or released
-        limit = limit if positions is None else min(limit or positions, positions)
-        self.max_length = limit if truncation else None
-        how = self.preference.input_format, self.preference.pad_token_id
-        self.encoder = ComparisonTokenizer(tokenizer, self.max_length, *how)
-        self.cut = Cuts()
+        if batch_tokens is not None and batch_tokens < 1:
+            raise InputError(f"batch_tokens is {batch_tokens}, expected at least 1")
+        self.model, self.path = model, path
+        self.padding, self.batch_tokens = padding, batch_tokens
+        limits = model.learned_positions, model.vocabulary_size
+        self._prepare(model.preference, tokenizer, limits, max_length, truncation)
 
     def __repr__(self) -> str:
         head, size = self.preference, sum(weight.numel() for weight in self.model.parameters())
@@ -155,11 +135,6 @@ class GPMPipeline:
         self.model.layout_on(device)
         self.model.to(device)
         return self
-
-    @property
-    def tau(self) -> float:
-        """The temperature of P(first preferred) = sigmoid(score / tau)."""
-        return self.preference.temperature
 
     def __call__(self, samples: list[list[Message]], return_prompt: bool = False):
         """Embed conversations that end in the assistant's turn to be scored.
@@ -194,111 +169,10 @@ class GPMPipeline:
             return rewards
         return rewards, torch.stack([found[prompt].prompt_hidden_state for prompt, _ in places]).to(self.device)
 
-    def compare(self, prompt: Prompt, first: Response, second: Response) -> float:
-        """P(first is preferred to second) in [0, 1].
-
-        Args:
-            prompt: text of a user, or messages (a system message and several turns are fine).
-            first, second: text of an assistant, or messages that follow the prompt.
-        """
-        return self.preference_matrix(prompt, [first, second])[0, 1].item()
-
-    def score_matrix(self, prompt: Prompt, responses: list[Response]) -> torch.Tensor:
-        """(K, K) scores, row over column, in fp32 on the CPU: exactly antisymmetric, logits times `tau`.
-
-        All responses share one prompt, cut so that with the longest of them it fits into `max_length`.
-        """
-        return self.embed([prompt], [responses])[0].scores()
-
-    def preference_matrix(self, prompt: Prompt, responses: list[Response]) -> torch.Tensor:
-        """(K, K) probabilities that the row's response is preferred to the column's, for the cost of K responses."""
-        return preference_probability(self.score_matrix(prompt, responses), self.tau)
-
-    def rank(self, prompt: Prompt, responses: list[Response], method: str = "borda") -> list[int]:
-        """Indices of the responses, best first; ties keep the order given. `method` is one of `ranking.METHODS`."""
-        return ranking.rank(self.preference_matrix(prompt, responses), method)
-
-    def score(self, prompts: list[Prompt], responses: list[list[Response]], method="borda") -> list[torch.Tensor]:
-        """One number per response, for reinforcement learning and best-of-n sampling; K forwards per prompt.
-
-        Args:
-            prompts, responses: as for `embed`. method: as for `ranking.response_scores`.
-
-        Returns:
-            B tensors (K,) in fp32 on the CPU; responses that tie have equal numbers.
-        """
-        numbers = (ranking.response_scores(one.scores(), method, self.tau) for one in self.embed(prompts, responses))
-        return [torch.tensor(list(map(float, some))) for some in numbers]
-
-    def show(self, prompt: Prompt, responses: list[Response], labels: list[str] | None = None, path=None):
-        """The preferences among K >= 2 responses as a matplotlib Figure, which a notebook displays.
-
-        Left `preference_matrix`; right the embeddings on their planes (of many, those with the largest gate weights),
-        and the rewards or, of a hybrid head, the numbers beside the planes.
-
-        Args:
-            labels: K names of the responses; default their indices and beginnings. Long ones are cut.
-            path: also write the picture there; the ending chooses the format (.png, .pdf, ...).
-
-        Raises:
-            InputError (a ValueError): fewer than two responses, another number of labels, an unknown format, no
-                matplotlib, or something that cannot be scored.
-        """
-        responses = as_list(responses, "responses", "a list of at least two", least=1)
-        labels = labels if labels is None else as_list(labels, "labels", "a list with one for each response")
-        if len(responses) < 2:
-            raise InputError("there is one response, expected at least two to compare")
-        if labels is not None and len(labels) != len(responses):
-            raise InputError(f"there are {len(labels)} labels, but {len(responses)} responses: give one for each")
-        (embedded,) = self.embed([prompt], [responses])
-        figure = draw_preferences(embedded, self.tau, default_labels(responses) if labels is None else labels)
-        if path is not None:
-            save_figure(figure, path)
-        return figure
-
-    def embed(self, prompts: list[Prompt], responses: list[list[Response]]) -> list[EmbeddedPrompt]:
-        """Embed B prompts, each with K >= 1 responses (K may differ), into B EmbeddedPrompts with `scores()` (K, K).
-
-        Raises:
-            InputError (a ValueError): something that cannot be scored; the message names it.
-        """
-        prompts = as_list(prompts, "prompts", "a list of them")
-        responses = as_list(responses, "responses", "a list with one entry for each prompt")
-        if len(prompts) != len(responses):
-            raise InputError(f"{len(prompts)} prompts, but {len(responses)} lists of responses: give one for each")
-        rows = []
-        for index, (prompt, some) in enumerate(zip(prompts, responses, strict=True)):
-            some = as_list(some, f"responses to prompt {index}", "a list of at least one", least=1)
-            messages = begun_prompt(parse_prompt(prompt, f"prompt {index}"))
-            parsed = [parse_answer(one, f"response {n} to prompt {index}", messages) for n, one in enumerate(some)]
-            rows.append(self._encode(f"prompt {index}", messages, parsed))
-        return self._embed_rows(rows)
-
     def _embed_rows(self, rows: list[dict]) -> list[EmbeddedPrompt]:
         self.cut.report(self.max_length)
         found = embed(self.model, rows, batch_tokens=self.batch_tokens, padding=self.padding, progress="embedding")
         return [embedded for _, embedded in sorted(found, key=lambda entry: entry[0])]
-
-    def _encode(self, name: str, prompt: list[Message], responses: list[list[Message]]) -> dict:
-        """Token ids of one prompt and its responses; errors start with `name`."""
-        try:
-            row = self.encoder.encode([prompt], [responses])[0]
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from error
-        longest, limit = len(row["prompt_ids"]) + max(map(len, row["response_ids"])), self.model.learned_positions
-        if limit is not None and longest > limit:
-            raise InputError(f"{name} with its response has {longest} tokens, the model {limit} positions")
-        highest, known = max(map(max, (row["prompt_ids"], *row["response_ids"]))), self.model.vocabulary_size
-        if highest >= known:
-            token = self.tokenizer.convert_ids_to_tokens(highest)
-            raise InputError(f"{name} has the token {token!r} with id {highest}, but the model knows ids below {known}")
-        if row["prompt_cut"] or row["response_cut"]:
-            self.cut.add(row, self._whole_encoder.encode([prompt], [responses])[0])
-        return row
-
-    @functools.cached_property
-    def _whole_encoder(self) -> ComparisonTokenizer:
-        return dataclasses.replace(self.encoder, max_length=None)
 
 
 def _check_expected(path: str, preference: PreferenceConfig, dim, is_general_preference, add_prompt_head) -> None:

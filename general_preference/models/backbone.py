@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from general_preference.errors import InputError
 from general_preference.models import attention as rows
+from general_preference.models.config import learned_positions
 from general_preference.models.kernels import choose_kernel
 from general_preference.models.losses import can_fuse, linear_log_probs, token_log_probs
 from general_preference.models.multimodal import text_layers
@@ -63,9 +64,8 @@ class PackedBackbone(nn.Module):
 
     @property
     def learned_positions(self) -> int | None:
-        """Tokens that fit a table of learned positions; None where positions are computed (rotary, ALiBi)."""
-        rotary = getattr(self.config, "rope_parameters", None) is not None
-        return None if rotary else getattr(self.config, "max_position_embeddings", None)
+        """As `config.learned_positions`."""
+        return learned_positions(self.config)
 
     def layout_on(self, device: torch.device | None = None) -> rows.RowLayout:
         """Choose the attention kernel for `device` (default: the model's), dtype and mode; return its row layout.

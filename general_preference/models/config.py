@@ -164,6 +164,12 @@ def load_config(path: str, trust_remote_code: bool = False):
         raise InputError(f"{what}: {first_line(error)}") from error
 
 
+def learned_positions(config) -> int | None:
+    """Tokens that fit a table of learned positions; None where positions are computed (rotary, ALiBi)."""
+    rotary = getattr(config, "rope_parameters", None) is not None
+    return None if rotary else getattr(config, "max_position_embeddings", None)
+
+
 def checkpoint_identity(path: str) -> list:
     """Names, sizes and times of the files at `path`, or its hub snapshot; of an adapter, also its base model's."""
     identity: list = []

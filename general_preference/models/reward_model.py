@@ -25,7 +25,7 @@ from general_preference.models.heads import HEAD_NAMES, read_heads, saved_prefer
 from general_preference.models.loading import add_lora, load_backbone, partitioned_loading
 from general_preference.models.losses import load_balancing_loss
 from general_preference.models.saving import CardFacts, push_reward_model, read_card_facts, save_reward_model
-from general_preference.models.score import normalize_embedding
+from general_preference.models.score import gate_weights, head_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +111,8 @@ class RewardModel(PackedBackbone):
         """
         rows = (input_ids, position_ids, segments, shared, sequences)
         hidden, router_logits = self.hidden_states(*rows, routed=counted is not None)
-        embeddings = self.value_head(hidden[response_ends])
-        if self.preference.normalize:
-            embeddings = normalize_embedding(embeddings)
-        if self.preference.reward_offset:
-            scalar = torch.arange(embeddings.shape[-1], device=embeddings.device) == embeddings.shape[-1] - 1
-            embeddings = embeddings + self.preference.reward_offset * scalar
+        finish = self.preference.normalize, self.preference.reward_offset
+        embeddings = head_embedding(self.value_head(hidden[response_ends]), *finish)
         output = {"embeddings": embeddings, "prompt_hidden_states": hidden[prompt_ends]}
         fixed = torch.full((1,), self.preference.temperature, device=hidden.device)
         output["temperature"] = fixed if self.temperature is None else self.temperature()
@@ -132,9 +128,7 @@ class RewardModel(PackedBackbone):
     def gate(self, prompt_hidden_state: torch.Tensor) -> torch.Tensor:
         """Weights of the planes (..., P), >= 0, from the hidden state (..., hidden) of the prompt's last token."""
         logits = self.prompt_head(prompt_hidden_state)
-        if self.preference.gate == "scaled_softmax":
-            return logits.shape[-1] * torch.softmax(logits / math.sqrt(prompt_hidden_state.shape[-1]), dim=-1)
-        return torch.softmax(logits, dim=-1)
+        return gate_weights(logits, self.preference.gate, prompt_hidden_state.shape[-1])
 
 
 def get_reward_model(

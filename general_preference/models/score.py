@@ -13,6 +13,7 @@ One function serves every head: D = 1 is Bradley-Terry (score = first - second),
 hybrid head (arXiv 2605.17342) whose last coordinate is a scalar reward beside the planes.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -79,6 +80,29 @@ def normalize_embedding(embedding: torch.Tensor) -> torch.Tensor:
     planes = 2 * (embedding.shape[-1] // 2)
     unit = torch.nn.functional.normalize(embedding[..., :planes], dim=-1)
     return torch.cat([unit, embedding[..., planes:]], dim=-1)
+
+
+def head_embedding(output: torch.Tensor, normalize: bool = False, reward_offset: float = 0.0) -> torch.Tensor:
+    """Embedding (..., D) from the D numbers of the embedding head.
+
+    normalize: see `normalize_embedding`. reward_offset: added to the last coordinate, the scalar of an odd D.
+    """
+    if normalize:
+        output = normalize_embedding(output)
+    if reward_offset:
+        scalar = torch.arange(output.shape[-1], device=output.device) == output.shape[-1] - 1
+        output = output + reward_offset * scalar
+    return output
+
+
+def gate_weights(logits: torch.Tensor, gate: str, hidden_size: int) -> torch.Tensor:
+    """Weights of the planes (..., P), >= 0, from the P numbers of the prompt head.
+
+    gate: "softmax" (arXiv 2410.02197), or "scaled_softmax": P * softmax(logits / sqrt(hidden_size)).
+    """
+    if gate == "scaled_softmax":
+        return logits.shape[-1] * torch.softmax(logits / math.sqrt(hidden_size), dim=-1)
+    return torch.softmax(logits, dim=-1)
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
