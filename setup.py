@@ -45,6 +45,7 @@ setup(
             "wandb>=0.24.1",
             "matplotlib>=3.10.0",
         ],
+        "remote": ["httpx>=0.27.0"],
         "flash": ["flash-attn"],
         "liger": ["liger-kernel"],
         "lora": ["peft>=0.20.0"],

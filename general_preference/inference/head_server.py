@@ -1,0 +1,188 @@
+"""What the heads of a served model say: token ids in, numbers out over HTTP, and every fault of the server by name.
+
+Called by remote.py. Needs httpx.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from general_preference.errors import InputError, NonFiniteError, RunError
+from general_preference.models.config import first_line
+
+APIS = {"classify": ("/classify", "probs"), "embeddings": ("/v1/embeddings", "embedding")}  # route, numbers' field
+RETRY_AFTER = (0.5, 2.0)  # seconds, where nothing listens or the server is overloaded (503)
+_CLOSE = 1e-4  # several rows that are all this close to what an activation makes are so by no accident
+_MOST_SAID = 200  # characters of the server's own words in a message
+_CURES = {
+    400: "lower max_length, or change what the server was started with",
+    401: "pass its api_key, or set GPM_API_KEY",
+    404: "set served_model, or api to the other of classify and embeddings",
+    503: "ask again when it has loaded its model, or send less at once",
+}
+_ACTIVATIONS = {
+    "softmax": 'rows sum to 1, as after a softmax: have it heed use_activation false, or set api to "embeddings"',
+    "normalization": "rows have norm 1: have it heed use_activation false, or turn off its normalization",
+    "sigmoid": "all lie between 0 and 1, as after a sigmoid: have it heed use_activation false, as newer vLLM does",
+}
+
+
+@dataclass
+class HeadServer:
+    """A server (vLLM, SGLang) that answers D + P numbers of the heads at the last token of a sequence.
+
+    url:          without a route. api: one of APIS. api_key: sent as a bearer token.
+    served_model: the model's name there; None is looked up, where there is only one.
+    width:        D + P, or D without a gate
+    timeout:      seconds without an answer to a request. batch_size: sequences in one, at most.
+    regression:   the model's problem_type: vLLM applies no activation to it, asked for or not
+    """
+
+    url: str
+    api: str
+    served_model: str | None
+    width: int
+    api_key: str | None = None
+    timeout: float = 300.0
+    batch_size: int = 128
+    regression: bool = False
+
+    def __post_init__(self):
+        if self.api not in APIS:
+            raise InputError(f"unknown api {self.api!r}: choose auto, {', '.join(APIS)}")
+        for name in ("timeout", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} is {getattr(self, name)}, expected more than 0")
+        httpx = _httpx()
+        try:
+            parsed = httpx.URL(self.url)
+            fits = parsed.scheme in ("http", "https") and parsed.host
+        except (httpx.InvalidURL, TypeError):
+            fits = False
+        if not fits:
+            raise InputError(f'url {self.url!r} is no address of a server, such as "http://localhost:8000"')
+        self.url = self.url.rstrip("/").removesuffix("/v1")
+
+    def outputs(self, sequences: list[tuple[int, ...]]) -> torch.Tensor:
+        """(N, width) numbers in fp32 for N sequences of token ids, in their order.
+
+        Raises:
+            RunError: no answer, or one that is not the heads' numbers. NonFiniteError: NaN or infinity.
+        """
+        if not sequences:
+            return torch.empty(0, self.width)
+        httpx = _httpx()
+        options = {"timeout": httpx.Timeout(self.timeout, connect=min(self.timeout, 10.0)), "verify": _tls()}
+        headers = {"Authorization": f"Bearer {self.api_key.strip()}"} if self.api_key else {}
+        with httpx.Client(base_url=self.url, headers=headers, **options) as client:
+            self.served_model = self.served_model or self._only_model(client)
+            starts = tqdm(range(0, len(sequences), self.batch_size), desc="embedding", delay=2)
+            outputs = torch.cat([self._numbers(client, sequences[at : at + self.batch_size]) for at in starts])
+            if _activation(outputs):
+                self._refuse_activation(client, sequences, outputs)
+        return outputs
+
+    def _refuse_activation(self, client, sequences: list[tuple[int, ...]], outputs: torch.Tensor) -> None:
+        """RunError if an activation made these numbers; whether they look so by accident, those of prefixes tell."""
+        prefixes = (ids[:end] for ids in sequences for end in (1, len(ids) // 2, len(ids) - 1) if end > 0)
+        more = list(dict.fromkeys(prefixes))[: self.batch_size] or sequences[:1]
+        numbers = self._numbers(client, more)
+        found = _activation(torch.cat([outputs, numbers]))
+        if found == "sigmoid":  # or rewards from 0 to 1
+            honored = not torch.allclose(self._numbers(client, more, use_activation=True), numbers, atol=_CLOSE)
+            found = None if self.regression or self.api != "classify" or honored else found
+        if found:
+            raise RunError(f"{self.url} does not answer the heads' own numbers, {_ACTIVATIONS[found]}")
+
+    def _only_model(self, client) -> str:
+        answer = self._ask(client, "GET", "/v1/models")
+        try:
+            names = [one["id"] for one in answer["data"]]
+        except (KeyError, TypeError) as error:
+            raise RunError(f"{self.url}/v1/models names no models: set served_model") from error
+        if len(names) != 1:
+            raise InputError(f"{self.url} serves {len(names)} models ({', '.join(names)}): set served_model to one")
+        return names[0]
+
+    def _numbers(self, client, sequences: list[tuple[int, ...]], use_activation: bool = False) -> torch.Tensor:
+        """(N, width) from one request; `use_activation` asks vLLM for probabilities or unit vectors in their place."""
+        route, field = APIS[self.api]
+        body = {"model": self.served_model, "input": sequences, "use_activation": use_activation}
+        answer, place = self._ask(client, "POST", route, json=body), self.url + route
+        try:
+            rows = [(one["index"], one[field]) for one in answer["data"]]
+            order, widths = sorted(index for index, _ in rows), {len(row) for _, row in rows}
+            read = (answer.get("usage") or {}).get("prompt_tokens")
+            numbers = all(type(value) in (int, float) for _, row in rows for value in row)
+        except (KeyError, TypeError, AttributeError):
+            numbers = False
+        if not numbers:
+            raise RunError(f"{place} answers no data with index and {field}: is the url that of vLLM or SGLang?")
+        if order != list(range(len(sequences))):
+            found = f"{len(order)} rows, {len(set(order))} of them different, to {len(sequences)} sequences"
+            raise RunError(f"{place} answers {found}: expected one for each")
+        if wrong := widths - {self.width}:
+            cure = "serve the model, exported with its heads, that is named here"
+            raise RunError(f"{place} answers {min(wrong)} numbers a sequence, the heads have {self.width}: {cure}")
+        if read and read != (sent := sum(map(len, sequences))):
+            raise RunError(f"{place} read {read} tokens, but {sent} were sent: have it cut nothing and add nothing")
+        outputs = torch.tensor([row for _, row in sorted(rows)], dtype=torch.float32)
+        if not torch.isfinite(outputs).all():
+            raise NonFiniteError(f"{place} answers numbers that are not finite: serve the model in bfloat16 or float32")
+        return outputs
+
+    def _ask(self, client, method: str, route: str, **options):
+        """The JSON of the server's answer."""
+        httpx, place = _httpx(), self.url + route
+        for wait in (*RETRY_AFTER, None):
+            try:
+                response = client.request(method, route, **options)
+                if response.status_code != 503 or wait is None:
+                    break
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                if wait is None:
+                    cure = "start the server, or correct the url"
+                    raise RunError(f"nothing answers at {self.url} ({first_line(error)}): {cure}") from error
+            except httpx.TimeoutException as error:
+                cure = "raise timeout, or lower batch_size"
+                raise RunError(f"{place} has not answered for {self.timeout} seconds: {cure}") from error
+            except httpx.HTTPError as error:
+                cure = "look at the server's log"
+                raise RunError(f"{place} broke the connection off ({first_line(error)}): {cure}") from error
+            time.sleep(wait)
+        said = " ".join(response.text.split())[:_MOST_SAID] or "without a word"
+        if response.status_code != 200:
+            cure = _CURES.get(response.status_code, "look at the server's log")
+            raise RunError(f"{place} answered with status {response.status_code} ({said}): {cure}")
+        try:
+            return response.json()
+        except ValueError as error:
+            raise RunError(f"{place} answered no JSON ({said}): is the url that of vLLM or SGLang?") from error
+
+
+def _activation(outputs: torch.Tensor) -> str | None:
+    """What these rows look as if they had gone through, in the words of _ACTIVATIONS; None for a head's own numbers."""
+    within = outputs.min() >= -_CLOSE and outputs.max() <= 1 + _CLOSE
+    if within and (outputs.sum(dim=-1) - 1).abs().max() < _CLOSE:
+        return "softmax"
+    if (outputs.norm(dim=-1) - 1).abs().max() < _CLOSE:
+        return "normalization"
+    return "sigmoid" if within else None
+
+
+def _httpx():
+    """The library; imported only here, since a model that is loaded needs none."""
+    try:
+        import httpx
+    except ImportError as error:
+        raise InputError("asking a server needs the package httpx: pip install httpx") from error
+    return httpx
+
+
+@functools.cache
+def _tls():
+    """Certificates for https, read once."""
+    return _httpx().create_ssl_context()
