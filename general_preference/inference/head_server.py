@@ -38,7 +38,7 @@ class HeadServer:
     served_model: the model's name there; None is looked up, where there is only one.
     width:        D + P, or D without a gate
     timeout:      seconds without an answer to a request. batch_size: sequences in one, at most.
-    regression:   the model's problem_type: vLLM applies no activation to it, asked for or not
+    sigmoid:      vLLM would apply one to this model unless told not to, so numbers from 0 to 1 are asked for twice
     """
 
     url: str
@@ -48,7 +48,7 @@ class HeadServer:
     api_key: str | None = None
     timeout: float = 300.0
     batch_size: int = 128
-    regression: bool = False
+    sigmoid: bool = False
 
     def __post_init__(self):
         if self.api not in APIS:
@@ -91,9 +91,9 @@ class HeadServer:
         more = list(dict.fromkeys(prefixes))[: self.batch_size] or sequences[:1]
         numbers = self._numbers(client, more)
         found = _activation(torch.cat([outputs, numbers]))
-        if found == "sigmoid":  # or rewards from 0 to 1
-            honored = not torch.allclose(self._numbers(client, more, use_activation=True), numbers, atol=_CLOSE)
-            found = None if self.regression or self.api != "classify" or honored else found
+        if found == "sigmoid":  # or rewards from 0 to 1, which differ from what a sigmoid makes of them
+            same = self.sigmoid and torch.equal(self._numbers(client, more, use_activation=True), numbers)
+            found = found if same else None
         if found:
             raise RunError(f"{self.url} does not answer the heads' own numbers, {_ACTIVATIONS[found]}")
 

@@ -70,8 +70,10 @@ class RemotePreference(PreferenceScorer):
         if api == "auto":
             api = "classify" if resolve(path, "modules.json") is None else "embeddings"
         width = preference.dim + preference.planes * preference.prompt_gate
-        key, regression = api_key or os.environ.get(KEY_VARIABLE), config.problem_type == "regression"
-        self.server = HeadServer(url, api, served_model, width, key, timeout, batch_size, regression)
+        # Exports of this package say "regression", for which vLLM has no activation, asked for or not.
+        sigmoid = not hasattr(config, "preference") and config.problem_type != "regression" and api == "classify"
+        key = api_key or os.environ.get(KEY_VARIABLE)
+        self.server = HeadServer(url, api, served_model, width, key, timeout, batch_size, sigmoid)
         text = config.get_text_config()
         self._hidden_size, limits = text.hidden_size, (learned_positions(text), text.vocab_size)
         self._prepare(preference, load_tokenizer(path, **options), limits, max_length)
