@@ -121,6 +121,7 @@ def folders(model_folder, tmp_path_factory):
             model.save_pretrained(trained)
             twin = AutoModelForSequenceClassification.from_pretrained(base, num_labels=sum(map(len, heads)))
             twin.score.weight.data = torch.cat(heads).detach()
+            twin.config.problem_type = "regression"
             twin.config.preference, twin.config.preference_digest = vars(preference), score_digest(twin.score.weight)
             assert hasattr(twin.config, DIGEST)
             twin.save_pretrained(exported)
@@ -380,7 +381,8 @@ def test_rewards_from_0_to_1_are_told_from_a_sigmoid(folders, tmp_path):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(folders("bt")[1], folder)
         config = json.loads((folder / "config.json").read_text())
-        config = {key: value for key, value in config.items() if not key.startswith("preference")} | settings
+        removed = ("preference", "preference_digest", "problem_type")
+        config = {key: value for key, value in config.items() if key not in removed} | settings
         (folder / "config.json").write_text(json.dumps(config))
         return str(folder)
 
@@ -389,10 +391,13 @@ def test_rewards_from_0_to_1_are_told_from_a_sigmoid(folders, tmp_path):
         assert RemotePreference(server.url, configured()).compare("a", "b", "bcdefg") < 0.5
         assert [body["use_activation"] for _, body in server.requests] == [False, False, True]
         heeds = False
-        with pytest.raises(RunError, match="lie between 0 and 1, as after a sigmoid: have it heed use_activation"):
-            RemotePreference(server.url, configured()).compare("a", "b", "bcdefg")
-        for folder in (configured(problem_type="regression"), *folders("bt")):  # where vLLM has no sigmoid
+        for folder in (configured(), folders("bt")[0]):
+            with pytest.raises(RunError, match=r"lie in \[0, 1\], as after a sigmoid: have it heed use_activation"):
+                RemotePreference(server.url, folder).compare("a", "b", "bcdefg")
+        for folder in (configured(problem_type="regression"), folders("bt")[1]):  # where vLLM has no sigmoid
+            server.requests.clear()
             assert RemotePreference(server.url, folder).compare("a", "b", "bcdefg") < 0.5
+            assert len(server.requests) == 1
 
 
 def test_key_and_name_of_the_model(folders, monkeypatch):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from general_preference import preference_matrix, preference_probability, preference_score
-from general_preference.models.score import normalize_embedding
+from general_preference.models.score import gate_weights, head_embedding, normalize_embedding
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 DIMS = st.integers(1, 9)
@@ -120,3 +120,14 @@ def test_shapes_that_do_not_fit_are_refused():
         preference_score(torch.zeros(2, 4), torch.zeros(2, 6))
     with pytest.raises(ValueError, match="2 planes"):
         preference_score(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2, 3))
+
+
+def test_numbers_of_the_heads_become_embeddings_and_gates():
+    numbers = torch.tensor([3.0, 4.0, 0.0, 0.0, 7.0])
+    assert torch.equal(head_embedding(numbers), numbers)
+    expected = torch.tensor([0.6, 0.8, 0.0, 0.0, 6.5])
+    torch.testing.assert_close(head_embedding(numbers, normalize=True, reward_offset=-0.5), expected)
+    assert head_embedding(torch.tensor([2.0]), reward_offset=0.25).item() == 2.25
+    logits = torch.tensor([0.0, math.log(3.0)])
+    torch.testing.assert_close(gate_weights(logits, "softmax", 16), torch.tensor([0.25, 0.75]))
+    torch.testing.assert_close(gate_weights(4 * logits, "scaled_softmax", 16), torch.tensor([0.5, 1.5]))

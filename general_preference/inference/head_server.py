@@ -5,7 +5,7 @@ Called by remote.py. Needs httpx.
 
 import functools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
@@ -26,7 +26,7 @@ _CURES = {
 _ACTIVATIONS = {
     "softmax": 'rows sum to 1, as after a softmax: have it heed use_activation false, or set api to "embeddings"',
     "normalization": "rows have norm 1: have it heed use_activation false, or turn off its normalization",
-    "sigmoid": "all lie between 0 and 1, as after a sigmoid: have it heed use_activation false, as newer vLLM does",
+    "sigmoid": "all lie in [0, 1], as after a sigmoid: have it heed use_activation false, or name the export here",
 }
 
 
@@ -45,7 +45,7 @@ class HeadServer:
     api: str
     served_model: str | None
     width: int
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     timeout: float = 300.0
     batch_size: int = 128
     sigmoid: bool = False
@@ -81,21 +81,29 @@ class HeadServer:
             self.served_model = self.served_model or self._only_model(client)
             starts = tqdm(range(0, len(sequences), self.batch_size), desc="embedding", delay=2)
             outputs = torch.cat([self._numbers(client, sequences[at : at + self.batch_size]) for at in starts])
-            if _activation(outputs):
+            if self._activation(outputs):
                 self._refuse_activation(client, sequences, outputs)
         return outputs
+
+    def _activation(self, outputs: torch.Tensor) -> str | None:
+        """What these rows look as if they had gone through, in the words of _ACTIVATIONS; None for raw numbers."""
+        within = outputs.min() >= -_CLOSE and outputs.max() <= 1 + _CLOSE
+        if within and (outputs.sum(dim=-1) - 1).abs().max() < _CLOSE:
+            return "softmax"
+        if (outputs.norm(dim=-1) - 1).abs().max() < _CLOSE:
+            return "normalization"
+        return "sigmoid" if within and self.sigmoid else None
 
     def _refuse_activation(self, client, sequences: list[tuple[int, ...]], outputs: torch.Tensor) -> None:
         """RunError if an activation made these numbers; whether they look so by accident, those of prefixes tell."""
         prefixes = (ids[:end] for ids in sequences for end in (1, len(ids) // 2, len(ids) - 1) if end > 0)
         more = list(dict.fromkeys(prefixes))[: self.batch_size] or sequences[:1]
         numbers = self._numbers(client, more)
-        found = _activation(torch.cat([outputs, numbers]))
-        if found == "sigmoid":  # or rewards from 0 to 1, which differ from what a sigmoid makes of them
-            same = self.sigmoid and torch.equal(self._numbers(client, more, use_activation=True), numbers)
-            found = found if same else None
+        found = self._activation(torch.cat([outputs, numbers]))
+        if found == "sigmoid" and not torch.allclose(self._numbers(client, more, True), numbers, atol=_CLOSE):
+            return  # rewards from 0 to 1
         if found:
-            raise RunError(f"{self.url} does not answer the heads' own numbers, {_ACTIVATIONS[found]}")
+            raise RunError(f"{self.url} does not answer the heads' own numbers, since {_ACTIVATIONS[found]}")
 
     def _only_model(self, client) -> str:
         answer = self._ask(client, "GET", "/v1/models")
@@ -109,23 +117,23 @@ class HeadServer:
 
     def _numbers(self, client, sequences: list[tuple[int, ...]], use_activation: bool = False) -> torch.Tensor:
         """(N, width) from one request; `use_activation` asks vLLM for probabilities or unit vectors in their place."""
-        route, field = APIS[self.api]
+        route, name = APIS[self.api]
         body = {"model": self.served_model, "input": sequences, "use_activation": use_activation}
         answer, place = self._ask(client, "POST", route, json=body), self.url + route
         try:
-            rows = [(one["index"], one[field]) for one in answer["data"]]
+            rows = [(one["index"], one[name]) for one in answer["data"]]
             order, widths = sorted(index for index, _ in rows), {len(row) for _, row in rows}
             read = (answer.get("usage") or {}).get("prompt_tokens")
             numbers = all(type(value) in (int, float) for _, row in rows for value in row)
         except (KeyError, TypeError, AttributeError):
             numbers = False
         if not numbers:
-            raise RunError(f"{place} answers no data with index and {field}: is the url that of vLLM or SGLang?")
+            raise RunError(f"{place} answers no data with index and {name}: is the url that of vLLM or SGLang?")
         if order != list(range(len(sequences))):
             found = f"{len(order)} rows, {len(set(order))} of them different, to {len(sequences)} sequences"
             raise RunError(f"{place} answers {found}: expected one for each")
         if wrong := widths - {self.width}:
-            cure = "serve the model, exported with its heads, that is named here"
+            cure = "serve an export of the model that is named here"
             raise RunError(f"{place} answers {min(wrong)} numbers a sequence, the heads have {self.width}: {cure}")
         if read and read != (sent := sum(map(len, sequences))):
             raise RunError(f"{place} read {read} tokens, but {sent} were sent: have it cut nothing and add nothing")
@@ -161,16 +169,6 @@ class HeadServer:
             return response.json()
         except ValueError as error:
             raise RunError(f"{place} answered no JSON ({said}): is the url that of vLLM or SGLang?") from error
-
-
-def _activation(outputs: torch.Tensor) -> str | None:
-    """What these rows look as if they had gone through, in the words of _ACTIVATIONS; None for a head's own numbers."""
-    within = outputs.min() >= -_CLOSE and outputs.max() <= 1 + _CLOSE
-    if within and (outputs.sum(dim=-1) - 1).abs().max() < _CLOSE:
-        return "softmax"
-    if (outputs.norm(dim=-1) - 1).abs().max() < _CLOSE:
-        return "normalization"
-    return "sigmoid" if within else None
 
 
 def _httpx():

@@ -70,8 +70,8 @@ class RemotePreference(PreferenceScorer):
         if api == "auto":
             api = "classify" if resolve(path, "modules.json") is None else "embeddings"
         width = preference.dim + preference.planes * preference.prompt_gate
-        # Exports of this package say "regression", for which vLLM has no activation, asked for or not.
-        sigmoid = not hasattr(config, "preference") and config.problem_type != "regression" and api == "classify"
+        # Exports say "regression", for which vLLM has no activation, asked for or not; only bt needs no export.
+        sigmoid = preference.head == "bt" and config.problem_type != "regression" and api == "classify"
         key = api_key or os.environ.get(KEY_VARIABLE)
         self.server = HeadServer(url, api, served_model, width, key, timeout, batch_size, sigmoid)
         text = config.get_text_config()
