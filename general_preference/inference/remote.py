@@ -70,7 +70,7 @@ class RemotePreference(PreferenceScorer):
         if api == "auto":
             api = "classify" if resolve(path, "modules.json") is None else "embeddings"
         width = preference.dim + preference.planes * preference.prompt_gate
-        # Exports say "regression", for which vLLM has no activation, asked for or not; only bt needs no export.
+        # Exports say "regression", for which vLLM has no activation, asked for or not; rewards of others have one.
         sigmoid = preference.head == "bt" and config.problem_type != "regression" and api == "classify"
         key = api_key or os.environ.get(KEY_VARIABLE)
         self.server = HeadServer(url, api, served_model, width, key, timeout, batch_size, sigmoid)

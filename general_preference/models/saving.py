@@ -40,7 +40,7 @@ def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_s
     language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
     if language_model is model.backbone:
         vars(language_model.config).pop(BASE_DIGEST, None)  # of an adapter that was merged
-        if preference.head == "bt":  # the name by which transformers, TRL, vLLM and OpenRLHF read it
+        if preference.head == "bt":  # the name by which transformers, TRL and OpenRLHF read it
             heads[SCORE] = heads[HEAD_NAMES[0]].clone()
         model.backbone.save_pretrained(path, state_dict={**backbone, **heads}, max_shard_size=max_shard_size)
     else:
@@ -98,8 +98,8 @@ rm.rank(prompt, responses)              # indices, best first
 
 """
 _FORMATS = {
-    "bt": """transformers' AutoModelForSequenceClassification, TRL and vLLM read this folder as it is (an adapter: after
-`scripts/merge_lora.py`). The reward is read at the end token, which follows the conversation.""",
+    "bt": """transformers' AutoModelForSequenceClassification, TRL and OpenRLHF read this folder as it is (an adapter:
+after `scripts/merge_lora.py`). For vLLM and SGLang, `scripts/export_model.py` makes a folder of it.""",
     "gpm": "For vLLM, SGLang, transformers or sentence-transformers, `scripts/export_model.py` makes a folder of it.",
 }
 _TEMPLATE = """---
