@@ -108,6 +108,7 @@ def test_another_head_keeps_the_backbone(rewarded, saved, caplog):
     state = model.state_dict()
     for name, tensor in backbone.items():
         assert name == "score.weight" or torch.equal(state[f"backbone.{name}"], tensor), name
+    assert model.preference.input_format == "sequence_classification"
     assert model.value_head.weight.shape[0] == 6 and model.prompt_head.weight.shape[0] == 3
     said = [one.getMessage() for one in caplog.records if "keeps its backbone" in one.getMessage()]
     assert said == [f"{rewarded} (Bradley-Terry) keeps its backbone and gets a new GPM D=6 with gate head"]

@@ -3,6 +3,7 @@
 `get_reward_model` makes one to train, `load_reward_model` loads a trained one.
 """
 
+import dataclasses
 import logging
 import math
 import os
@@ -171,19 +172,11 @@ def get_reward_model(
     """
     path = os.path.expanduser(model_name_or_path)
     saved = saved_preference(path, trust_remote_code)
-    if preference is None and is_general_preference:
-        preference = PreferenceConfig("gpm", value_head_dim or 2, add_prompt_head, normalize=True, temperature=0.1)
-    elif preference is None and (saved is None or value_head_dim or add_prompt_head):
-        preference = PreferenceConfig("bt", value_head_dim or 1, add_prompt_head)
-    preference = preference or saved
-    if keep_reward and (saved is None or saved.head != "bt" or preference.head != "hybrid"):
-        found = "a plain language model" if saved is None else f"a {saved.describe()} model"
-        raise InputError(
-            f"a {preference.describe()} head cannot keep the reward of {path}, {found}: it takes a hybrid "
-            "head on a Bradley-Terry model"
-        )
     if saved is None and adapter_base(path) is not None:
         raise InputError(f"{path} is an adapter without preference heads: merge it first (scripts/merge_lora.py)")
+    preference = preference or _asked_head(saved, is_general_preference, value_head_dim, add_prompt_head)
+    if keep_reward:
+        _check_reward(path, saved, preference)
     attention = "flash_attention_2" if use_flash_attention_2 else attn_implementation
     partitioned = partitioned_loading(ds_config, path, trust_remote_code)
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -199,16 +192,8 @@ def get_reward_model(
     model = RewardModel(backbone, preference, attention)
     model.card.base_model = path
     model.initialize_heads(seed)
-    if keep_reward:
-        _start_from_reward(model, read_heads(path, trust_remote_code)[HEAD_NAMES[0]])
-    elif saved is not None and saved.same_head(preference):
-        keep = [name for name, new in zip(HEAD_NAMES, (init_value_head, init_prompt_head), strict=True) if not new]
-        _copy_heads(model, path, keep, trust_remote_code)
-    if saved is not None and (keep_reward or init_value_head or not saved.same_head(preference)):
-        reward = " whose scalar is its reward" if keep_reward else ""
-        logger.info(
-            "%s (%s) keeps its backbone and gets a new %s head%s", path, saved.describe(), preference.describe(), reward
-        )
+    if saved is not None:
+        _start_heads(model, path, saved, (init_value_head, init_prompt_head), keep_reward, trust_remote_code)
     model.check_sharing(can_run=partitioned is None)
     return model
 
@@ -241,11 +226,40 @@ def load_reward_model(
     return model
 
 
-def _start_from_reward(model: RewardModel, reward: torch.Tensor) -> None:
-    """Hybrid heads with the scalar `reward` (1, hidden): every plane's second coordinate is 0, so planes score 0."""
-    weight = model.value_head.weight.data
-    weight[1:-1:2] = 0
-    weight[-1:] = reward
+def _asked_head(saved: PreferenceConfig | None, general: bool, dim: int | None, gate: bool) -> PreferenceConfig:
+    """The head that the paper's arguments ask for, which is the `saved` one if it fits them."""
+    if saved is not None and not (general or dim or gate):
+        return saved
+    if general:
+        asked = PreferenceConfig("gpm", dim or 2, gate, normalize=True, temperature=0.1)
+    else:
+        asked = PreferenceConfig("bt", dim or 1, gate)
+    if saved is None or saved.same_head(asked):
+        return saved or asked
+    return dataclasses.replace(asked, input_format=saved.input_format, pad_token_id=saved.pad_token_id)
+
+
+def _check_reward(path: str, saved: PreferenceConfig | None, preference: PreferenceConfig) -> None:
+    """InputError unless a head on the model at `path` can keep its reward."""
+    if saved is None or saved.head != "bt" or preference.head != "hybrid":
+        found = "a plain language model" if saved is None else f"a {saved.describe()} model"
+        cure = "it takes a hybrid head on a Bradley-Terry model"
+        raise InputError(f"a {preference.describe()} head cannot keep the reward of {path}, {found}: {cure}")
+
+
+def _start_heads(model: RewardModel, path: str, saved: PreferenceConfig, new, keep_reward, trust_remote_code) -> None:
+    """Keep the heads at `path` that fit and are not to be `new` (value, prompt head); one line says which are not."""
+    same = saved.same_head(model.preference)
+    if keep_reward:  # every plane's second coordinate is 0, so planes score 0
+        reward = read_heads(path, trust_remote_code)[HEAD_NAMES[0]]
+        model.value_head.weight.data[1:-1:2] = 0
+        model.value_head.weight.data[-1:] = reward
+    elif same:
+        keep = [name for name, fresh in zip(HEAD_NAMES, new, strict=True) if not fresh]
+        _copy_heads(model, path, keep, trust_remote_code)
+    if not same or any(new):
+        head = f"{model.preference.describe()} head{' whose scalar is its reward' * keep_reward}"
+        logger.info("%s (%s) keeps its backbone and gets a new %s", path, saved.describe(), head)
 
 
 def _copy_heads(model: RewardModel, path: str, names, trust_remote_code: bool) -> None:
