@@ -28,14 +28,15 @@ if __name__ == "__main__":
 from general_preference.cli import exit_code, format_table, quiet_other_libraries
 from general_preference.datasets import preparation
 from general_preference.datasets.sources import parse_sources
-from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer, separate_padding
+from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.distributed import is_main_process
 from general_preference.errors import InputError, RunError, Stopped
 from general_preference.files import lock_folder, replace_text
 from general_preference.models.config import OWN_BASE, PreferenceConfig, adapter_base
-from general_preference.models.heads import saved_preference
+from general_preference.models.heads import saved_head
 from general_preference.models.merging import lacks_heads, merged_base
 from general_preference.models.reward_model import get_reward_model
+from general_preference.models.starting import settle_padding
 from general_preference.trainer.arguments import Arguments, parse_arguments
 from general_preference.trainer.deepspeed_config import without_keys
 from general_preference.trainer.folders import check_folders, output_folders
@@ -111,11 +112,7 @@ def run(arguments: Arguments, engine) -> None:
         logger.info("%s", summary)
     model = make_model(arguments, preference, engine.config())
     model.card.base_model = given.model.pretrain
-    if preference.pad_token_id is None:  # others find the reward before the padding
-        separate_padding(tokenizer)
-    else:
-        tokenizer.pad_token_id = preference.pad_token_id
-    model.language_model.config.pad_token_id = tokenizer.pad_token_id
+    settle_padding(model.language_model.config, tokenizer, preference)
     for table in (train_table, *eval_tables.values()):
         preparation.check_known_ids(table, model.vocabulary_size, tokenizer)
     objective = PreferenceObjective(arguments.loss, model, tokenizer, engine.device)
@@ -171,7 +168,7 @@ def on_base(arguments: Arguments, base: str) -> Arguments:
 def resolve_preference(arguments: Arguments) -> PreferenceConfig:
     """The head to train: what the flags ask for, or what the checkpoint in --pretrain already has."""
     model = arguments.model
-    return model.preference(arguments.data.max_len, saved_preference(model.pretrain, model.trust_remote_code))
+    return model.preference(arguments.data.max_len, saved_head(model.pretrain, model.trust_remote_code))
 
 
 def make_tokenizer(arguments: Arguments):

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from eval.batch_inference_rm_general_preference import main as batch_inference
 from general_preference import GPMPipeline, get_reward_model
+from general_preference.datasets.tokenization import ComparisonTokenizer
 from general_preference.errors import InputError
 from general_preference.models.heads import read_heads, saved_preference
 from general_preference.models.merging import merge_into_folder
 from rewardbench_eval.run_rm_rewardbench import main as rewardbench
-from scripts.make_tiny_model import CHAT_TEMPLATE, END, PAD
+from scripts.make_tiny_model import CHAT_TEMPLATE, END, PAD, train_tokenizer
 from tests.conftest import HIDDEN
 from tests.test_rewardbench import pairs
 
@@ -329,3 +330,96 @@ def test_both_evaluations_read_them(model_folder, tmp_path, own_environment):
     for line, record in zip((tmp_path / "m.jsonl").read_text().splitlines(), pairs(1), strict=True):
         score = rm.score_matrix(record["prompt"], [record["chosen"], record["rejected"]])[0, 1].item()
         assert json.loads(line)["score"] == pytest.approx(score, abs=1e-5)
+
+
+def rewards_by_transformers(folder: str, rm: GPMPipeline) -> torch.Tensor:
+    """One padded batch of what the pipeline reads of `RESPONSES`."""
+    prompts = [messages(prompt, "")[:-1] for prompt in PROMPTS]
+    rows = rm.encoder.encode(prompts, [[[messages("", text)[1]] for text in some] for some in RESPONSES])
+    ids = [row["prompt_ids"] + response for row in rows for response in row["response_ids"]]
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(**AutoTokenizer.from_pretrained(folder).pad({"input_ids": ids}, return_tensors="pt")).logits[:, 0]
+
+
+@pytest.mark.parametrize("pad", ["no", "the end token"])
+def test_a_merged_adapter_loads_in_transformers(model_folder, tmp_path, pad):
+    base = Path(shutil.copytree(model_folder("llama"), tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = None if pad == "no" else tokenizer.eos_token
+    tokenizer.save_pretrained(base)
+    change(base, settings={"pad_token_id": tokenizer.pad_token_id})
+    model = get_reward_model(str(base), bf16=False, lora_rank=2)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge_into_folder(str(tmp_path / "adapter"), tmp_path / "merged")
+    rm = GPMPipeline(str(tmp_path / "merged"))
+    own = torch.cat([one.embeddings[:, 0] for one in rm.embed(PROMPTS, RESPONSES)])
+    assert (rewards_by_transformers(str(tmp_path / "merged"), rm) - own).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_transformers_saves_again_stays_ours(saved, tmp_path, dtype):
+    folder = Path(shutil.copytree(saved(head="bt", dim=1, gate=False), tmp_path / "rm"))
+    ours = saved_preference(str(folder))
+    AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).save_pretrained(tmp_path / "again")
+    assert "value_head.weight" not in load_file(tmp_path / "again" / "model.safetensors")
+    assert saved_preference(str(tmp_path / "again")) == ours and ours.input_format == "chat"
+
+
+def test_what_other_tools_train_further_is_theirs(saved, tmp_path, caplog):
+    """One line says that settings are left out; two heads that differ are refused."""
+    folder = Path(shutil.copytree(saved(head="bt", dim=1, gate=False), tmp_path / "rm"))
+    change(folder, {"score.weight": torch.ones(1, HIDDEN)})
+    with pytest.raises(InputError, match=r"holds value_head.weight and another score.weight: remove the one"):
+        GPMPipeline(str(folder))
+    change(folder, remove=["value_head.weight"])
+    assert saved_preference(str(folder)).input_format == "openrlhf"  # as its configuration has it
+    assert saved_preference(str(folder)) is not None and caplog.text.count("was trained further by another tool") == 1
+    change(folder, remove=["score.weight"])
+    summary = {"v_head.summary.weight": torch.ones(1, HIDDEN), "v_head.summary.bias": torch.zeros(1)}
+    save_file(summary, folder / "value_head.safetensors")
+    rm = GPMPipeline(str(folder))
+    assert rm.preference.input_format == "sequence_classification" and (rm.model.value_head.weight == 1).all()
+
+
+def test_older_folders_of_openrlhf(model_folder, tmp_path):
+    """Without the prefix in their configuration: by the class of the model, or the statistics of its reward."""
+    head = torch.ones(1, HIDDEN)
+    for number, (name, settings) in enumerate(
+        [("score.weight", {"architectures": ["RewardModel"]}), ("value_head.weight", {"mean": 3.0, "std": 2.0})]
+    ):
+        folder = Path(shutil.copytree(model_folder("llama"), tmp_path / str(number)))
+        change(folder, {name: head}, settings=settings)
+        found = saved_preference(str(folder))
+        assert found.input_format == "openrlhf" and found.reward_offset == -settings.get("mean", 0) / 2
+
+
+@pytest.mark.parametrize("kind", ["CriticModel", "LlamaForTokenClassification"])
+def test_models_that_give_every_token_a_number_are_refused(model_folder, tmp_path, kind):
+    folder = Path(shutil.copytree(model_folder("llama"), tmp_path / "rm"))
+    change(folder, {"score.weight": torch.ones(1, HIDDEN)}, settings={"architectures": [kind]})
+    with pytest.raises(InputError, match=r"CriticModel|ForTokenClassification.*gives every token a number"):
+        GPMPipeline(str(folder))
+
+
+def test_small_traps_of_folders(model_folder, tmp_path):
+    """A padding token of -1 is none, and the index of shards that are gone is not read."""
+    folder = Path(classifier(model_folder("llama"), tmp_path / "rm", PAD))
+    change(folder, settings={"pad_token_id": -1})
+    assert saved_preference(str(folder)).pad_token_id is None
+    index = {"metadata": {}, "weight_map": {"score.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert GPMPipeline(str(folder)).preference.head == "bt"
+
+
+def test_the_gate_reads_the_same_whatever_the_responses_are(model_folder, tmp_path):
+    """A response that begins with white space may share a token with the end of the prompt."""
+    words = ["\n\n\nThe rock.", "<|assistant|>\nThe rock.", "<|user|>\nWhich throw wins?<|end|>\n"] * 4
+    tokenizer = train_tokenizer(words, 300)
+    tokenizer.chat_template = TEMPLATE
+    encoder = ComparisonTokenizer(tokenizer, None, "sequence_classification")
+    prompt, texts = messages("Which throw wins?", "")[:1], ["The rock.", "paper", "\n\nThe rock."]
+    responses = [[messages("", text)[1]] for text in texts]
+    few, all_of_them = (encoder.encode([prompt], [some])[0] for some in (responses[:2], responses))
+    assert all_of_them["response_ids"][2][0] == tokenizer.convert_tokens_to_ids("ĊĊ"), "the trap is there"
+    assert few["prompt_ids"] == all_of_them["prompt_ids"] and few["response_ids"] == all_of_them["response_ids"][:2]

@@ -1,5 +1,6 @@
 """Training that starts from another preference or reward model: what is kept, what is new, and what is said."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from general_preference import GPMPipeline, get_reward_model
 from general_preference.errors import InputError
 from general_preference.models.config import PreferenceConfig
+from general_preference.models.heads import SavedHead, saved_head
 from general_preference.models.score import preference_matrix
 from general_preference.trainer.arguments import ModelArguments
 from scripts.make_tiny_model import PAD
@@ -57,16 +59,20 @@ GPM = PreferenceConfig("gpm", 4, True, "scaled_softmax", True, 0.2)
     ],
 )
 def test_which_head_is_trained(saved, flags, expected):
-    assert ModelArguments(**flags).preference(None, saved) == expected
+    assert ModelArguments(**flags).preference(None, saved and SavedHead(saved, recorded=True)) == expected
 
 
 @pytest.mark.parametrize(
     ("saved", "flags", "said"),
     [
-        (None, {"keep_reward": True}, "needs a Bradley-Terry model, but --pretrain .* is a plain language model"),
-        (GPM, {"keep_reward": True}, "is a GPM D=4 with gate model"),
+        (
+            None,
+            {"keep_reward": True},
+            "only a hybrid head on a Bradley-Terry model .* google/gemma-2b-it is a plain lang",
+        ),
+        (GPM, {"keep_reward": True}, "the head is hybrid, and .* is a GPM D=4 with gate model"),
         (BT, {"keep_reward": True, "new_head": True}, "--new_head forgets the reward"),
-        (BT, {"keep_reward": True, "preference_head": "gpm"}, "makes a hybrid head, not gpm"),
+        (BT, {"keep_reward": True, "preference_head": "gpm"}, "only a hybrid head .*: the head is gpm"),
         (BT, {"keep_reward": True, "input_format": "released"}, "input_format = 'chat', but 'released' was asked for"),
         (BT, {"value_head_dim": 6}, "a Bradley-Terry head has dimension 1, not 6"),
         (BT, {"general_preference_tau": 1.0}, "temperature = 2.0, but 1.0 was asked for"),
@@ -75,7 +81,18 @@ def test_which_head_is_trained(saved, flags, expected):
 )
 def test_contradictions_are_refused(saved, flags, said):
     with pytest.raises(InputError, match=said):
-        ModelArguments(**flags).preference(None, saved)
+        ModelArguments(**flags).preference(None, saved and SavedHead(saved, recorded=True))
+
+
+def test_a_temperature_that_is_not_recorded_may_be_named():
+    """Weights of other tools record none."""
+    found = ModelArguments(general_preference_tau=2.0).preference(None, SavedHead(FOREIGN))
+    assert found == dataclasses.replace(FOREIGN, temperature=2.0, max_length=512)
+
+
+def test_padding_belongs_to_its_input_format():
+    found = ModelArguments(new_head=True, input_format="chat").preference(None, SavedHead(FOREIGN))
+    assert found.input_format == "chat" and found.pad_token_id is None
 
 
 @pytest.fixture
@@ -88,7 +105,7 @@ def rewarded(model_folder, tmp_path):
 def test_a_hybrid_head_starts_as_the_reward(rewarded, tmp_path, normalize):
     flags = ModelArguments(rewarded, keep_reward=True, value_head_dim=5, normalize=normalize)
     old = GPMPipeline(rewarded)
-    preference = flags.preference(None, old.preference)
+    preference = flags.preference(None, saved_head(rewarded))
     model = get_reward_model(rewarded, bf16=False, preference=preference, keep_reward=True)
     model.save_pretrained(tmp_path / "hybrid")
     AutoTokenizer.from_pretrained(rewarded).save_pretrained(tmp_path / "hybrid")
@@ -115,7 +132,7 @@ def test_another_head_keeps_the_backbone(rewarded, saved, caplog):
     plain = get_reward_model(saved(), bf16=False, preference=PreferenceConfig("bt"))
     assert plain.prompt_head is None and "(GPM D=4 with gate)" in caplog.text
     for bad in (PreferenceConfig("gpm", 2), PreferenceConfig("bt")):
-        with pytest.raises(InputError, match="takes a hybrid head on a Bradley-Terry model"):
+        with pytest.raises(InputError, match="only a hybrid head on a Bradley-Terry model"):
             get_reward_model(rewarded, bf16=False, preference=bad, keep_reward=True)
 
 

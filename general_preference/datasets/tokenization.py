@@ -85,21 +85,6 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, input_templ
     return tokenizer
 
 
-def separate_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Pad with a token that texts never hold: transformers reads a reward where the padding begins."""
-    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
-        return
-    used = f"{tokenizer.bos_token}{tokenizer.eos_token}{tokenizer.chat_template}"
-    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
-    free = [name for name in special if name not in used]
-    if free:
-        tokenizer.pad_token = min(free, key=lambda name: ("pad" not in name.lower(), name != tokenizer.unk_token))
-    else:
-        logger.warning(
-            "no token but %s can pad: tools that pass over padding read one token early", tokenizer.eos_token
-        )
-
-
 def fix_date(tokenizer: PreTrainedTokenizerBase) -> None:
     """Have the chat template write `DATE` for today, so that ids are the same every day; saved with the model."""
 
@@ -211,7 +196,7 @@ class ComparisonTokenizer:
         if self.input_format == "openrlhf":
             end, whole = self.tokenizer.eos_token, [text.rstrip("\n") for text in whole]
             whole = [text if text.endswith(end) else f"{text} {end}" for text in whole]
-        return [one.prompt, *whole]
+        return [one.prompt.rstrip(), *whole]  # white space there may join that of a response in one token
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []

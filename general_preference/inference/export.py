@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 from transformers.utils import is_accelerate_available
 
-from general_preference.datasets.tokenization import fix_date, load_tokenizer, separate_padding
+from general_preference.datasets.tokenization import fix_date, load_tokenizer
 from general_preference.errors import InputError
 from general_preference.files import check_new_folder, new_folder, replace_text
 from general_preference.inference.export_card import FORMATS, serving
@@ -43,6 +43,7 @@ from general_preference.models.heads import (
 from general_preference.models.loading import OLD_MASKS, load_backbone, without_report
 from general_preference.models.merging import merge_into_folder
 from general_preference.models.saving import describe_head, model_card, read_card_facts
+from general_preference.models.starting import settle_padding
 
 # Modules of sentence-transformers by the names that its versions and the servers know.
 _MODULES = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
@@ -70,15 +71,13 @@ def export_model(
         raise InputError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
     preference = trained_preference(path)
     check_new_folder(output, base_chain(path))
-    tokenizer = _tokenizer(path, preference)
+    tokenizer = _tokenizer(path)
     with new_folder(output) as folder:
         with _merged(path, folder) as source:
             heads = read_heads(source)
             weight = torch.cat([heads[name].float() for name in HEAD_NAMES if name in heads])
             config, left_out = _configuration(source, preference, format, len(weight))
-            distinct = tokenizer.pad_token_id if tokenizer.pad_token_id != tokenizer.eos_token_id else None
-            passed_over = preference.pad_token_id
-            config.get_text_config().pad_token_id = distinct if passed_over is None else passed_over
+            settle_padding(config, tokenizer, preference)
             tensors = read_tensors(source, set(tensor_files(source)) - left_out)
             if format == "sequence_classification":
                 tensors[SCORE] = weight
@@ -108,11 +107,9 @@ def _merged(path: str, folder: Path):
     shutil.rmtree(merged)
 
 
-def _tokenizer(path: str, preference: PreferenceConfig):
+def _tokenizer(path: str):
     tokenizer = load_tokenizer(path)
     fix_date(tokenizer)
-    if preference.pad_token_id is None:  # else rewards are read before tokens with this one
-        separate_padding(tokenizer)
     return tokenizer
 
 

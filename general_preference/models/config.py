@@ -282,7 +282,7 @@ def naming_damage(path: str) -> Iterator[None]:
 
 def _weight_map(path: str) -> dict[str, str]:
     """Which file holds each tensor of a sharded checkpoint; {} if it is not sharded."""
-    index = resolve(path, "model.safetensors.index.json")
+    index = None if resolve(path, SINGLE_FILES[0]) else resolve(path, "model.safetensors.index.json")
     return {} if index is None else json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
 
 

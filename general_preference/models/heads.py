@@ -10,7 +10,9 @@ LLaMA-Factory            v_head.summary.weight (1, hidden)       Bradley-Terry; 
 """
 
 import dataclasses
+import functools
 import hashlib
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -30,10 +32,13 @@ from general_preference.models.config import (
     tensor_files,
 )
 
+logger = logging.getLogger(__name__)
+
 HEAD_NAMES = ("value_head.weight", "prompt_head.weight")
 SCORE, SUMMARY = "score.weight", ("v_head.summary.weight", "v_head.summary.bias")
 IN_ADAPTER = "base_model.model."  # what peft puts in front of names
-DIGEST = "preference_digest"  # key in an export's config.json: `score_digest` of its score.weight
+DIGEST = "preference_digest"  # key in config.json: `score_digest` of the score.weight that this package wrote
+_CRITICS = {"CriticModel": "a critic of OpenRLHF", "ForTokenClassification": "a token classifier"}
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _HEADS = re.compile(
     r"(^|\.)(score|classifier|pooler|v_head|value_head|reward_head|rm_head|regression_head|regression_layer)\."
@@ -63,13 +68,20 @@ def saved_head(path: str, trust_remote_code: bool = False) -> SavedHead | None:
     """
     config, names = load_config(path, trust_remote_code), set(tensor_files(path))
     recorded, own = getattr(config, "preference", None), HEAD_NAMES[0] in names
-    if recorded is not None and (own or SCORE not in names or _is_export(path, config)):
-        tensors = (SCORE,) if SCORE in names and not own else HEAD_NAMES
-        return SavedHead(PreferenceConfig.from_dict(recorded), tensors, recorded=True)
+    if recorded is not None and (own or _is_unchanged(path, config, names)):
+        if own and SCORE in names and PreferenceConfig.from_dict(recorded).head == "bt":
+            _check_twins(path)
+        return SavedHead(PreferenceConfig.from_dict(recorded), HEAD_NAMES if own else (SCORE,), recorded=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(path, HEAD_NAMES).items()} if own else {}
-    if own and (shapes[HEAD_NAMES[0]][0] > 1 or getattr(config, "value_head_prefix", None) is None):
+    if own and (shapes[HEAD_NAMES[0]][0] > 1 or not _of_openrlhf(config)):
         return SavedHead(PreferenceConfig.from_shapes(*map(shapes.get, HEAD_NAMES)))
-    return _foreign_head(path, config, names)
+    foreign = _foreign_head(path, config, names)
+    if recorded is None:
+        return foreign
+    if foreign is None:  # the head is missing, which whoever reads it says
+        return SavedHead(PreferenceConfig.from_dict(recorded), recorded=True)
+    _warn_of_changes(path)
+    return foreign
 
 
 def saved_preference(path: str, trust_remote_code: bool = False) -> PreferenceConfig | None:
@@ -119,29 +131,51 @@ def head_tensors(path: str, trust_remote_code: bool = False) -> set[str]:
 
 
 def score_digest(weight: torch.Tensor) -> str:
-    """A checksum of an export's score.weight, which other tools change when they train it further."""
-    return hashlib.blake2b(weight.detach().float().cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+    """A checksum of a score.weight, which other tools change when they train it further; the same in bfloat16."""
+    rounded = weight.detach().to(torch.bfloat16).cpu().contiguous()
+    return hashlib.blake2b(rounded.view(torch.int16).numpy().tobytes(), digest_size=8).hexdigest()
 
 
-def _is_export(path: str, config) -> bool:
+def _is_unchanged(path: str, config, names: set[str]) -> bool:
+    """Whether score.weight is what this package wrote."""
     wanted = getattr(config, DIGEST, None)
-    return wanted is not None and wanted == score_digest(read_tensors(path, [SCORE])[SCORE])
+    return wanted is not None and SCORE in names and wanted == score_digest(read_tensors(path, [SCORE])[SCORE])
+
+
+def _check_twins(path: str) -> None:
+    """InputError if the two copies of a Bradley-Terry head differ."""
+    own, score = map(read_tensors(path, [HEAD_NAMES[0], SCORE]).get, (HEAD_NAMES[0], SCORE))
+    if not torch.equal(own, score):
+        raise InputError(f"{path} holds {HEAD_NAMES[0]} and another {SCORE}: remove the one that is out of date")
+
+
+@functools.cache
+def _warn_of_changes(path: str) -> None:
+    what = "the temperature, input format and max_length that it was saved with are left out"
+    logger.warning("%s was trained further by another tool and is read as a reward model of that: %s", path, what)
+
+
+def _of_openrlhf(config) -> bool:
+    of_transformers = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    named = any(hasattr(config, key) for key in ("value_head_prefix", "mean"))
+    return not of_transformers and (named or "RewardModel" in (config.architectures or ()))
 
 
 def _foreign_head(path: str, config, names: set[str]) -> SavedHead | None:
     """The head of a Bradley-Terry model that another tool made."""
-    prefix, std, offset = getattr(config, "value_head_prefix", None), 1.0, 0.0
-    input_format = "sequence_classification"
-    of_transformers = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    for kind, what in _CRITICS.items():
+        if any(name.endswith(kind) for name in config.architectures or ()):
+            raise InputError(f"{path} is {what} ({kind}), which gives every token a number: use a reward model")
+    std, offset, input_format, pad_token_id = 1.0, 0.0, "sequence_classification", None
     score = next((name for name in (SCORE, IN_ADAPTER + SCORE) if name in names), None)
-    pad_token_id = None
-    if score is not None and (prefix is None or of_transformers):
-        weight, pad_token_id = score, _pad_token_id(path, config)
-    elif f"{prefix}.weight" in names:
+    prefix = getattr(config, "value_head_prefix", None) or ("score" if score == SCORE else "value_head")
+    if _of_openrlhf(config) and f"{prefix}.weight" in names:
         weight, mean, std = f"{prefix}.weight", getattr(config, "mean", 0.0), getattr(config, "std", 1.0)
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in (mean, std)) or std <= 0:
             raise InputError(f"{path}: config.json has the reward's mean {mean!r} and std {std!r}, expected std > 0")
         offset, input_format = -mean / std, "openrlhf"
+    elif score is not None:
+        weight, pad_token_id = score, _pad_token_id(path, config)
     elif SUMMARY[0] in names and resolve(path, VALUE_HEAD_FILE):
         weight = SUMMARY[0]
         if (bias := read_tensors(path, SUMMARY).get(SUMMARY[1])) is not None:
@@ -161,7 +195,8 @@ def _foreign_head(path: str, config, names: set[str]) -> SavedHead | None:
 def _pad_token_id(path: str, config) -> int | None:
     """What transformers passes over at the end of a sequence: TRL sets it to the tokenizer's, which it saves."""
     if adapter_base(path) is None or resolve(path, "tokenizer_config.json") is None:
-        return config.get_text_config().pad_token_id
+        number = config.get_text_config().pad_token_id
+        return None if number is None or number < 0 else number  # -1 in some configurations, which is no token
     try:
         return AutoTokenizer.from_pretrained(path).pad_token_id
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -27,6 +27,7 @@ from general_preference.models.config import (
 from general_preference.models.heads import saved_preference
 from general_preference.models.loading import load_backbone, merge_adapter
 from general_preference.models.reward_model import RewardModel, load_reward_model
+from general_preference.models.starting import settle_padding
 
 
 def lacks_heads(path: str, trust_remote_code: bool = False) -> bool:
@@ -70,6 +71,7 @@ def merge_into_folder(
     note = {"adapter": adapter, "weights": weights_digest(adapter)}
     with new_folder(output) as folder:
         if trained:
+            settle_padding(model.language_model.config, tokenizer, model.preference)
             _save_preference_model(model, adapter, folder)
         else:
             _save_language_model(model, base, folder)

@@ -3,7 +3,6 @@
 `get_reward_model` makes one to train, `load_reward_model` loads a trained one.
 """
 
-import dataclasses
 import logging
 import math
 import os
@@ -22,11 +21,12 @@ from general_preference.models.config import (
     resolve,
     weights_digest,
 )
-from general_preference.models.heads import HEAD_NAMES, read_heads, saved_preference, trained_preference
+from general_preference.models.heads import HEAD_NAMES, read_heads, saved_head, trained_preference
 from general_preference.models.loading import add_lora, load_backbone, partitioned_loading
 from general_preference.models.losses import load_balancing_loss
 from general_preference.models.saving import CardFacts, push_reward_model, read_card_facts, save_reward_model
 from general_preference.models.score import gate_weights, head_embedding
+from general_preference.models.starting import check_reward, head_to_train
 
 logger = logging.getLogger(__name__)
 
@@ -171,12 +171,16 @@ def get_reward_model(
         InputError: no such model, a folder that is none, or a reward to keep where there is none.
     """
     path = os.path.expanduser(model_name_or_path)
-    saved = saved_preference(path, trust_remote_code)
+    head = saved_head(path, trust_remote_code)
+    saved = None if head is None else head.preference
     if saved is None and adapter_base(path) is not None:
         raise InputError(f"{path} is an adapter without preference heads: merge it first (scripts/merge_lora.py)")
-    preference = preference or _asked_head(saved, is_general_preference, value_head_dim, add_prompt_head)
-    if keep_reward:
-        _check_reward(path, saved, preference)
+    if preference is None:
+        asked = {"dim": value_head_dim, "prompt_gate": add_prompt_head or None}
+        kind, new = "gpm" if is_general_preference else None, init_value_head
+        preference = head_to_train(path, head, kind, new=new, keep_reward=keep_reward, **asked)
+    elif keep_reward:
+        check_reward(path, saved, preference.head)
     attention = "flash_attention_2" if use_flash_attention_2 else attn_implementation
     partitioned = partitioned_loading(ds_config, path, trust_remote_code)
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -224,27 +228,6 @@ def load_reward_model(
     model.check_sharing()
     model.eval().layout_on(device)  # a kernel that cannot run is refused now, not with the first batch
     return model
-
-
-def _asked_head(saved: PreferenceConfig | None, general: bool, dim: int | None, gate: bool) -> PreferenceConfig:
-    """The head that the paper's arguments ask for, which is the `saved` one if it fits them."""
-    if saved is not None and not (general or dim or gate):
-        return saved
-    if general:
-        asked = PreferenceConfig("gpm", dim or 2, gate, normalize=True, temperature=0.1)
-    else:
-        asked = PreferenceConfig("bt", dim or 1, gate)
-    if saved is None or saved.same_head(asked):
-        return saved or asked
-    return dataclasses.replace(asked, input_format=saved.input_format, pad_token_id=saved.pad_token_id)
-
-
-def _check_reward(path: str, saved: PreferenceConfig | None, preference: PreferenceConfig) -> None:
-    """InputError unless a head on the model at `path` can keep its reward."""
-    if saved is None or saved.head != "bt" or preference.head != "hybrid":
-        found = "a plain language model" if saved is None else f"a {saved.describe()} model"
-        cure = "it takes a hybrid head on a Bradley-Terry model"
-        raise InputError(f"a {preference.describe()} head cannot keep the reward of {path}, {found}: {cure}")
 
 
 def _start_heads(model: RewardModel, path: str, saved: PreferenceConfig, new, keep_reward, trust_remote_code) -> None:

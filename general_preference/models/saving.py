@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from yaml import YAMLError
 
 from general_preference.models.config import BASE_DIGEST, HEADS_FILE, PreferenceConfig
-from general_preference.models.heads import DIGEST, HEAD_NAMES, SCORE
+from general_preference.models.heads import DIGEST, HEAD_NAMES, SCORE, score_digest
 
 
 def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_shard_size="50GB", tags=None) -> None:
@@ -42,6 +42,7 @@ def save_reward_model(model, path: str, state_dict: dict | None = None, *, max_s
         vars(language_model.config).pop(BASE_DIGEST, None)  # of an adapter that was merged
         if preference.head == "bt":  # the name by which transformers, TRL and OpenRLHF read it
             heads[SCORE] = heads[HEAD_NAMES[0]].clone()
+            language_model.config.update({DIGEST: score_digest(heads[SCORE])})
         model.backbone.save_pretrained(path, state_dict={**backbone, **heads}, max_shard_size=max_shard_size)
     else:
         model.backbone.save_pretrained(path, state_dict=backbone)

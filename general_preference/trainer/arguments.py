@@ -16,15 +16,12 @@ from general_preference.datasets.arguments import ReadingArguments
 from general_preference.errors import InputError
 from general_preference.files import replace_text
 from general_preference.models.config import HEADS, INPUT_FORMATS, PreferenceConfig
+from general_preference.models.heads import SavedHead
 from general_preference.models.kernels import CHOICES
 from general_preference.models.losses import LanguageModelLossKind, PreferenceLossKind
+from general_preference.models.starting import head_to_train
 
 DEFAULT_MAX_LEN = 512
-_DEFAULT_HEADS = {
-    "bt": PreferenceConfig("bt"),
-    "gpm": PreferenceConfig("gpm", 2, normalize=True, temperature=0.1),
-    "hybrid": PreferenceConfig("hybrid", 3, normalize=True, temperature=0.1),
-}
 
 
 @dataclass
@@ -56,51 +53,24 @@ class ModelArguments:
     target_modules: list[str] | None = field(default_factory=lambda: ["all-linear"], metadata={"help": "modules that get adapters: names, or all-linear"})
     # fmt: on
 
-    def preference(self, max_length: int | None, saved: PreferenceConfig | None = None) -> PreferenceConfig:
-        """The head to train: what the flags ask for, on a model that was `saved` with a head or has none.
+    def preference(self, max_length: int | None, saved: SavedHead | None = None) -> PreferenceConfig:
+        """The head to train: what the flags ask for, on a model with the head `saved` or with none.
 
         Raises:
             InputError: flags that contradict each other or the head that is continued.
         """
-        head = self.preference_head or ("gpm" if self.is_general_preference else None)
-        if self.is_general_preference and head == "bt":
+        if self.is_general_preference and self.preference_head == "bt":
             raise InputError("--is_general_preference asks for a GPM, --preference_head bt for Bradley-Terry: drop one")
-        asked = {"dim": self.value_head_dim, "prompt_gate": self.add_prompt_head or None}
-        asked |= {"gate": self.gate, "normalize": self.normalize, "temperature": self.general_preference_tau}
-        asked = {name: value for name, value in asked.items() if value is not None}
-        always = {"learnable_temperature": self.learnable_temperature}
-        always["max_length"] = max_length or (saved and saved.max_length) or DEFAULT_MAX_LEN
-        if saved is not None and not self.new_head and not self.keep_reward and self._continues(saved, head):
-            saved.check(self.pretrain, **asked, input_format=self.input_format)
-            return replace(saved, **always)
-        if self.keep_reward:
-            start = self._kept_reward(saved, head)
-        else:
-            head = head or (saved.head if saved else "bt")
-            start = saved if saved is not None and saved.head == head else _DEFAULT_HEADS[head]
-            start = replace(start, temperature=_DEFAULT_HEADS[head].temperature, reward_offset=0.0)
-        if self.normalize and start.head == "bt":
-            raise InputError("--normalize has no meaning for --preference_head bt (one number): drop it")
-        always["input_format"] = self.input_format or (saved.input_format if saved else "chat")
-        always["pad_token_id"] = saved and saved.pad_token_id
-        return replace(start, **asked, **always)
-
-    def _continues(self, saved: PreferenceConfig, head: str | None) -> bool:
-        """Whether the head that was saved is the one these flags ask for."""
-        dim, gate = self.value_head_dim, self.add_prompt_head
-        return head in (None, saved.head) and dim in (None, saved.dim) and gate <= saved.prompt_gate
-
-    def _kept_reward(self, saved: PreferenceConfig | None, head: str | None) -> PreferenceConfig:
-        """A hybrid head with the units, padding and input of a reward model."""
-        if self.new_head:
+        if self.new_head and self.keep_reward:
             raise InputError("--new_head forgets the reward that --keep_reward keeps: drop one")
-        if head not in (None, "hybrid"):
-            raise InputError(f"--keep_reward makes a hybrid head, not {head}: drop one")
-        if saved is None or saved.head != "bt":
-            found = "a plain language model" if saved is None else f"a {saved.describe()} model"
-            raise InputError(f"--keep_reward needs a Bradley-Terry model, but --pretrain {self.pretrain} is {found}")
-        saved.check(self.pretrain, input_format=self.input_format)
-        return replace(saved, head="hybrid", dim=3)
+        kind = self.preference_head or ("gpm" if self.is_general_preference else None)
+        preference = head_to_train(
+            self.pretrain, saved, kind, new=self.new_head, keep_reward=self.keep_reward, max_length=max_length,
+            dim=self.value_head_dim, prompt_gate=self.add_prompt_head or None, gate=self.gate, normalize=self.normalize,
+            temperature=self.general_preference_tau, learnable_temperature=self.learnable_temperature,
+            input_format=self.input_format,
+        )  # fmt: skip
+        return replace(preference, max_length=preference.max_length or DEFAULT_MAX_LEN)
 
 
 @dataclass
