@@ -9,9 +9,13 @@ codes, each with one line: 1 it failed, 2 what was given cannot be used, 130 int
 """
 
 import json
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing takes seconds, in which Ctrl-C should print no traceback
 
 from general_preference.cli import check_at_least, exit_code, flag, format_table, parse_flags, quiet_other_libraries
 from general_preference.errors import InputError
@@ -50,9 +54,9 @@ def run(paths: list[str], arguments: CompareArguments) -> None:
     if twice := [path for path, place in zip(paths, resolved, strict=True) if resolved.count(place) > 1]:
         raise InputError(f"{twice[0]} is given twice: name the result file of another model")
     output = Path(arguments.output)
-    picture = output.with_suffix(".png")
     if output.suffix != ".json":
-        raise InputError(f"--output {output} must end in .json")
+        raise InputError(f"--output {arguments.output!r} must end in .json")
+    picture = output.with_suffix(".png")
     read = [*paths, *(str(ResultStore(path).summary) for path in resolved)]
     check_outputs({output: "--output", picture: "the picture"}, read)
     ours = "against_baseline" in read_object(output)

@@ -52,14 +52,18 @@ def new_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` to write into, which becomes `output` at the end; what fails or stops leaves none.
 
     Raises:
-        RunError: it cannot be written.
+        InputError: another process makes it. RunError: it cannot be written.
     """
     temporary = _unfinished(output)
-    with writing(output):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with writing(output), lock_folder(temporary, "output") as lock:
+        for left in temporary.iterdir():  # by a process that was killed
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != Path(lock.name).name:
+                left.unlink()
         try:
             yield temporary
+            Path(lock.name).unlink()
             if output.is_dir():
                 output.rmdir()
             temporary.rename(output)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from general_preference.errors import InputError
+from general_preference.files import writing
 from general_preference.models.score import preference_score, simple_cycles
 from general_preference.models.statistics import wilson_interval
 
@@ -25,7 +26,13 @@ _POINT, _BAR, _RIGHT, _WRONG = "#1f3b5c", "#9db4cc", "#2a7f62", "#c0392b"
 _GROUPS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
 _TRAIN, _EVALUATION = {"lw": 1, "alpha": 0.7, "color": "0.55"}, {"lw": 1.8, "marker": "o", "ms": 4}
 _STYLE = {"figure.constrained_layout.use": True, "savefig.dpi": 130, "axes.titlesize": 10, "axes.grid": True}
-_STYLE |= {"axes.axisbelow": True, "grid.alpha": 0.25, "legend.frameon": False, "legend.fontsize": 8}
+_STYLE |= {
+    "axes.axisbelow": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "text.parse_math": False,
+}
 
 
 def load_pyplot():
@@ -64,7 +71,8 @@ def _png(figure) -> bytes:
 
 
 def _save(pyplot, figure, path: Path) -> bool:
-    figure.savefig(path)
+    with writing(path):
+        figure.savefig(path)
     pyplot.close(figure)
     return True
 

@@ -10,8 +10,12 @@ MODEL is whatever GPMPipeline loads; a LoRA adapter is merged. Exit codes: 0 don
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing takes seconds, in which Ctrl-C should print no traceback
 
 from general_preference.cli import exit_code, quiet_other_libraries
 from general_preference.inference.export import FORMATS, export_model
@@ -22,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write a trained model as a folder that inference servers read.")
     parser.add_argument("model", help="folder or hub name of a trained model: full, sharded or a LoRA adapter")
     parser.add_argument("output", type=Path, help="folder to write; must not hold anything yet")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="what the folder is read by, see above")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what reads the folder")
     arguments = parser.parse_args(argv)
     quiet_other_libraries()
     return exit_code(lambda: export(**vars(arguments)), kept="the model is as it was, and the output was not made")

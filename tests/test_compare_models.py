@@ -214,6 +214,7 @@ def test_models_are_named_after_themselves_if_that_tells_them_apart(tmp_path):
 
     assert named("general-preference/GPM-2B", "runs/rm-tiny/") == ["GPM-2B", "rm-tiny"]
     assert named("runs/one/model", "runs/two/model") == ["a", "b"]
+    assert named("$x", "runs/$y_$") == ["$x", "$y_$"]  # no formulas in the picture
 
 
 A, ROWS = "a.jsonl", [pair(0, 1, "x"), pair(1, -1, "y"), pair(2, 1, "y")]
@@ -227,6 +228,10 @@ REFUSED = {
     "half a line": ([A, "half.jsonl"], "half.jsonl, line 3 is no row of results"),
     "data": ([A, "data.jsonl"], "data.jsonl, line 1 is no row of results (it has no 'label')"),
     "no number": ([A, "nan.jsonl"], "nan.jsonl, line 1 is no row of results (it holds NaN)"),
+    **{
+        f"bad {name}": ([A, f"bad_{name}.jsonl"], f"bad_{name}.jsonl, line 1 is no row of results (its {name} is")
+        for name in ("score", "probability", "label", "correct", "subset")
+    },
     "fewer rows": ([A, "fewer.jsonl"], "a.jsonl has 3 rows, fewer.jsonl ends before row 3"),
     "other ids": ([A, "ids.jsonl"], "row 2 has id 'c9' in ids.jsonl, 'c1' in a.jsonl"),
     "other subsets": ([A, "subsets.jsonl"], "row 1 has subset '' in subsets.jsonl, 'x' in a.jsonl"),
@@ -235,7 +240,7 @@ REFUSED = {
     "two kinds in one": ([A, "mixed.jsonl"], "mixed.jsonl, line 2 is no row of results (it belongs to pairs"),
     "a stopped run": ([A, "stopped.jsonl"], "stopped.jsonl is of a run that was stopped"),
     "other texts": (["b.jsonl", "texts.jsonl"], "the same rows have other texts (data two in texts.jsonl, one in b."),
-    "no JSON to write": ([A, "b.jsonl", "--output", "b.jsonl"], "--output b.jsonl must end in .json"),
+    "no JSON to write": ([A, "b.jsonl", "--output", "b.jsonl"], "--output 'b.jsonl' must end in .json"),
     "an input as output": ([A, "rows.json", "--output", "rows.json"], "--output rows.json is rows.json, which is read"),
     "a summary as output": ([A, "b.jsonl", "--output", "b.summary.json"], "--output b.summary.json is"),
     "another file as output": ([A, "b.jsonl", "--output", "mine.json"], "mine.json is of no comparison"),
@@ -255,6 +260,9 @@ def test_what_cannot_be_compared_is_refused_by_name(tmp_path, monkeypatch, capsy
     Path("half.jsonl").write_text("\n".join(map(json.dumps, ROWS))[:-9])
     write(Path("data.jsonl"), [{"id": "c0", "prompt": "p", "chosen": "a", "rejected": "b"}])
     write(Path("nan.jsonl"), [ROWS[0] | {"score": float("nan")}])
+    bad = {"score": "1e400", "probability": -5, "label": 10**400, "correct": "yes", "subset": [1]}
+    for name, value in bad.items():
+        write(Path(f"bad_{name}.jsonl"), [ROWS[0] | {name: value}])
     write(Path("fewer.jsonl"), ROWS[:2])
     write(Path("ids.jsonl"), [ROWS[0], ROWS[1] | {"id": "c9"}, ROWS[2]])
     write(Path("subsets.jsonl"), [{k: v for k, v in row.items() if k != "subset"} for row in ROWS])

@@ -134,7 +134,7 @@ def test_sentence_transformers_by_its_files(saved, tmp_path, family, head):
     rm = GPMPipeline(source)
     torch.testing.assert_close(embedded(tmp_path / "out", rm), numbers(rm), rtol=0, atol=1e-5)
     assert "lm_head.weight" not in tensor_files(str(tmp_path / "out"))
-    with pytest.raises(InputError, match=r"has no value_head\.weight"):
+    with pytest.raises(InputError, match="is an export for sentence-transformers: use the model"):
         GPMPipeline(tmp_path / "out")
 
 
@@ -286,6 +286,26 @@ def test_what_cannot_be_exported_is_said(saved, model_folder, tmp_path):
         with pytest.raises(InputError, match=said):
             export_model(path, tmp_path / output, format)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    for number, (change, said) in enumerate(
+        [
+            (
+                {"model.norm.weight": torch.full((HIDDEN,), torch.nan)},
+                "model.norm.weight holds numbers that are not fin",
+            ),
+            ({"prompt_head.weight": torch.full((2, HIDDEN), torch.inf)}, "the head holds numbers that are not finite"),
+            (
+                {"value_head.weight": torch.zeros(6, HIDDEN)},
+                r"holds heads of shape \(8, 32\), but GPM D=4 with gate has",
+            ),
+        ]
+    ):
+        broken = Path(shutil.copytree(source, tmp_path / f"broken{number}"))
+        tensors = load_file(broken / "model.safetensors") | change
+        save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+        for format in FORMATS:
+            with pytest.raises(InputError, match=said):
+                export_model(str(broken), tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="which is read"):
         export_model(source, Path(source), FORMATS[0])
 

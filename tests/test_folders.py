@@ -231,8 +231,11 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
     (tmp_path / ".writing_new").mkdir()  # of a process that was killed
     (tmp_path / ".writing_new" / "part").write_text("half")
     output.mkdir()
+    (tmp_path / ".writing_new" / "inner").mkdir()
     with new_folder(output) as folder:
         (folder / "whole").write_text("all")
+        with pytest.raises(InputError, match="is being written by another run"), new_folder(output):
+            pass
     assert [file.name for file in output.iterdir()] == ["whole"] and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(InputError, match="exists and is not empty"):
         check_new_folder(output, [])

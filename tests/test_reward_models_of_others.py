@@ -37,6 +37,7 @@ PROMPTS = [
     ],
 ]
 RESPONSES = [["The rock.", "The paper, the scissors; the rock äöü 你好.", ""], [" scissors", "a system prompt\n\n"]]
+INDEX = "model.safetensors.index.json"
 SIX = ("llama", "qwen2", "qwen3", "gemma2", "mistral_window", "gpt2")
 
 
@@ -247,6 +248,22 @@ def cut_off(folder: Path) -> None:
             "std 0, expected std > 0",
         ),
         (lambda folder: change(folder, {"score.weight": torch.zeros(1, 8)}), "8.*describes has value_head.weight of"),
+        (
+            lambda folder: change(folder, settings={"architectures": None, "mean": 1e308, "std": 1e-10}),
+            "the constant of the reward must be finite",
+        ),
+        (
+            lambda folder: change(folder, (), ["score.weight"], {"value_head_prefix": "head"}),
+            r"names its head in config.json \(value_head_prefix\), but holds no head.weight",
+        ),
+        (
+            lambda folder: (change(folder, (), ["score.weight"]), (folder / "value_head.bin").touch()),
+            r"holds pickle \(value_head.bin\), which is never loaded",
+        ),
+        (
+            lambda folder: ((folder / "model.safetensors").unlink(), (folder / INDEX).write_text("{}")),
+            "safetensors.index.json is damaged, it has no weight_map",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(model_folder, tmp_path, broken, said):

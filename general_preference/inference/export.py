@@ -75,10 +75,14 @@ def export_model(
     with new_folder(output) as folder:
         with _merged(path, folder) as source:
             heads = read_heads(source)
-            weight = torch.cat([heads[name].float() for name in HEAD_NAMES if name in heads])
+            weight = torch.cat([heads[name].float() for name in HEAD_NAMES if name in heads] or [torch.empty(0, 0)])
+            _check_shape(path, weight, preference)
             config, left_out = _configuration(source, preference, format, len(weight))
             settle_padding(config, tokenizer, preference)
             tensors = read_tensors(source, set(tensor_files(source)) - left_out)
+            for name, tensor in (*tensors.items(), ("the head", weight)):
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise InputError(f"{path}: {name} holds numbers that are not finite")
             if format == "sequence_classification":
                 tensors[SCORE] = weight
                 vars(config)[DIGEST] = score_digest(weight)
@@ -93,6 +97,14 @@ def export_model(
         for file in folder.rglob("*.safetensors"):
             shutil.copymode(folder / "config.json", file)  # safetensors writes them with mode 600
     return preference, config.architectures[0]
+
+
+def _check_shape(path: str, weight: torch.Tensor, preference: PreferenceConfig) -> None:
+    """InputError unless these are the rows of both heads."""
+    rows, hidden = len(labels(preference)), load_config(path).get_text_config().hidden_size
+    if tuple(weight.shape) != (rows, hidden):
+        found = f"holds heads of shape {tuple(weight.shape)}" if weight.numel() else "lacks its heads"
+        raise InputError(f"{path} {found}, but {preference.describe()} has ({rows}, {hidden})")
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ class HeadServer:
     url:          without a route. api: one of APIS. api_key: sent as a bearer token.
     served_model: the model's name there; None is looked up, where there is only one.
     width:        D + P, or D without a gate
-    timeout:      seconds without an answer to a request. batch_size: sequences in one, at most.
+    timeout:      seconds of silence while an answer is awaited. batch_size: sequences in one, at most.
     sigmoid:      vLLM would apply one to this model unless told not to, so numbers from 0 to 1 are asked for twice
     """
 
@@ -56,6 +56,8 @@ class HeadServer:
         for name in ("timeout", "batch_size"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected more than 0")
+        if self.api_key is not None and not (self.api_key.strip().isascii() and self.api_key.strip().isprintable()):
+            raise InputError("api_key holds characters that no HTTP header can: copy it again")
         httpx = _httpx()
         try:
             parsed = httpx.URL(self.url)
@@ -156,7 +158,7 @@ class HeadServer:
                     raise RunError(f"nothing answers at {self.url} ({first_line(error)}): {cure}") from error
             except httpx.TimeoutException as error:
                 cure = "raise timeout, or lower batch_size"
-                raise RunError(f"{place} has not answered for {self.timeout} seconds: {cure}") from error
+                raise RunError(f"{place} has said nothing for {self.timeout} seconds: {cure}") from error
             except httpx.HTTPError as error:
                 cure = "look at the server's log"
                 raise RunError(f"{place} broke the connection off ({first_line(error)}): {cure}") from error

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,14 +62,15 @@ class ModelResults:
     @property
     def settings(self) -> dict:
         """What the run was made with, from the summary beside the file; empty if there is none."""
-        return self.summary.get("settings", {})
+        found = self.summary.get("settings")
+        return found if isinstance(found, dict) else {}
 
     @property
     def model(self) -> str:
         """The last part of the model's path or hub name, from the summary; the file's name if there is none."""
-        asked = self.settings.get(ASKED, {})
-        path = asked.get("model") or asked.get("pretrain") or ""
-        return os.path.basename(path.rstrip("/")) or self.path.stem
+        asked = self.settings.get(ASKED)
+        path = isinstance(asked, dict) and (asked.get("model") or asked.get("pretrain"))
+        return os.path.basename(str(path or "").rstrip("/")) or self.path.stem
 
 
 def read_results(path: str) -> ModelResults:
@@ -90,7 +92,7 @@ def read_results(path: str) -> ModelResults:
             kind, stated, found = _read_row(index, json.loads(line, parse_constant=_refuse))
             if rows and kind != before:
                 raise ValueError(f"it belongs to {kind}, those before to {before}")
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             problem = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             remedy = "a .jsonl of batch inference or of RewardBench is needed"
             raise InputError(f"{path}, line {index + 1} is no row of results ({problem}): {remedy}") from error
@@ -106,10 +108,19 @@ def _refuse(constant: str):
     raise ValueError(f"it holds {constant}")
 
 
+def _check_numbers(name: str, numbers: list, low: float = -sys.float_info.max, high=sys.float_info.max) -> None:
+    for number in numbers:
+        if type(number) not in (int, float) or not low <= number <= high:
+            raise ValueError(f"its {name} is {str(number)[:40]!r}")
+
+
 def _read_row(index: int, row: dict) -> tuple[str, dict, list[Decision]]:
     """(kind of the file, what is stated, what was decided) of a line."""
     name = os.path.basename(row["id"]) if is_record_location(row["id"]) else row["id"]  # data may have been moved
     stated = {"id": name, "subset": row.get("subset", "")}
+    _check_numbers("correct", [row.get("correct", 0)], 0, 1)
+    if not isinstance(stated["subset"], str):
+        raise ValueError(f"its subset is {stated['subset']!r}")
     if "scores" in row:
         stated |= {"right": row["right"], "responses": len(row["merit"])}
         return BEST_OF_N, stated, [_best_of_n(index, row)]
@@ -117,6 +128,11 @@ def _read_row(index: int, row: dict) -> tuple[str, dict, list[Decision]]:
     preferences = [(0, 1, row["label"])] if pair else row["preferences"]
     scores, probabilities = ([row[name]] if pair else row[name] for name in ("score", "probability"))
     labels = [label for *_, label in preferences]
+    if not len(preferences) == len(scores) == len(probabilities) > 0:
+        raise ValueError(f"it has {len(preferences)} preferences, {len(scores)} scores")
+    _check_numbers("score", scores)
+    _check_numbers("probability", probabilities, 0, 1)
+    _check_numbers("label", labels, 0, 1)
     credits = preference_credit(*(torch.tensor(numbers, dtype=torch.float64) for numbers in (scores, labels))).tolist()
     decisions = []
     for (i, j, label), score, chance, credit in zip(preferences, scores, probabilities, credits, strict=True):
@@ -131,6 +147,9 @@ def _read_row(index: int, row: dict) -> tuple[str, dict, list[Decision]]:
 
 def _best_of_n(index: int, row: dict) -> Decision:
     right, merit, correct = row["right"], row["merit"], row["correct"]
+    _check_numbers("score", row["score"])
+    _check_numbers("merit", merit)
+    _check_numbers("probability", row["probability"], 0, 1)
     lowest = min(row["score"][:right]), min(row["probability"][:right])
     if partner := re.fullmatch(r"(?:ref|tied):(\d+)", row["id"]):
         return Decision(index, partner[1], correct, *lowest, correct == 1, False)

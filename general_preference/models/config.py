@@ -72,6 +72,8 @@ class PreferenceConfig:
             raise InputError("add_prompt_head weighs planes, and a Bradley-Terry head has none: choose head gpm")
         if not 0 < self.temperature < math.inf:
             raise InputError(f"temperature must be positive and finite, not {self.temperature}")
+        if not math.isfinite(self.reward_offset):
+            raise InputError(f"the constant of the reward must be finite, not {self.reward_offset}")
 
     @property
     def planes(self) -> int:
@@ -283,7 +285,12 @@ def naming_damage(path: str) -> Iterator[None]:
 def _weight_map(path: str) -> dict[str, str]:
     """Which file holds each tensor of a sharded checkpoint; {} if it is not sharded."""
     index = None if resolve(path, SINGLE_FILES[0]) else resolve(path, "model.safetensors.index.json")
-    return {} if index is None else json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    if index is None:
+        return {}
+    try:
+        return dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index} is damaged, it has no weight_map of tensors and files") from error
 
 
 def resolve(path: str, file: str) -> str | None:

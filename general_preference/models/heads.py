@@ -41,7 +41,7 @@ DIGEST = "preference_digest"  # key in config.json: `score_digest` of the score.
 _CRITICS = {"CriticModel": "a critic of OpenRLHF", "ForTokenClassification": "a token classifier"}
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _HEADS = re.compile(
-    r"(^|\.)(score|classifier|pooler|v_head|value_head|reward_head|rm_head|regression_head|regression_layer)\."
+    r"(^|\.)(score|classifier|classification_head|pooler|v_head|value_head|reward_head|rm_head|regression_head|regression_layer)\."
 )
 
 
@@ -77,7 +77,7 @@ def saved_head(path: str, trust_remote_code: bool = False) -> SavedHead | None:
         return SavedHead(PreferenceConfig.from_shapes(*map(shapes.get, HEAD_NAMES)))
     foreign = _foreign_head(path, config, names)
     if recorded is None:
-        return foreign
+        return foreign or _check_plain(path, config)
     if foreign is None:  # the head is missing, which whoever reads it says
         return SavedHead(PreferenceConfig.from_dict(recorded), recorded=True)
     _warn_of_changes(path)
@@ -112,6 +112,8 @@ def read_heads(path: str, trust_remote_code: bool = False) -> dict[str, torch.Te
     """The weights of the head at `path` by their names in `HEAD_NAMES`: (D, hidden) and, with a gate, (P, hidden)."""
     head = saved_head(path, trust_remote_code)
     found = read_tensors(path, head.tensors)
+    if not found and resolve(path, "modules.json"):
+        raise InputError(f"{path} is an export for sentence-transformers: use the model that was exported")
     if head.tensors == HEAD_NAMES:
         return found
     weight, preference = found[head.tensors[0]].float() / head.std, head.preference
@@ -140,6 +142,15 @@ def _is_unchanged(path: str, config, names: set[str]) -> bool:
     """Whether score.weight is what this package wrote."""
     wanted = getattr(config, DIGEST, None)
     return wanted is not None and SCORE in names and wanted == score_digest(read_tensors(path, [SCORE])[SCORE])
+
+
+def _check_plain(path: str, config) -> None:
+    """InputError if what looks like a plain language model lacks a head that should be there."""
+    prefix = getattr(config, "value_head_prefix", None)
+    if prefix is not None and adapter_base(path) is None:
+        raise InputError(f"{path} names its head in config.json (value_head_prefix), but holds no {prefix}.weight")
+    if resolve(path, pickle := VALUE_HEAD_FILE.replace("safetensors", "bin")):
+        raise InputError(f"{path} holds pickle ({pickle}), which is never loaded: convert it to safetensors")
 
 
 def _check_twins(path: str) -> None:
@@ -211,6 +222,7 @@ def check_no_head(path: str, names) -> None:
     kind = _HEADS.search(found[0])[2]
     what = {
         "classifier": "the head of an encoder that pools, or of another classifier",
+        "classification_head": "the head of an encoder-decoder",
         "pooler": "the pooling of an encoder",
         "score": "a part of a classifier that is more than one weight",
     }.get(kind, "the head of a reward or value model of another kind")

@@ -38,6 +38,8 @@ def head_to_train(
     if keep_reward:
         check_reward(path, old, kind or "hybrid")
         old.check(path, input_format=asked.get("input_format"))
+        if saved.recorded:
+            old.check(path, temperature=asked.get("temperature"))
         start = dataclasses.replace(old, head="hybrid", dim=3)
     elif old is not None and not new and kind in (None, old.head) and _has(old, asked):
         free = {"max_length", "learnable_temperature", *(() if saved.recorded else ("temperature",))}
