@@ -37,7 +37,7 @@ def contents(table):
 
 
 def compress(data: bytes, ending: str) -> bytes:
-    return gzip.compress(data) if ending == ".gz" else pyarrow.Codec("zstd").compress(data, asbytes=True)
+    return gzip.compress(data, mtime=0) if ending == ".gz" else pyarrow.Codec("zstd").compress(data, asbytes=True)
 
 
 def files_of(path) -> list[str]:
