@@ -46,6 +46,13 @@ setup(
             "matplotlib>=3.10.0",
         ],
         "remote": ["httpx>=0.27.0"],
+        "serve": [
+            "fastapi>=0.136.0",
+            "uvicorn>=0.44.0",
+            "prometheus-client>=0.24.1",
+            "pydantic>=2.12.0",
+            "httpx>=0.27.0",
+        ],
         "flash": ["flash-attn"],
         "liger": ["liger-kernel"],
         "lora": ["peft>=0.20.0"],

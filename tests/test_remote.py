@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from general_preference import GPMPipeline, get_reward_model
 from general_preference.errors import InputError, NonFiniteError, RunError
-from general_preference.inference import head_server
+from general_preference.inference import asking, head_server
 from general_preference.inference.remote import RemotePreference
 from general_preference.models.config import PreferenceConfig
 from general_preference.models.heads import DIGEST, score_digest
@@ -148,7 +148,7 @@ def serving(folder: str, fault=None):
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(head_server, "RETRY_AFTER", (0.05, 0.1))
+    monkeypatch.setattr(asking, "RETRY_AFTER", (0.05, 0.1))
 
 
 @pytest.fixture(scope="module")

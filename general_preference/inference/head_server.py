@@ -3,25 +3,19 @@
 Called by remote.py. Needs httpx.
 """
 
-import functools
-import time
 from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
 
 from general_preference.errors import InputError, NonFiniteError, RunError
-from general_preference.models.config import first_line
+from general_preference.inference.asking import ask, check_address, connect
 
 APIS = {"classify": ("/classify", "probs"), "embeddings": ("/v1/embeddings", "embedding")}  # route, numbers' field
-RETRY_AFTER = (0.5, 2.0)  # seconds, where nothing listens or the server is overloaded (503)
 _CLOSE = 1e-4  # several rows that are all this close to what an activation makes are so by no accident
-_MOST_SAID = 200  # characters of the server's own words in a message
 _CURES = {
     400: "lower max_length, or change what the server was started with",
-    401: "pass its api_key, or set GPM_API_KEY",
     404: "set served_model, or api to the other of classify and embeddings",
-    503: "ask again when it has loaded its model, or send less at once",
 }
 _ACTIVATIONS = {
     "softmax": 'rows sum to 1, as after a softmax: have it heed use_activation false, or set api to "embeddings"',
@@ -56,17 +50,7 @@ class HeadServer:
         for name in ("timeout", "batch_size"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected more than 0")
-        if self.api_key is not None and not (self.api_key.strip().isascii() and self.api_key.strip().isprintable()):
-            raise InputError("api_key holds characters that no HTTP header can: copy it again")
-        httpx = _httpx()
-        try:
-            parsed = httpx.URL(self.url)
-            fits = parsed.scheme in ("http", "https") and parsed.host
-        except (httpx.InvalidURL, TypeError):
-            fits = False
-        if not fits:
-            raise InputError(f'url {self.url!r} is no address of a server, such as "http://localhost:8000"')
-        self.url = self.url.rstrip("/").removesuffix("/v1")
+        self.url = check_address(self.url, self.api_key).removesuffix("/v1")
 
     def outputs(self, sequences: list[tuple[int, ...]]) -> torch.Tensor:
         """(N, width) numbers in fp32 for N sequences of token ids, in their order.
@@ -76,10 +60,7 @@ class HeadServer:
         """
         if not sequences:
             return torch.empty(0, self.width)
-        httpx = _httpx()
-        options = {"timeout": httpx.Timeout(self.timeout, connect=min(self.timeout, 10.0)), "verify": _tls()}
-        headers = {"Authorization": f"Bearer {self.api_key.strip()}"} if self.api_key else {}
-        with httpx.Client(base_url=self.url, headers=headers, **options) as client:
+        with connect(self.url, self.api_key, self.timeout) as client:
             self.served_model = self.served_model or self._only_model(client)
             starts = tqdm(range(0, len(sequences), self.batch_size), desc="embedding", delay=2)
             outputs = torch.cat([self._numbers(client, sequences[at : at + self.batch_size]) for at in starts])
@@ -146,43 +127,5 @@ class HeadServer:
 
     def _ask(self, client, method: str, route: str, **options):
         """The JSON of the server's answer."""
-        httpx, place = _httpx(), self.url + route
-        for wait in (*RETRY_AFTER, None):
-            try:
-                response = client.request(method, route, **options)
-                if response.status_code != 503 or wait is None:
-                    break
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                if wait is None:
-                    cure = "start the server, or correct the url"
-                    raise RunError(f"nothing answers at {self.url} ({first_line(error)}): {cure}") from error
-            except httpx.TimeoutException as error:
-                cure = "raise timeout, or lower batch_size"
-                raise RunError(f"{place} has said nothing for {self.timeout} seconds: {cure}") from error
-            except httpx.HTTPError as error:
-                cure = "look at the server's log"
-                raise RunError(f"{place} broke the connection off ({first_line(error)}): {cure}") from error
-            time.sleep(wait)
-        said = " ".join(response.text.split())[:_MOST_SAID] or "without a word"
-        if response.status_code != 200:
-            cure = _CURES.get(response.status_code, "look at the server's log")
-            raise RunError(f"{place} answered with status {response.status_code} ({said}): {cure}")
-        try:
-            return response.json()
-        except ValueError as error:
-            raise RunError(f"{place} answered no JSON ({said}): is the url that of vLLM or SGLang?") from error
-
-
-def _httpx():
-    """The library; imported only here, since a model that is loaded needs none."""
-    try:
-        import httpx
-    except ImportError as error:
-        raise InputError("asking a server needs the package httpx: pip install httpx") from error
-    return httpx
-
-
-@functools.cache
-def _tls():
-    """Certificates for https, read once."""
-    return _httpx().create_ssl_context()
+        kind = "vLLM or SGLang"
+        return ask(client, method, self.url, route, self.timeout, _CURES, kind, "lower batch_size", **options)

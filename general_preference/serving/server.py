@@ -1,0 +1,164 @@
+"""The preference server: routes over HTTP. `scripts/serve_preference_model.py` starts it.
+
+One front process parses, tokenizes, batches and answers; a worker process for each device holds the model.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from contextlib import contextmanager
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+
+from general_preference.errors import InputError, RunError
+from general_preference.inference import ranking
+from general_preference.inference.remote import KEY_VARIABLE
+from general_preference.models.config import first_line
+from general_preference.models.score import preference_probability
+from general_preference.serving.arguments import ServingArguments
+from general_preference.serving.middleware import Gate, refuse
+from general_preference.serving.protocol import AnyCompareRequest
+from general_preference.serving.refusal import Refused
+from general_preference.serving.service import PreferenceService
+
+logger = logging.getLogger(__name__)
+
+
+def build_app(service: PreferenceService) -> FastAPI:
+    """The routes of one served model."""
+    app = FastAPI(title="General Preference Model", description=__doc__.split("\n")[0])
+
+    @app.post("/compare")
+    async def compare(body: AnyCompareRequest) -> dict:
+        """Rewards of K responses to one prompt, and P(row is preferred to column) for all pairs."""
+        embedded = await service.embed(body.prompt, body.responses, "responses")
+        scores = embedded.scores()
+        reply = {
+            "rewards": await service.rewards(embedded, body.mode),
+            "matrix": preference_probability(scores, service.encoder.tau).tolist(),
+            "cyclic_share": ranking.hodge(scores).cyclic_share,
+            "model": service.arguments.model,
+        }
+        if body.return_embeddings:
+            reply |= {"embeddings": embedded.embeddings.tolist()}
+            reply |= {} if embedded.gate is None else {"gate": embedded.gate.tolist()}
+        return reply
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 when ready; 503 while loading, draining or broken."""
+        return refuse(200 if service.state == "ready" else 503, service.state)
+
+    @app.get("/model")
+    async def model() -> dict:
+        """What is served: head, temperature, limit of tokens, devices."""
+        return service.about
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    handle_errors(app)
+    return app
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Every error as a status and one line that says what to change; never a number."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError):
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return refuse(400, f"the body is no JSON: {first['ctx']['error']}")
+        place = ".".join(str(part) for part in first["loc"] if part not in ("body", "compare", "NeMo Gym"))
+        return refuse(422, f"{place or 'the body'}: {first['msg']}")
+
+    @app.exception_handler(InputError)
+    async def unusable(_: Request, error: InputError):
+        return refuse(422, str(error))
+
+    @app.exception_handler(RunError)
+    async def failed(_: Request, error: RunError):
+        return refuse(500, str(error))
+
+    @app.exception_handler(Exception)  # a fault of the server itself, whose traceback is logged
+    async def faulty(_: Request, error: Exception):
+        return refuse(500, f"{type(error).__name__} in the server: see its log")
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused):
+        headers = None if error.retry_after is None else {"retry-after": str(error.retry_after)}
+        return refuse(error.status, str(error), headers)
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self):
+        yield  # `serve` handles them: uvicorn itself would not answer what waits for siblings or for the model
+
+
+def run(arguments: ServingArguments) -> None:
+    """Serve until SIGTERM or SIGINT, and answer what was accepted.
+
+    Raises:
+        InputError: no such model or device, or the address is taken. RunError: a worker process died.
+    """
+    arguments.check()
+    torch.set_num_threads(1)  # the workers compute
+    with listen(arguments.host, arguments.port) as listener:
+        asyncio.run(serve(arguments, listener))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; InputError if that address is taken or not of this machine."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        cure = "choose another port, or end what listens there"
+        raise InputError(f"cannot listen on {host} port {port} ({first_line(error)}): {cure}") from error
+
+
+async def serve(arguments: ServingArguments, listener: socket.socket) -> None:
+    """See `run`."""
+    service, loop, stop = PreferenceService(arguments), asyncio.get_running_loop(), asyncio.Event()
+    app = build_app(service)
+    routes = frozenset(route.path for route in app.routes)
+    gate = Gate(app, service, os.environ.get(KEY_VARIABLE), routes)
+    server = _Server(uvicorn.Config(gate, lifespan="off", log_level="warning", access_log=False))
+    listening = asyncio.create_task(server.serve(sockets=[listener]))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    host, port = listener.getsockname()[:2]
+    try:
+        loading = asyncio.create_task(service.load())
+        stopping, broken = asyncio.create_task(stop.wait()), asyncio.create_task(service.broke.wait())
+        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            logger.info("serving %s on http://%s:%d (pages: /docs)", arguments.model, host, port)
+            await asyncio.wait((stopping, broken), return_when=asyncio.FIRST_COMPLETED)
+        await drain(service, gate, arguments.drain_timeout)
+    finally:
+        server.should_exit = True
+        service.close()
+        await listening
+    if service.broke.is_set():
+        raise RunError(
+            "a worker process has died, so that the server ended: see its log, and the memory of the machine"
+        )
+
+
+async def drain(service: PreferenceService, gate: Gate, timeout: float) -> None:
+    """Refuse what comes; return when all that was accepted is answered, or after `timeout` seconds."""
+    if service.state != "broken":
+        service.state = "draining"
+    ends = asyncio.get_running_loop().time() + timeout
+    while gate.running and asyncio.get_running_loop().time() < ends:
+        await asyncio.sleep(0.02)

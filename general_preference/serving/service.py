@@ -1,0 +1,145 @@
+"""What the routes stand on: a model that loads, answers, and drains; prompts and responses in, embeddings out."""
+
+import asyncio
+import json
+import multiprocessing
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing.connection import wait
+
+import torch
+
+from general_preference.datasets.messages import begun_prompt, parse_prompt
+from general_preference.datasets.records import parse_answer
+from general_preference.datasets.tokenization import load_tokenizer
+from general_preference.errors import InputError
+from general_preference.inference.embedding import EmbeddedPrompt
+from general_preference.inference.scorer import PreferenceScorer, Prompt, Response
+from general_preference.models.config import PreferenceConfig
+from general_preference.serving.arguments import ServingArguments
+from general_preference.serving.batching import Batcher, count_tokens
+from general_preference.serving.group_reward import GroupReward
+from general_preference.serving.metrics import Metrics
+from general_preference.serving.refusal import Refused
+from general_preference.serving.worker import load
+
+
+class RowEncoder(PreferenceScorer):
+    """The tokenizer and settings of the served model; its weights are elsewhere."""
+
+    def __init__(self, path: str, preference: PreferenceConfig, limits, max_length: int | None, **options):
+        self._prepare(preference, load_tokenizer(path, **options), limits, max_length)
+
+    def encode(self, prompt: Prompt, responses: list[Response], name: str) -> dict:
+        """Token ids of a prompt and its responses, cut as by the pipeline. InputError calls the responses `name`."""
+        try:
+            json.dumps([prompt, responses], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"prompt or {name} hold half of a surrogate pair, which is no character") from error
+        messages = begun_prompt(parse_prompt(prompt, "prompt"))
+        parsed = [parse_answer(one, f"{name}[{index}]", messages) for index, one in enumerate(responses)]
+        row = self._encode("prompt", messages, parsed)
+        self.cut.report(self.max_length)
+        return row
+
+
+class PreferenceService:
+    """One served model. `state` is loading, ready, draining or broken."""
+
+    def __init__(self, arguments: ServingArguments):
+        self.arguments, self.metrics = arguments, Metrics()
+        self.state = "loading"
+        self.broke = asyncio.Event()  # a worker process has died
+        self.encoder: RowEncoder
+        self.about: dict = {}  # what /model says
+        self._batcher: Batcher
+        self._encoding = 0
+        self._executors: list[ProcessPoolExecutor] = []
+        self._thread = ThreadPoolExecutor(1)  # one: tokenizers cannot be used by several at once
+
+    async def load(self) -> None:
+        """Start a process for each device and load the model there, and its tokenizer here.
+
+        Raises:
+            InputError: no such device or model, as `GPMPipeline`.
+        """
+        asked, loop = self.arguments, asyncio.get_running_loop()
+        devices, path = choose_devices(asked.devices), asked.model
+        options = {name: getattr(asked, name) for name in ("max_length", "bf16", "batch_tokens", "trust_remote_code")}
+        options |= {"tau": asked.general_preference_tau, "attn_implementation": asked.attn_implementation}
+        spawn = multiprocessing.get_context("spawn")
+        self._executors = [ProcessPoolExecutor(1, spawn) for _ in devices]
+        pairs = zip(self._executors, devices, strict=True)
+        loaded = await asyncio.gather(*(loop.run_in_executor(one, load, path, on, options) for one, on in pairs))
+        found, preference = loaded[0], PreferenceConfig.from_dict(loaded[0]["preference"])
+        remote = {"trust_remote_code": asked.trust_remote_code}
+        self.encoder = RowEncoder(path, preference, found["limits"], asked.max_length, **remote)
+        self._batcher = Batcher(
+            self._executors, asked.max_wait_ms / 1000, found["batch_tokens"], self.metrics, self._break
+        )
+        self.metrics.watch("gpm_queue_rows", "Prompts that wait for a device", lambda: len(self._batcher))
+        self.about = {
+            "model": path, "preference": found["preference"], "dim": preference.dim,
+            "temperature": preference.temperature, "max_length": self.encoder.max_length, "mode": asked.mode,
+            "devices": [one["device"] for one in loaded], "dtype": found["dtype"], "parameters": found["parameters"],
+        }  # fmt: skip
+        workers = {process.sentinel: process for process in multiprocessing.active_children()}
+        threading.Thread(target=self._watch, args=(list(workers), loop), daemon=True).start()
+        self.state = "ready"
+
+    def _watch(self, sentinels: list, loop: asyncio.AbstractEventLoop) -> None:
+        wait(sentinels)
+        if self.state != "closed":
+            loop.call_soon_threadsafe(self._batcher.fail, "a worker process has died")
+
+    def _break(self) -> None:
+        self.state = "broken"
+        self.broke.set()
+
+    async def embed(self, prompt: Prompt, responses: list[Response], name: str, accepted: bool = False):
+        """EmbeddedPrompt of one prompt and its responses, which errors call `name`; see `row` for what it refuses.
+
+        accepted: the queue may be full, since these were let in one by one.
+        """
+        return await self._batcher.embed(await self.row(prompt, responses, name, accepted))
+
+    async def row(self, prompt: Prompt, responses: list[Response], name: str, accepted: bool = False) -> dict:
+        """Token ids of one prompt and its responses.
+
+        Raises:
+            InputError: they cannot be scored. Refused: they are too many, or the queue is full.
+        """
+        asked = self.arguments
+        if len(responses) > asked.max_responses:
+            raise Refused(422, f"{name}: {len(responses)} of them, this server takes {asked.max_responses} at most")
+        if not accepted and self._encoding + len(self._batcher) >= asked.max_queue:
+            raise Refused(429, f"{asked.max_queue} requests wait already: ask again", retry_after=1)
+        self._encoding += 1
+        try:
+            loop = asyncio.get_running_loop()
+            row = await loop.run_in_executor(self._thread, self.encoder.encode, prompt, responses, name)
+        finally:
+            self._encoding -= 1
+        if (tokens := count_tokens(row)) > asked.max_tokens:
+            raise Refused(422, f"prompt and {name}: {tokens} tokens, this server takes {asked.max_tokens} at most")
+        self.metrics.cut(row["prompt_cut"], row["response_cut"])
+        return row
+
+    async def rewards(self, embedded: EmbeddedPrompt, mode: str | None = None) -> list[float]:
+        """One number per response; `mode` of MODES, None for the server's own."""
+        reward = GroupReward(self.encoder, mode or self.arguments.mode)
+        return await asyncio.to_thread(reward._rewards, embedded, len(embedded.embeddings))
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self.state = "closed"
+        self._thread.shutdown(cancel_futures=True)
+        for executor in self._executors:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def choose_devices(names: str) -> list[str]:
+    """ "cuda:0,cuda:1" -> both; "auto" -> all GPUs, or "auto" alone where there is none."""
+    if names != "auto":
+        return [name.strip() for name in names.split(",")]
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["auto"]
