@@ -1,5 +1,6 @@
 """A real server process answers every route as the pipeline does, many at a time, and never with a wrong number."""
 
+import json
 import os
 import re
 import subprocess
@@ -85,7 +86,7 @@ def servers(models, tmp_path_factory):
     """A server with two workers, and one with a key, narrow limits and the model that is partly NaN."""
     logs = tmp_path_factory.mktemp("logs")
     narrow = ["--max_queue=2", "--max_body_mb=0.05", "--max_responses=8", "--max_tokens=400", "--group_timeout=1"]
-    narrow += ["--group_size=2", "--max_wait_ms=20", "--max_length=64"]
+    narrow += ["--group_size=2", "--max_wait_ms=20", "--end_texts=<|im_end|>", "--max_length=64"]
     both = [
         Process(models[0], logs / "wide.log", "--devices=cpu,cpu"),
         Process(models[1], logs / "narrow.log", *narrow, key=KEY),
@@ -227,3 +228,177 @@ def test_the_key_and_unknown_routes(narrow, monkeypatch):
     with pytest.raises(RunError, match=r"status 500 .*not finite.*: look at the server's log"):
         PreferenceClient(narrow.url, api_key=KEY).score_matrix("a", ["b", "~"])
     assert PreferenceClient(narrow.url, api_key=KEY).compare("a", "b", "b") == 0.5
+
+
+def test_compare_answers_nemo_gym(server, rm):
+    objects = [response(text) for text in RESPONSES[0]]
+    found = server.post("/compare", {"conversation_history": CHAT, "response_objs": objects, "principle": None}).json()
+    assert found.keys() == {"rewards", "comparison_results", "metrics"} and found["comparison_results"] == []
+    close(found["rewards"], ranking.borda(rm.preference_matrix(CHAT, RESPONSES[0])))
+    for more, said in (
+        ({"prompt": "a"}, "^prompt: Extra inputs are not permitted"),
+        ({"principle": "Be kind"}, "^principle is not read"),
+        ({"response_objs": [{"text": "a"}]}, r"^response_objs\[0\] has no list 'output'"),
+    ):
+        answer = server.post("/compare", {"conversation_history": CHAT, "response_objs": objects} | more)
+        assert answer.status_code == 422 and re.search(said, answer.json()["detail"]), answer.text
+
+
+def test_rerank_in_three_shapes(server, rm):
+    query, texts = "Which throw wins?", ["The rock.", "Paper, of course.", "scissors", "rock äöü"]
+    wins = ranking.borda(rm.preference_matrix(query, texts)).tolist()
+    order = sorted(range(4), key=lambda index: -wins[index])
+    answer = server.post("/rerank", {"query": query, "texts": texts, "return_text": True})
+    assert "mean probability of winning" in answer.headers["X-Relevance-Score"]
+    assert [(one["index"], one["text"]) for one in answer.json()] == [(index, texts[index]) for index in order]
+    close([one["score"] for one in answer.json()], sorted(wins, reverse=True))
+    raw = server.post("/rerank", {"query": query, "texts": texts, "raw_scores": True}).json()
+    close(sorted(one["score"] for one in raw), (rm.score_matrix(query, texts).sum(dim=1) / 3).sort().values)
+    assert raw[0].keys() == {"index", "score"}
+    body = {"query": query, "documents": [texts[0], *({"text": text} for text in texts[1:])], "top_n": 2}
+    jina = server.post("/v1/rerank", body | {"return_documents": True}).json()
+    assert jina["usage"]["total_tokens"] > 20 and jina["results"][0]["document"] == {"text": texts[order[0]]}
+    cohere = server.post("/v2/rerank", body | {"model": jina["model"]}).json()
+    assert cohere["id"] and "winning against the other" in cohere["meta"]["relevance_score"]
+    for found in (jina, cohere):
+        assert [one["index"] for one in found["results"]] == order[:2]
+        close([one["relevance_score"] for one in found["results"]], [wins[index] for index in order[:2]])
+    answer = server.post("/v2/rerank", body | {"model": "rerank-v3.5"})
+    assert answer.status_code == 404 and "'rerank-v3.5' is not served here" in answer.json()["detail"]
+    answer = server.post("/v1/rerank", body | {"documents": [{"title": "a"}]})
+    assert answer.status_code == 422 and "documents[0] is no text" in answer.json()["detail"]
+
+
+def test_text_that_does_not_fit_is_cut_and_counted_or_refused(narrow):
+    body = {"query": "paper " * 40, "texts": ["rock", "paper"]}
+    assert narrow.post("/rerank", body).status_code == 200
+    answer = narrow.post("/rerank", body | {"truncate": False})
+    assert answer.status_code == 413 and "exceed 64 tokens" in answer.json()["detail"]
+    assert narrow.metric('gpm_cut_total{what="prompt"}') >= 2
+
+
+def response(text: str) -> dict:
+    """A finished object of OpenAI's Responses API."""
+    thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}
+    content = [{"type": "output_text", "text": text, "annotations": []}]
+    return {"id": "resp", "object": "response", "output": [thought, message("assistant", content)]}
+
+
+def message(role: str, content) -> dict:
+    return {"type": "message", "role": role, "content": content}
+
+
+def verify(group, index: int, text: str, prompt="Which throw wins?", **more) -> dict:
+    params = {"input": [message("user", [{"type": "input_text", "text": prompt}])], "temperature": 1.0}
+    own = {"responses_create_params": params, "response": response(text), "_ng_group_id": group}
+    return own | {"_ng_rollout_index": index, "group_size": 4, "note": "kept"} | more
+
+
+def slime(group, index: int, text: str, prompt="Which throw wins?", size: int = 4, **more) -> dict:
+    label = {"group": {"id": group, "size": size, "index": index} | more}
+    return {"prompt": prompt, "response": text, "label": label}
+
+
+def together(server: Process, route: str, bodies: list[dict]) -> list[httpx.Response]:
+    """Answers of requests that are sent at once, out of order."""
+    order = sorted(range(len(bodies)), key=lambda index: -index % 3)
+    with ThreadPoolExecutor(len(bodies)) as threads:
+        found = dict(zip(order, threads.map(lambda index: server.post(route, bodies[index]), order), strict=True))
+    return [found[index] for index in range(len(bodies))]
+
+
+def test_samples_wait_for_their_siblings(server, rm):
+    """Two groups of the same prompt side by side, and a second attempt of one, over all routes."""
+    some, others = RESPONSES[0], ["x", "y y", "The rock.", "z"]
+    wins = [ranking.borda(rm.preference_matrix(PROMPTS[0], texts)) for texts in (some, others)]
+    rows = [("one", 0, some), ("two", 0, others), ("one", 1, others)]
+    gym = [
+        verify(group, n, text, _ng_group_attempt=attempt)
+        for group, attempt, texts in rows
+        for n, text in enumerate(texts)
+    ]
+    answers = [answer.json() for answer in together(server, "/verify", gym)]
+    close([answer.pop("reward") for answer in answers], torch.cat([wins[0], wins[1], wins[1]]))
+    assert answers == gym, "everything else comes back"
+    for route in ("/", "/reward"):
+        bodies = [
+            slime(route + str(n), m, text) for n, texts in enumerate((some, others)) for m, text in enumerate(texts)
+        ]
+        close([answer.json()["reward"] for answer in together(server, route, bodies)], torch.cat(wins))
+    assert server.metric("gpm_waiting_groups") == 0
+
+
+def test_samples_of_openrlhf(server, narrow, rm):
+    prompt = "<|im_start|>user\nWhich throw wins?<|im_end|>\n<|im_start|>assistant\n"
+    some = ["The rock.", "Paper, of course."]
+    bodies = []
+    for index, text in enumerate(some):
+        label = {"messages": CHAT, "group": {"id": "rlhf", "size": 2, "index": index}}
+        bodies.append({"query": [prompt + text], "prompts": [prompt], "labels": [json.dumps(label)]})
+    answers = [answer.json() for answer in together(server, "/get_reward", bodies)]
+    close([answer["rewards"][0] for answer in answers], rm.preference_matrix(CHAT, some)[[0, 1], [1, 0]])
+    assert all(answer["scores"] == answer["rewards"] and answer["extra_logs"] == {} for answer in answers)
+    two = {
+        "query": ["Q: a", "Q: b"],
+        "prompts": ["Q: "] * 2,
+        "labels": [{"reference": "c"}, {"reference": "a", "prompt": CHAT}],
+    }
+    close(server.post("/get_reward", two).json()["rewards"], [rm.compare("Q: ", "a", "c"), rm.compare(CHAT, "b", "a")])
+    ended = {"query": [prompt + "a<|im_end|>\n"], "prompts": [prompt], "labels": [{"messages": CHAT, "reference": "b"}]}
+    answer = narrow.post("/get_reward", ended)  # which was started with this end token
+    assert answer.json()["rewards"] == pytest.approx([rm.compare(CHAT, "a", "b")], abs=1e-5), answer.text
+    for change, said in (
+        (ended, r"ends with '<\|im_end\|>', .* among end_texts"),
+        (bodies[0] | {"labels": [{}]}, r"^labels\[0\] names neither: expected .*group.*or .*reference"),
+        (bodies[0] | {"labels": [None]}, r"^labels\[0\] is missing: expected"),
+        (bodies[0] | {"labels": ["4"]}, r"^labels\[0\] is no object"),
+        (bodies[0] | {"labels": ["four"]}, r"^labels\[0\] is text that is no JSON"),
+        (bodies[0] | {"labels": [{"reference": "a", "answer": 4}]}, r"^labels\[0\].answer: Extra inputs"),
+        (bodies[0] | {"labels": [{"group": {"id": 1, "size": 2}}]}, r"^labels\[0\].group.index: Field required"),
+        (bodies[0] | {"labels": [{"reference": "a"}]}, "in a chat template .*which is the policy's: put its messages"),
+        (
+            bodies[0] | {"query": ["other"], "labels": [{"reference": "a", "prompt": "b"}]},
+            "does not begin with its prompt",
+        ),
+        (bodies[0] | {"labels": []}, "1 queries, 1 prompts, 0 labels"),
+    ):
+        answer = server.post("/get_reward", change)
+        assert answer.status_code == 422 and re.search(said, answer.json()["detail"]), answer.text
+
+
+def test_a_lost_sibling_is_an_error_and_the_group_can_be_sent_again(narrow):
+    first, second = (verify("lost", index, text, group_size=None) for index, text in enumerate(["a", "b"]))
+    began = time.perf_counter()
+    answer = narrow.post("/verify", first)
+    assert answer.status_code == 504 and 0.9 < time.perf_counter() - began < 5
+    assert answer.json() == {"detail": "group 'lost', attempt 0: 1 of 2 samples came within 1 seconds, index 1 did not"}
+    assert [answer.status_code for answer in together(narrow, "/verify", [first, second])] == [200, 200]
+    answers = together(narrow, "/verify", [verify("nan", index, text, group_size=2) for index, text in enumerate("a~")])
+    assert [answer.status_code for answer in answers] == [500, 500] and "not finite" in answers[0].text
+
+
+def test_retries_get_the_same_answer_and_other_samples_are_refused(server, rm):
+    some = ["a", "b b", "c"]
+    bodies = [slime("again", index, text, size=3) for index, text in enumerate(some)]
+    wins = ranking.borda(rm.preference_matrix(PROMPTS[0], some))
+    with pytest.raises(httpx.ReadTimeout):  # whoever asked first is gone, but the sample is not
+        httpx.post(server.url + "/reward", json=bodies[0], timeout=0.3)
+    for change in ({"response": "other"}, {"prompt": "other"}):
+        assert server.post("/reward", bodies[0] | change).status_code == 409
+    with ThreadPoolExecutor(3) as threads:
+        waiting = [threads.submit(server.post, "/reward", body) for body in (bodies[0], bodies[1], bodies[1])]
+        last = server.post("/reward", bodies[2])
+        close([one.result().json()["reward"] for one in waiting] + [last.json()["reward"]], wins[[0, 1, 1, 2]])
+    before = server.metric("gpm_responses_total")
+    close(server.post("/reward", bodies[0]).json()["reward"], wins[0])
+    assert server.metric("gpm_responses_total") == before, "a retry is not scored again"
+    assert "another response came before" in server.post("/reward", bodies[0] | {"response": "d"}).json()["detail"]
+    for place in ({"index": 3}, {"index": -1}, {"size": 1, "index": 0}):
+        label = {"group": bodies[0]["label"]["group"] | place}
+        answer = server.post("/reward", bodies[0] | {"label": label})
+        assert answer.status_code == 422 and "expected an index from 0 to size - 1" in answer.text
+    answer = server.post("/verify", verify("sizeless", 0, "a", group_size=None))
+    assert answer.status_code == 422 and answer.json()["detail"].startswith("group_size: how many samples")
+    items = [{"type": "computer_call"}]
+    answer = server.post("/verify", verify("odd", 0, "a") | {"response": {"output": items}})
+    assert answer.status_code == 422 and "response.output[0] is of type 'computer_call'" in answer.text

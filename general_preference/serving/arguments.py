@@ -1,11 +1,13 @@
 """The flags of the preference server."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from general_preference.cli import check_at_least, flag
 from general_preference.errors import InputError
 from general_preference.models.kernels import CHOICES
 from general_preference.serving.protocol import MODES
+
+END_TEXTS = "end tokens of policies, such as '<|im_end|>', which are removed behind the responses of samples"
 
 
 @dataclass
@@ -18,6 +20,7 @@ class ServingArguments:
     devices: str = flag("auto", "one worker process for each, such as cuda:0,cuda:1; auto: all GPUs, else mps or cpu")
     mode: str = flag("win_rate", "reward of a response in its group, where a request names none", choices=MODES)
     group_size: int | None = flag(None, "responses of a group, for samples of /verify that name no group_size")
+    end_texts: list[str] = field(default_factory=list, metadata={"help": END_TEXTS})
     max_wait_ms: float = flag(5.0, "time that a request waits for others to share a model call with")
     batch_tokens: int | None = flag(None, "tokens in one call at most, padding included; default fits the device")
     max_queue: int = flag(1024, "requests that wait at most; the next is answered with status 429")

@@ -22,8 +22,10 @@ from general_preference.models.config import first_line
 from general_preference.models.score import preference_probability
 from general_preference.serving.arguments import ServingArguments
 from general_preference.serving.middleware import Gate, refuse
-from general_preference.serving.protocol import AnyCompareRequest
+from general_preference.serving.protocol import AnyCompareRequest, GymCompareRequest
 from general_preference.serving.refusal import Refused
+from general_preference.serving.rerank_routes import add_reranking
+from general_preference.serving.sample_routes import add_samples, compare_as_gym
 from general_preference.serving.service import PreferenceService
 
 logger = logging.getLogger(__name__)
@@ -32,10 +34,14 @@ logger = logging.getLogger(__name__)
 def build_app(service: PreferenceService) -> FastAPI:
     """The routes of one served model."""
     app = FastAPI(title="General Preference Model", description=__doc__.split("\n")[0])
+    add_reranking(app, service)
+    add_samples(app, service)
 
     @app.post("/compare")
     async def compare(body: AnyCompareRequest) -> dict:
         """Rewards of K responses to one prompt, and P(row is preferred to column) for all pairs."""
+        if isinstance(body, GymCompareRequest):
+            return await compare_as_gym(service, body)
         embedded = await service.embed(body.prompt, body.responses, "responses")
         scores = embedded.scores()
         reply = {
@@ -159,6 +165,7 @@ async def drain(service: PreferenceService, gate: Gate, timeout: float) -> None:
     """Refuse what comes; return when all that was accepted is answered, or after `timeout` seconds."""
     if service.state != "broken":
         service.state = "draining"
+    service.barrier.close()
     ends = asyncio.get_running_loop().time() + timeout
     while gate.running and asyncio.get_running_loop().time() < ends:
         await asyncio.sleep(0.02)

@@ -16,11 +16,14 @@ from general_preference.errors import InputError
 from general_preference.inference.embedding import EmbeddedPrompt
 from general_preference.inference.scorer import PreferenceScorer, Prompt, Response
 from general_preference.models.config import PreferenceConfig
+from general_preference.models.score import preference_probability
 from general_preference.serving.arguments import ServingArguments
+from general_preference.serving.barrier import GroupBarrier
 from general_preference.serving.batching import Batcher, count_tokens
 from general_preference.serving.group_reward import GroupReward
 from general_preference.serving.metrics import Metrics
 from general_preference.serving.refusal import Refused
+from general_preference.serving.samples import Sample
 from general_preference.serving.worker import load
 
 
@@ -50,6 +53,8 @@ class PreferenceService:
         self.arguments, self.metrics = arguments, Metrics()
         self.state = "loading"
         self.broke = asyncio.Event()  # a worker process has died
+        self.barrier = GroupBarrier(self._group_rewards, arguments.group_timeout, arguments.max_groups)
+        self.metrics.watch("gpm_waiting_groups", "Groups whose samples have not all come", lambda: len(self.barrier))
         self.encoder: RowEncoder
         self.about: dict = {}  # what /model says
         self._batcher: Batcher
@@ -101,7 +106,11 @@ class PreferenceService:
 
         accepted: the queue may be full, since these were let in one by one.
         """
-        return await self._batcher.embed(await self.row(prompt, responses, name, accepted))
+        return await self.embed_row(await self.row(prompt, responses, name, accepted))
+
+    async def embed_row(self, row: dict) -> EmbeddedPrompt:
+        """What the model makes of what `row` gives."""
+        return await self._batcher.embed(row)
 
     async def row(self, prompt: Prompt, responses: list[Response], name: str, accepted: bool = False) -> dict:
         """Token ids of one prompt and its responses.
@@ -124,6 +133,20 @@ class PreferenceService:
             raise Refused(422, f"prompt and {name}: {tokens} tokens, this server takes {asked.max_tokens} at most")
         self.metrics.cut(row["prompt_cut"], row["response_cut"])
         return row
+
+    async def sample_reward(self, sample: Sample) -> float:
+        """The reward of one sample: P(it is preferred to its reference), or, when its group is whole, its place there.
+
+        Raises:
+            As `embed` and `GroupBarrier.reward`.
+        """
+        if sample.place is not None:
+            return await self.barrier.reward(sample.place, sample.prompt, sample.response)
+        embedded = await self.embed(sample.prompt, [sample.response, sample.reference], "[response, reference]")
+        return preference_probability(embedded.scores()[0, 1], self.encoder.tau).item()
+
+    async def _group_rewards(self, prompt: Prompt, responses: list[Response]) -> list[float]:
+        return await self.rewards(await self.embed(prompt, responses, "responses of the group", accepted=True))
 
     async def rewards(self, embedded: EmbeddedPrompt, mode: str | None = None) -> list[float]:
         """One number per response; `mode` of MODES, None for the server's own."""
