@@ -22,6 +22,7 @@ SEPARATE = {("trainer", "inference"), ("inference", "trainer")}
 ABOVE = ("scripts", "eval", "rewardbench_eval", "benchmarks", "tests", "data")
 OPTIONAL = {"deepspeed", "wandb", "peft", "flash_attn", "matplotlib", "datasets", "accelerate", "scipy", "pandas"}
 HAVE_FLAGS = ("cli", "arguments", "export_card")  # the last: of the servers whose commands a README.md gives
+PLUGINS = {f"{PACKAGE}.serving.{name}": name for name in ("openrlhf", "verl")}  # only the framework loads its file
 NAMES_OF_DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the name that is imported is another
 
 
@@ -146,6 +147,7 @@ def test_what_is_imported_is_required(packaging):
     required = {canonicalize_name(Requirement(line).name) for line in packaging["install_requires"] + extras}
     for name in MODULES:
         others = {target for target in imports(name) if target.split(".")[0] != PACKAGE} - sys.stdlib_module_names
+        others -= {PLUGINS.get(name)}
         missing = {canonicalize_name(NAMES_OF_DISTRIBUTIONS.get(target, target)) for target in others} - required
         assert not missing, f"{name} imports {missing}, which setup.py does not require"
 
