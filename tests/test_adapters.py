@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 import general_preference.serving
 from general_preference.errors import InputError, RunError
 from general_preference.inference.pipeline import GPMPipeline
+from general_preference.serving.environment import group_scorer
 from general_preference.serving.group_reward import AsyncGroupReward
 from general_preference.serving.rendezvous import Rendezvous
 
@@ -30,7 +32,7 @@ PROMPT = [{"role": "system", "content": "Choose."}, {"role": "user", "content": 
 WORDS = ["rock", "paper", "scissors", "", "Name one.", "the rock, the paper", "wins", "äöü 你好"]
 
 
-class SingleTurn:
+class SingleTurnAgentExecutor:
     """As OpenRLHF's `SingleTurnAgentExecutor` without reward functions: one sample of one prompt."""
 
     def __init__(self, remote_rm_url=None):
@@ -64,13 +66,13 @@ class Rows:
 
 
 STAND_INS = {
-    "openrlhf.utils.agent": {"SingleTurnAgentExecutor": SingleTurn},
+    "openrlhf.utils.agent": {"SingleTurnAgentExecutor": SingleTurnAgentExecutor},
     "verl": {"DataProto": Rows},
     "verl.experimental.reward_loop.reward_manager.base": {"RewardManagerBase": RewardManagerBase},
 }
 
 
-@pytest.fixture(params=["stand-in", "installed"])
+@pytest.fixture(params=["stand-in"] + ["installed"] * any(map(importlib.util.find_spec, ("openrlhf", "verl"))))
 def framework(request, monkeypatch):
     """A function: name -> the adapter's module, above a framework that stands in or is installed."""
     monkeypatch.setenv("GPM_OPTIONS", '{"device": "cpu"}')
@@ -105,14 +107,14 @@ def win_rates(folder: str, texts: list[str], prompt=PROMPT) -> list[float]:
 
 
 class Engine:
-    """Generates after a while, in a shuffled order; an exception in the place of a text is raised, None never comes."""
+    """Generates after a while, in another order; an exception in the place of a text is raised, None never comes."""
 
     def __init__(self, tokenizer, texts: list):
         self.tokenizer, self.texts, self.made = tokenizer, list(texts), []
 
     async def generate(self, prompt_token_ids, sampling_params, multi_modal_data=None):
         text = self.texts.pop(0)
-        await asyncio.sleep(0.001 * (hash(text) % 7))
+        await asyncio.sleep(0.001 * (len(str(text)) % 7))
         if isinstance(text, Exception):
             raise text
         if text is None:
@@ -256,7 +258,7 @@ def verl_config(n=8, validation_n=8, workers=1, test_freq=10, path=None, enable=
 def sample(tokenizer, uid: str, index: int, text: str, **fields):
     """What verl's agent loop sends for one sample (`AgentLoopWorker._compute_score`): batches of one."""
     ids = torch.tensor([[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]])
-    padded = torch.nn.functional.pad(ids, (0, 3), value=tokenizer.pad_token_id)  # of a longer sequence beside it
+    padded = torch.nn.functional.pad(ids, (0, 3), value=60)  # of a longer sequence beside it
     fields = {
         "uid": uid, "session_id": index, "raw_prompt": PROMPT, "extra_info": {"split": "train"},
         "reward_model": {"ground_truth": "paper"}, "__num_turns__": 2, "response_len": ids.shape[1],
@@ -363,7 +365,8 @@ class TestVerl:
         monkeypatch.delenv("GPM_OPTIONS")
         monkeypatch.setenv("GPM_URL", verify_server.url + "/")
         monkeypatch.setenv("GPM_API_KEY", "secret")
-        managers = [manager(workers=8) for _ in range(3)]
+        monkeypatch.setenv("GPM_DEADLINE", "15")
+        managers = [manager(workers=8)] * 4 + [manager(workers=8)]  # the first has 128 samples that wait
         samples = [sample(tokenizer, f"u{n % 20}", n // 20, f"{WORDS[n // 20]} {n}") for n in range(160)]
         *found, error = self.ask(managers, [*samples, sample(tokenizer, "broken", 0, "rock")])
         for group in range(20):
@@ -447,13 +450,15 @@ class TestRendezvous:
 
         assert asyncio.run(run()) == ([2.0 * n for n in range(5) for _ in range(3)], [14.0, 16.0], {})
 
-    @pytest.mark.parametrize("canceled", [0, 2])
-    def test_one_that_is_canceled_after_it_came_harms_nobody(self, canceled):
+    @pytest.mark.parametrize(("canceled", "came"), [(0, 3), (2, 3), (0, 2)])
+    def test_one_that_is_canceled_after_it_came_harms_nobody(self, canceled, came):
         async def run():
             meeting = Rendezvous(self.double, 10)
-            tasks = [asyncio.ensure_future(meeting.meet("a", 3, n)) for n in range(3)]
+            tasks = [asyncio.ensure_future(meeting.meet("a", 3, n)) for n in range(came)]
             await asyncio.sleep(0.005)
             tasks[canceled].cancel()
+            await asyncio.sleep(0)
+            tasks += [asyncio.ensure_future(meeting.meet("a", 3, n)) for n in range(came, 3)]
             return await asyncio.gather(*tasks, return_exceptions=True)
 
         found = asyncio.run(run())
@@ -493,6 +498,24 @@ class TestRendezvous:
         assert asyncio.run(run()) == [0, 1]
 
 
+def test_a_model_is_loaded_once_by_groups_that_come_together(saved, monkeypatch):
+    loaded = []
+
+    class Loading(GPMPipeline):
+        def __init__(self, *args, **options):
+            loaded.append(args)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr("general_preference.serving.group_reward.GPMPipeline", Loading)
+
+    async def run():
+        score = group_scorer(AsyncGroupReward(saved(), device="cpu"))
+        return await asyncio.gather(*(score([(PROMPT, word, None) for word in WORDS[:3]]) for _ in range(8)))
+
+    assert asyncio.run(run()) == [pytest.approx(win_rates(saved(), WORDS[:3]), abs=1e-5)] * 8
+    assert len(loaded) == 1
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
@@ -513,21 +536,99 @@ def test_settings_that_cannot_be_used_are_refused(framework, monkeypatch, variab
         framework("openrlhf").AgentExecutor()
 
 
+# What follows needs the frameworks themselves.
+
+
+def installed(place: str) -> ModuleType:
+    return pytest.importorskip(place, exc_type=ImportError)
+
+
 def shape(function) -> list[tuple]:
-    """Names and kinds of parameters, and which of them have defaults."""
-    found = inspect.signature(function).parameters.values()
-    return [(one.name, one.kind, one.default) for one in found]
+    """Names, kinds and defaults of the parameters."""
+    return [(one.name, one.kind, one.default) for one in inspect.signature(function).parameters.values()]
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "stand_in", "methods"),
+    ("place", "stand_in", "methods"),
     [
-        ("openrlhf.utils.agent", "SingleTurnAgentExecutor", SingleTurn, ("__init__", "execute")),
-        ("verl.experimental.reward_loop.reward_manager.base", "RewardManagerBase", RewardManagerBase,
-         ("__init__", "run_single")),
+        ("openrlhf.utils.agent", SingleTurnAgentExecutor, ("__init__", "execute")),
+        ("verl.experimental.reward_loop.reward_manager.base", RewardManagerBase, ("__init__", "run_single")),
     ],
-)  # fmt: skip
-def test_stand_ins_have_the_signatures_of_the_installed_framework(place, name, stand_in, methods):
-    real = getattr(pytest.importorskip(place, exc_type=ImportError), name)
+)
+def test_stand_ins_have_the_signatures_of_the_installed_framework(place, stand_in, methods):
+    real = getattr(installed(place), stand_in.__name__)
     for method in methods:
         assert shape(getattr(stand_in, method)) == shape(getattr(real, method)), method
+
+
+def test_openrlhf_asks_one_executor_for_all_samples_of_a_prompt(model, tokenizer, monkeypatch):
+    """What the adapter relies on, with OpenRLHF's own code but for vLLM's."""
+    engine = installed("openrlhf.trainer.ray.vllm_engine")
+    monkeypatch.setenv("GPM_OPTIONS", '{"device": "cpu"}')
+    executor = engine._load_agent_executor(f"{FOLDER}/openrlhf.py")
+    actor_class = engine.RolloutRayActor
+    if hasattr(actor_class, "__ray_metadata__"):
+        actor_class = actor_class.__ray_metadata__.modified_class
+    label, groups = json.dumps({"messages": PROMPT}), [WORDS, WORDS[::-1], WORDS[:4]]
+
+    async def run():
+        calls = []
+        for texts in groups:  # Ray hands each call its own copy of the arguments
+            actor = Engine(tokenizer, texts)
+            actor.executor = executor
+            parameters = SimpleNamespace(max_tokens=50, logprobs=None)
+            arguments = ("the same prompt", label, parameters, 400, tokenizer, len(texts))
+            calls.append(actor_class.generate_responses(actor, *arguments))
+        return await asyncio.gather(*calls)
+
+    for texts, outputs in zip(groups, asyncio.run(run()), strict=True):
+        assert rewards(outputs) == pytest.approx(win_rates(model, texts), abs=1e-5)
+
+
+def test_verl_loads_the_manager_and_gives_it_what_it_reads(model, tokenizer, monkeypatch):
+    """With verl's own configuration and its own code up to the reward worker."""
+    loop, reward = installed("verl.experimental.agent_loop.agent_loop"), installed("verl.trainer.ppo.reward")
+    config = installed("omegaconf").OmegaConf.load(
+        Path(reward.__file__).parents[1] / "config/_generated_ppo_trainer.yaml"
+    )
+    config.merge_with_dotlist(
+        [
+            "reward.num_workers=1",
+            "reward.reward_manager.source=importlib",
+            "reward.reward_manager.name=GPMRewardManager",
+            "reward.reward_manager.module.path=pkg://general_preference.serving.verl",
+            "actor_rollout_ref.rollout.n=8",
+            "actor_rollout_ref.rollout.val_kwargs.n=4",
+        ]
+    )
+    monkeypatch.setenv("GPM_OPTIONS", '{"device": "cpu"}')
+    monkeypatch.delitem(sys.modules, "general_preference.serving.verl", raising=False)
+    manager = reward.load_reward_manager(config, tokenizer, reward_router_address=None, reward_model_tokenizer=None)
+    handle = SimpleNamespace(compute_score=SimpleNamespace(remote=manager.run_single))
+    worker = SimpleNamespace(
+        reward_loop_worker_handles=[handle],
+        _compute_multi_modal_inputs=lambda output, ids: {},
+        _compute_position_ids=lambda ids, *_: torch.arange(ids.shape[1])[None],
+        _get_mm_processor_kwargs=lambda audios: {},
+    )
+    outputs = {}
+
+    async def one(uid: str, index: int, split: str, text: str) -> None:
+        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        output = loop.AgentLoopOutput(
+            prompt_ids=[1, 7, 8], response_ids=ids, response_mask=[1] * len(ids), num_turns=2, metrics={}
+        )
+        fields = {"uid": uid, "session_id": index, "raw_prompt": PROMPT, "extra_info": {"split": split}}
+        await loop.AgentLoopWorker._compute_score(worker, [output], fields | {"global_steps": 3, "data_source": "x"})
+        outputs[uid, index] = output.reward_score, output.extra_fields["reward_extra_info"]
+
+    async def run():
+        groups = [("a", "train", WORDS), ("b", "test", WORDS[:4]), ("c", "train", WORDS[::-1])]
+        asked = [one(uid, n, split, text) for uid, split, texts in groups for n, text in enumerate(texts)]
+        await asyncio.gather(*asked)
+        return groups
+
+    for uid, _, texts in asyncio.run(run()):
+        found = [outputs[uid, n] for n in range(len(texts))]
+        assert [score for score, _ in found] == pytest.approx(win_rates(model, texts), abs=1e-5)
+        assert all(extra == {} for _, extra in found)
