@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,7 +59,7 @@ class Process:
 
     def post(self, route: str, body, **options) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        return httpx.post(self.url + route, json=body, timeout=60, headers=headers, **options)
+        return httpx.post(self.url + route, json=body, timeout=60, headers=headers, verify=False, **options)
 
     def metric(self, name: str) -> float:
         text = httpx.get(self.url + "/metrics").text
@@ -402,3 +404,83 @@ def test_retries_get_the_same_answer_and_other_samples_are_refused(server, rm):
     items = [{"type": "computer_call"}]
     answer = server.post("/verify", verify("odd", 0, "a") | {"response": {"output": items}})
     assert answer.status_code == 422 and "response.output[0] is of type 'computer_call'" in answer.text
+
+
+def test_what_is_not_finite_spoils_nothing_else(narrow, models):
+    rm = GPMPipeline(models[1], device="cpu")
+    for _ in range(3):
+        bad, good = together(narrow, "/compare", [BODY | {"responses": ["~", "b"]}, BODY])
+        assert (bad.status_code, good.status_code) == (500, 200)
+        close(good.json()["matrix"], rm.preference_matrix(**BODY))
+
+
+def test_a_full_queue_refuses_and_the_client_waits(narrow, rm):
+    bodies = [{"prompt": f"Question {n}", "responses": ["a", f"{n} b"]} for n in range(24)]
+    answers = together(narrow, "/compare", bodies)
+    assert {answer.status_code for answer in answers} == {200, 429}
+    for answer, body in zip(answers, bodies, strict=True):
+        if answer.status_code == 429:
+            assert answer.headers["Retry-After"] == "1" and "2 requests wait already" in answer.json()["detail"]
+        else:
+            close(answer.json()["matrix"], rm.preference_matrix(**body))
+    client = PreferenceClient(narrow.url, api_key=KEY)
+    found = client.score([body["prompt"] for body in bodies], [body["responses"] for body in bodies])
+    close(torch.stack(found), torch.stack(rm.score(*zip(*[body.values() for body in bodies], strict=True))))
+
+
+def test_a_second_server_on_the_port_says_so(server, models, tmp_path):
+    second = Process(models[0], tmp_path / "log", "--port", server.port)
+    assert second.process.wait(60) == 2
+    (line,) = second.log.read_text().splitlines()
+    assert re.match(rf"error: cannot listen on 127.0.0.1 port {server.port} \(.*in use.*: choose another port", line)
+
+
+def test_a_dead_worker_ends_the_server_with_an_error(narrow):
+    """Ends `narrow`."""
+    children = Path(f"/proc/{narrow.process.pid}/task/{narrow.process.pid}/children").read_text().split()
+    (worker,) = (pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    with ThreadPoolExecutor(1) as threads, httpx.Client(base_url=narrow.url) as open_connection:
+        assert open_connection.get("/health").json() == {"status": "ready"}
+        waiting = threads.submit(narrow.post, "/verify", verify("dead", 0, "a", group_size=2))
+        time.sleep(0.3)
+        os.kill(int(worker), signal.SIGKILL)
+        assert waiting.result().status_code == 503
+        health = open_connection.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "broken"})
+    assert narrow.process.wait(20) == 1
+    assert "\nerror: a worker process has died" in narrow.log.read_text()
+
+
+def test_sigterm_answers_what_was_accepted(server, rm):
+    """Ends `server`."""
+    body = {"prompt": PROMPTS[0], "responses": RESPONSES[0]}
+    expected, answers, stop = rm.preference_matrix(**body), [], threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            began = time.monotonic()
+            try:
+                answers.append((began, server.post("/compare", body)))
+            except httpx.HTTPError as error:
+                answers.append((began, error))
+                return
+
+    with ThreadPoolExecutor(17) as threads:
+        waiting = threads.submit(server.post, "/reward", slime("stopped", 0, "a"))
+        for _ in range(16):
+            threads.submit(ask)
+        time.sleep(1.5)
+        server.process.send_signal(signal.SIGTERM)
+        ended = time.monotonic()
+        code = server.process.wait(30)
+        stop.set()
+        assert waiting.result().status_code == 503 and "before this group is whole" in waiting.result().text
+    assert code == 0, server.log.read_text()
+    good = [answer for _, answer in answers if isinstance(answer, httpx.Response) and answer.status_code == 200]
+    others = [(began - ended, answer) for began, answer in answers if answer not in good]
+    for answer in good:
+        close(answer.json()["matrix"], expected)
+    assert len(good) > 16 and all(since > -1 for since, _ in others), others
+    refused = {str(getattr(answer, "status_code", type(answer).__name__)) for _, answer in others}
+    assert refused <= {"503", "ConnectError"}, refused
+    assert "Traceback" not in server.log.read_text()

@@ -5,13 +5,13 @@ asked, since a model that is loaded needs none.
 """
 
 import functools
+import random
 import time
 
 from general_preference.errors import InputError, RunError
 from general_preference.models.config import first_line
 
-RETRY_AFTER = (0.5, 2.0)  # seconds, where nothing listens, or where the server is busy
-_BUSY = (429, 503)
+RETRY_AFTER = (0.5, 2.0)  # seconds, where nothing listens or the server is not ready (503)
 _MOST_SAID = 200  # characters of the server's own words in a message
 _CURES = {
     429: "ask again later, or send less at once",
@@ -56,18 +56,25 @@ def ask(client, method: str, url: str, route: str, timeout: float, cures: dict, 
         options: of `httpx.Client.request`.
 
     Raises:
-        RunError: no server there, silence, a connection that breaks, another status than 200, or no JSON.
+        RunError: no server there, silence, a connection that breaks, another status than 200, or no JSON. A server
+            whose queue is full (429) is asked again for `timeout` seconds.
     """
     httpx, place = _httpx(), url + route
-    for wait in (*RETRY_AFTER, None):
+    waits, ends = list(RETRY_AFTER), time.monotonic() + timeout
+    while True:
         try:
             response = client.request(method, route, **options)
-            if response.status_code not in _BUSY or wait is None:
+            if response.status_code == 429 and time.monotonic() < ends:
+                wait = random.uniform(0.1, 1.0)  # those who were refused together should not come together again
+            elif response.status_code == 503 and waits:
+                wait = waits.pop(0)
+            else:
                 break
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            if wait is None:
+            if not waits:
                 cure = "start the server, or correct the url"
                 raise RunError(f"nothing answers at {url} ({first_line(error)}): {cure}") from error
+            wait = waits.pop(0)
         except httpx.TimeoutException as error:
             raise RunError(f"{place} has said nothing for {timeout} seconds: raise timeout, or {less}") from error
         except httpx.HTTPError as error:

@@ -6,6 +6,7 @@ One front process parses, tokenizes, batches and answers; a worker process for e
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 
 from general_preference.errors import InputError, RunError
 from general_preference.inference import ranking
@@ -29,6 +31,8 @@ from general_preference.serving.sample_routes import add_samples, compare_as_gym
 from general_preference.serving.service import PreferenceService
 
 logger = logging.getLogger(__name__)
+
+_LAST = 0.5  # seconds in which whoever is connected when the server stops listening is still refused in words
 
 
 def build_app(service: PreferenceService) -> FastAPI:
@@ -58,7 +62,7 @@ def build_app(service: PreferenceService) -> FastAPI:
     @app.get("/health")
     async def health() -> Response:
         """200 when ready; 503 while loading, draining or broken."""
-        return refuse(200 if service.state == "ready" else 503, service.state)
+        return JSONResponse({"status": service.state}, 200 if service.state == "ready" else 503)
 
     @app.get("/model")
     async def model() -> dict:
@@ -117,6 +121,8 @@ def run(arguments: ServingArguments) -> None:
     """
     arguments.check()
     torch.set_num_threads(1)  # the workers compute
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # samples that wait for siblings hold a connection each
     with listen(arguments.host, arguments.port) as listener:
         asyncio.run(serve(arguments, listener))
 
@@ -137,7 +143,7 @@ async def serve(arguments: ServingArguments, listener: socket.socket) -> None:
     app = build_app(service)
     routes = frozenset(route.path for route in app.routes)
     gate = Gate(app, service, os.environ.get(KEY_VARIABLE), routes)
-    server = _Server(uvicorn.Config(gate, lifespan="off", log_level="warning", access_log=False))
+    server = _Server(uvicorn.Config(gate, lifespan="off", log_level="warning", access_log=False, timeout_keep_alive=60))
     listening = asyncio.create_task(server.serve(sockets=[listener]))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -150,7 +156,7 @@ async def serve(arguments: ServingArguments, listener: socket.socket) -> None:
             loading.result()
             logger.info("serving %s on http://%s:%d (pages: /docs)", arguments.model, host, port)
             await asyncio.wait((stopping, broken), return_when=asyncio.FIRST_COMPLETED)
-        await drain(service, gate, arguments.drain_timeout)
+        await drain(service, gate, server, arguments.drain_timeout)
     finally:
         server.should_exit = True
         service.close()
@@ -161,7 +167,7 @@ async def serve(arguments: ServingArguments, listener: socket.socket) -> None:
         )
 
 
-async def drain(service: PreferenceService, gate: Gate, timeout: float) -> None:
+async def drain(service: PreferenceService, gate: Gate, server: uvicorn.Server, timeout: float) -> None:
     """Refuse what comes; return when all that was accepted is answered, or after `timeout` seconds."""
     if service.state != "broken":
         service.state = "draining"
@@ -169,3 +175,6 @@ async def drain(service: PreferenceService, gate: Gate, timeout: float) -> None:
     ends = asyncio.get_running_loop().time() + timeout
     while gate.running and asyncio.get_running_loop().time() < ends:
         await asyncio.sleep(0.02)
+    for one in server.servers:
+        one.close()
+    await asyncio.sleep(_LAST)
