@@ -13,7 +13,7 @@ from typing import Any
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from general_preference.errors import InputError, RunError
-from general_preference.inference.head_server import RETRY_AFTER
+from general_preference.inference.asking import RETRY_AFTER
 from general_preference.inference.inputs import plain
 from general_preference.inference.remote import KEY_VARIABLE
 from general_preference.models.config import first_line
