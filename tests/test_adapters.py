@@ -360,10 +360,10 @@ class TestVerl:
         (error,) = self.ask([manager()], [sample(tokenizer, "a", None, "rock")])
         assert "no session_id, its number in the group: set trainer.use_v1" in str(error)
 
-    def test_workers_meet_at_a_server(self, manager, tokenizer, model, verify_server, monkeypatch):
+    def test_workers_meet_at_a_server(self, manager, tokenizer, model, preference_server, monkeypatch):
         monkeypatch.delenv("GPM_MODEL")
         monkeypatch.delenv("GPM_OPTIONS")
-        monkeypatch.setenv("GPM_URL", verify_server.url + "/")
+        monkeypatch.setenv("GPM_URL", preference_server.url + "/")
         monkeypatch.setenv("GPM_API_KEY", "secret")
         monkeypatch.setenv("GPM_DEADLINE", "15")
         managers = [manager(workers=8)] * 4 + [manager(workers=8)]  # the first has 128 samples that wait
@@ -372,39 +372,43 @@ class TestVerl:
         for group in range(20):
             texts = [f"{WORDS[n // 20]} {n}" for n in range(group, 160, 20)]
             assert found[group::20] == pytest.approx(win_rates(model, texts), abs=1e-5)
-        assert verify_server.keys == {"Bearer secret"}
-        assert "/verify answered with status 500 and no reward: out of memory" in str(error)
+        assert preference_server.keys == {"Bearer secret"}
+        assert "/reward answered with status 500 and no reward: out of memory" in str(error)
 
     def test_a_server_that_is_not_there_is_named(self, manager, tokenizer, monkeypatch):
         monkeypatch.delenv("GPM_MODEL")
         monkeypatch.delenv("GPM_OPTIONS")
         monkeypatch.setenv("GPM_URL", "http://127.0.0.1:9")
         (error,) = self.ask([manager()], [sample(tokenizer, "a", 0, "rock")])
-        assert "nothing answers at http://127.0.0.1:9/verify" in str(error)
+        assert "nothing answers at http://127.0.0.1:9/reward" in str(error)
         monkeypatch.setenv("GPM_MODE", "nash")
         with pytest.raises(InputError, match="GPM_MODE is set, but the preference server has a mode of its own"):
             manager()
 
 
 @pytest.fixture
-def verify_server(saved):
-    """A server that answers POST /verify when a group is whole."""
+def preference_server(saved):
+    """A server that answers POST /reward when a group is whole; the samples of u3 are refused at first."""
     pipeline, whole, groups = GPMPipeline(saved(), device="cpu"), threading.Condition(), defaultdict(dict)
-    keys = set()
+    keys, seen = set(), set()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            group, status = body["group"], 200
+            group, status = body["label"]["group"], 200
+            refused = (group["id"], group["index"]) not in seen
+            seen.add((group["id"], group["index"]))
             keys.add(self.headers["Authorization"])
-            if self.path != "/verify" or group["id"] == "broken":
+            if self.path != "/reward" or group["id"] == "broken":
                 status, answer = 500, b"out of memory"
+            elif group["id"] == "u3" and refused:
+                status, answer = (429, 503)[group["index"] % 2], b"ask again"
             else:
                 with whole:
                     mine = groups[group["id"]]
-                    mine[group["index"]] = body["response"]
+                    mine[group["index"]] = body["label"]["response"]
                     if len(mine) == group["size"]:
                         texts = [mine[n] for n in range(group["size"])]
                         mine["rewards"] = win_rates_of(pipeline, body["prompt"], texts)

@@ -8,18 +8,20 @@ Settings: environment.py.
 import asyncio
 import math
 import os
+import random
+import time
 from typing import Any
 
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from general_preference.errors import InputError, RunError
-from general_preference.inference.asking import RETRY_AFTER
 from general_preference.inference.inputs import plain
 from general_preference.inference.remote import KEY_VARIABLE
 from general_preference.models.config import first_line
 from general_preference.serving.environment import deadline_from_environment, group_scorer, reward_from_environment
 from general_preference.serving.rendezvous import Rendezvous
 
+RETRY_AFTER = (0.5, 2.0)  # seconds, where nothing listens or the server is not ready (503)
 VALIDATION_SPLITS = ("test", "val", "validation", "eval")  # as verl's own recipes and others call them
 
 
@@ -106,7 +108,7 @@ class GPMRewardManager(RewardManagerBase):
 
 
 class _Server:
-    """POST /verify of a preference server, which answers when the whole group has come."""
+    """POST /reward of a preference server, which answers when the whole group has come."""
 
     def __init__(self, url: str, deadline: float):
         if os.environ.get("GPM_MODE"):
@@ -116,7 +118,7 @@ class _Server:
         except ImportError as error:
             raise InputError("asking a server needs the package httpx: pip install httpx") from error
         key = os.environ.get(KEY_VARIABLE)
-        self.url, self.deadline, self._httpx = url.rstrip("/") + "/verify", deadline, httpx
+        self.url, self.deadline, self._httpx = url.rstrip("/") + "/reward", deadline, httpx
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(deadline, connect=10.0),
             limits=httpx.Limits(max_connections=None),  # each sample that waits for its group holds one
@@ -124,19 +126,28 @@ class _Server:
         )
 
     async def reward(self, member: tuple, group: dict) -> float:
+        """group: id, size, index and attempt, by which the server knows a sample that is sent again."""
         prompt, completion, _ = member
-        body = {"prompt": prompt, "response": completion, "group": group}
-        for wait in (*RETRY_AFTER, None):
+        # The label's response is taken as it is; from the other one the server would remove end tokens.
+        body = {"prompt": prompt, "response": completion, "label": {"response": completion, "group": group}}
+        waits, ends = list(RETRY_AFTER), time.monotonic() + self.deadline
+        while True:
             try:
                 answer = await self._client.post(self.url, json=body)
-                break
+                if answer.status_code == 429 and time.monotonic() < ends:
+                    wait = random.uniform(0.1, 1.0)
+                elif answer.status_code == 503 and waits:
+                    wait = waits.pop(0)
+                else:
+                    break
             except self._httpx.ReadTimeout as error:
                 waited = f"has said nothing for {self.deadline:g} seconds about group {group['id']}"
                 raise RunError(f"{self.url} {waited}: did all {group['size']} samples come?") from error
-            except self._httpx.TransportError as error:  # safe to repeat: the server knows the sample by its index
-                if wait is None:
+            except self._httpx.TransportError as error:
+                if not waits:
                     cure = "start the server, or correct GPM_URL"
                     raise RunError(f"nothing answers at {self.url} ({first_line(error)}): {cure}") from error
+                wait = waits.pop(0)
             await asyncio.sleep(wait)
         try:
             reward = float(answer.raise_for_status().json()["reward"])
