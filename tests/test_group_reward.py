@@ -150,6 +150,12 @@ def test_it_travels_and_is_awaited(model):
     again = pickle.loads(pickle.dumps(first))
     assert again._scorer is None and again(*ROWS) == before
     assert asyncio.run(AsyncGroupReward(model, group_size=4)(*ROWS)) == before
+    together = AsyncGroupReward(model, group_size=4)
+
+    async def at_once():
+        return await asyncio.gather(*(together(*ROWS) for _ in range(4)))
+
+    assert asyncio.run(at_once()) == [before] * 4
     assert GroupReward(GPMPipeline(model))(*ROWS) == before and first.__name__ == "preference_win_rate"
 
 

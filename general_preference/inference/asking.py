@@ -1,7 +1,7 @@
 """Asking a server over HTTP: what every client shares, and each way in which an answer can fail, as one line.
 
-Called by head_server.py and serving/client.py. Needs httpx, which is imported here alone and only when a server is
-asked, since a model that is loaded needs none.
+Called by head_server.py and serving/client.py. Needs httpx, which is imported only when a server is asked, since a
+model that is loaded needs none.
 """
 
 import functools

@@ -8,8 +8,6 @@
 GPM_API_KEY is read by whatever asks a server.
 """
 
-import asyncio
-import contextlib
 import json
 import math
 import os
@@ -54,16 +52,11 @@ def deadline_from_environment() -> float:
 
 
 def group_scorer(reward: AsyncGroupReward) -> Callable[[list[tuple]], Awaitable[list[float]]]:
-    """A function: members of a group, each (prompt, completion, reference or None) -> rewards; their prompts are equal.
-
-    Groups take turns where the model is here: two threads would load it twice, and its tokenizer serves one at a time.
-    """
-    turn = asyncio.Lock() if reward.url is None else contextlib.nullcontext()
+    """A function: members of a group, each (prompt, completion, reference or None), of one prompt -> rewards."""
 
     async def score(members: list[tuple]) -> list[float]:
         prompts, completions, references = map(list, zip(*members, strict=True))
         columns = {reward.reference: references} if reward.mode == "reference" else {}
-        async with turn:
-            return await reward(prompts, completions, **columns)
+        return await reward(prompts, completions, **columns)
 
     return score

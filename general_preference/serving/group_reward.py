@@ -6,8 +6,10 @@ group, so a group that is split over calls or processes is refused, and a fault 
 """
 
 import asyncio
+import contextlib
 import json
 import os
+import threading
 from collections.abc import Hashable
 
 import torch
@@ -76,10 +78,15 @@ class GroupReward:
         self.group_column, self.reference = group_column, reference
         self.__name__ = f"preference_{mode}"  # by which trainers log it
         self._scorer = model if isinstance(model, PreferenceScorer) else None
+        self._turn = threading.Lock()  # a tokenizer serves one thread at a time, and the model is loaded once
 
     def __getstate__(self) -> dict:
         loaded = not isinstance(self.model, PreferenceScorer)
-        return vars(self) | ({"_scorer": None} if loaded else {})  # another process loads its own
+        state = {name: value for name, value in vars(self).items() if name != "_turn"}
+        return state | ({"_scorer": None} if loaded else {})  # another process loads its own
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _turn=threading.Lock())
 
     def __call__(self, prompts, completions, **columns) -> list[float]:
         """One reward per completion.
@@ -101,7 +108,8 @@ class GroupReward:
         if self.mode == "reference":
             for some, rows in zip(responses, groups, strict=True):
                 some += [self._reference(columns, row) for row in rows]
-        embedded = self.scorer.embed([prompts[rows[0]] for rows in groups], responses)
+        with self._turn if self.url is None else contextlib.nullcontext():
+            embedded = self.scorer.embed([prompts[rows[0]] for rows in groups], responses)
         rewards = [0.0] * len(prompts)
         for rows, one in zip(groups, embedded, strict=True):
             for row, reward in zip(rows, self._rewards(one, len(rows)), strict=True):

@@ -15,13 +15,14 @@ from typing import Any
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from general_preference.errors import InputError, RunError
+from general_preference.inference.asking import RETRY_AFTER
 from general_preference.inference.inputs import plain
 from general_preference.inference.remote import KEY_VARIABLE
 from general_preference.models.config import first_line
 from general_preference.serving.environment import deadline_from_environment, group_scorer, reward_from_environment
 from general_preference.serving.rendezvous import Rendezvous
 
-RETRY_AFTER = (0.5, 2.0)  # seconds, where nothing listens or the server is not ready (503)
+
 VALIDATION_SPLITS = ("test", "val", "validation", "eval")  # as verl's own recipes and others call them
 
 
