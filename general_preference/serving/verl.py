@@ -22,7 +22,6 @@ from general_preference.models.config import first_line
 from general_preference.serving.environment import deadline_from_environment, group_scorer, reward_from_environment
 from general_preference.serving.rendezvous import Rendezvous
 
-
 VALIDATION_SPLITS = ("test", "val", "validation", "eval")  # as verl's own recipes and others call them
 
 
