@@ -1,5 +1,6 @@
 """A real server process answers every route as the pipeline does, many at a time, and never with a wrong number."""
 
+import asyncio
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import httpx
 import pytest
 import torch
 
+from benchmarks import serving
 from general_preference import GPMPipeline
 from general_preference.errors import InputError, RunError
 from general_preference.inference import ranking
@@ -169,6 +171,17 @@ def test_many_at_once_are_all_answered_rightly_in_shared_calls(server, rm):
         close(answer.json()["matrix"], rm.preference_matrix(**body))
     calls, rows, responses = (server.metric(name) - value for name, value in before.items())
     assert rows == 64 and responses == 3 * 64 and calls < 48, f"{calls} calls of the model for 64 requests"
+
+
+def test_the_benchmark_asks_and_reads_what_it_reports(server, rm):
+    bodies = serving.make_requests(24, 8)
+    before = serving.metric(server.url, "gpm_batch_rows_sum")
+    answers, latency, seconds = asyncio.run(serving.ask_all(server.url, bodies, 8))
+    assert serving.metric(server.url, "gpm_batch_rows_sum") - before == len(answers) == len(latency) == 24
+    assert seconds >= max(latency) and serving.resident(server.process.pid) > 10**8
+    assert serving.largest_difference(rm, bodies, answers) < 1e-5
+    answers[3] = answers[4]
+    assert serving.largest_difference(rm, bodies, answers) > 0.01
 
 
 def test_health_model_and_pages_are_there(server, rm):

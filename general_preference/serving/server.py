@@ -142,14 +142,14 @@ async def serve(arguments: ServingArguments, listener: socket.socket) -> None:
     service, loop, stop = PreferenceService(arguments), asyncio.get_running_loop(), asyncio.Event()
     app = build_app(service)
     routes = frozenset(route.path for route in app.routes)
-    gate = Gate(app, service, os.environ.get(KEY_VARIABLE), routes)
+    gate = Gate(app, service, os.environ.get(KEY_VARIABLE) or None, routes)
     server = _Server(uvicorn.Config(gate, lifespan="off", log_level="warning", access_log=False, timeout_keep_alive=60))
     listening = asyncio.create_task(server.serve(sockets=[listener]))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     host, port = listener.getsockname()[:2]
+    loading = asyncio.create_task(service.load())
     try:
-        loading = asyncio.create_task(service.load())
         stopping, broken = asyncio.create_task(stop.wait()), asyncio.create_task(service.broke.wait())
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
@@ -159,6 +159,7 @@ async def serve(arguments: ServingArguments, listener: socket.socket) -> None:
         await drain(service, gate, server, arguments.drain_timeout)
     finally:
         server.should_exit = True
+        loading.cancel()
         service.close()
         await listening
     if service.broke.is_set():

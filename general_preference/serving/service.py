@@ -4,7 +4,7 @@ import asyncio
 import json
 import multiprocessing
 import threading
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing.connection import wait
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from general_preference.datasets.messages import begun_prompt, parse_prompt
 from general_preference.datasets.records import parse_answer
 from general_preference.datasets.tokenization import load_tokenizer
-from general_preference.errors import InputError
+from general_preference.errors import InputError, RunError
 from general_preference.inference.embedding import EmbeddedPrompt
 from general_preference.inference.scorer import PreferenceScorer, Prompt, Response
 from general_preference.models.config import PreferenceConfig
@@ -66,7 +66,7 @@ class PreferenceService:
         """Start a process for each device and load the model there, and its tokenizer here.
 
         Raises:
-            InputError: no such device or model, as `GPMPipeline`.
+            InputError: no such device or model, as `GPMPipeline`. RunError: a process died.
         """
         asked, loop = self.arguments, asyncio.get_running_loop()
         devices, path = choose_devices(asked.devices), asked.model
@@ -75,7 +75,10 @@ class PreferenceService:
         spawn = multiprocessing.get_context("spawn")
         self._executors = [ProcessPoolExecutor(1, spawn) for _ in devices]
         pairs = zip(self._executors, devices, strict=True)
-        loaded = await asyncio.gather(*(loop.run_in_executor(one, load, path, on, options) for one, on in pairs))
+        try:
+            loaded = await asyncio.gather(*(loop.run_in_executor(one, load, path, on, options) for one, on in pairs))
+        except BrokenExecutor as error:
+            raise RunError(f"a worker process died while it loaded {path}: is the memory too small?") from error
         found, preference = loaded[0], PreferenceConfig.from_dict(loaded[0]["preference"])
         remote = {"trust_remote_code": asked.trust_remote_code}
         self.encoder = RowEncoder(path, preference, found["limits"], asked.max_length, **remote)
@@ -98,8 +101,9 @@ class PreferenceService:
             loop.call_soon_threadsafe(self._batcher.fail, "a worker process has died")
 
     def _break(self) -> None:
-        self.state = "broken"
-        self.broke.set()
+        if self.state != "closed":
+            self.state = "broken"
+            self.broke.set()
 
     async def embed(self, prompt: Prompt, responses: list[Response], name: str, accepted: bool = False):
         """EmbeddedPrompt of one prompt and its responses, which errors call `name`; see `row` for what it refuses.
@@ -154,11 +158,13 @@ class PreferenceService:
         return await asyncio.to_thread(reward._rewards, embedded, len(embedded.embeddings))
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes, whatever they do."""
         self.state = "closed"
         self._thread.shutdown(cancel_futures=True)
         for executor in self._executors:
             executor.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()
 
 
 def choose_devices(names: str) -> list[str]:
