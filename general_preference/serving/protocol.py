@@ -103,7 +103,7 @@ class SamplesRequest(_Strict):
 class VerifyRequest(BaseModel):
     """One sample, as NeMo Gym sends it; every other field comes back as it was."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     responses_create_params: dict
     response: dict
