@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from benchmarks import serving
 from general_preference import GPMPipeline
 from general_preference.errors import InputError, RunError
 from general_preference.inference import ranking
+from general_preference.serving import AsyncGroupReward, GroupReward
 from general_preference.serving.client import PreferenceClient
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +123,17 @@ def close(found, expected):
     torch.testing.assert_close(
         torch.as_tensor(found), torch.as_tensor(expected), atol=1e-5, rtol=1e-5, check_dtype=False
     )
+
+
+@pytest.mark.parametrize("mode", ["win_rate", "nash", "score", "planes"])
+def test_group_rewards_over_the_server(server, models, mode):
+    """The same rewards as with the model in memory, in a copy that traveled and awaited."""
+    prompts, completions = ["Which?"] * 3 + ["Name one."] * 3, ["rock", "the paper", "", "scissors", "rock", "rock"]
+    served = GroupReward(url=server.url, mode=mode, group_size=3)
+    expected = GroupReward(models[0], mode, group_size=3, device="cpu")(prompts, completions)
+    close(served(prompts, completions), expected)
+    close(pickle.loads(pickle.dumps(served))(prompts, completions), expected)
+    close(asyncio.run(AsyncGroupReward(url=server.url, mode=mode)(prompts, completions)), expected)
 
 
 def test_compare_answers_as_the_pipeline(server, rm):

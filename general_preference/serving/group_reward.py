@@ -112,7 +112,7 @@ class GroupReward:
             embedded = self.scorer.embed([prompts[rows[0]] for rows in groups], responses)
         rewards = [0.0] * len(prompts)
         for rows, one in zip(groups, embedded, strict=True):
-            for row, reward in zip(rows, self._rewards(one, len(rows)), strict=True):
+            for row, reward in zip(rows, group_rewards(one, len(rows), self.mode, self.scorer.tau), strict=True):
                 rewards[row] = reward
         return rewards
 
@@ -186,18 +186,6 @@ class GroupReward:
             raise InputError(f"row {row} has no {self.reference!r}, with which mode reference compares")
         return values[row]
 
-    def _rewards(self, embedded: EmbeddedPrompt, count: int) -> list[float]:
-        """The rewards of the first `count` responses of a group."""
-        scores, tau = embedded.scores(), self.scorer.tau
-        if self.mode == "reference":
-            return preference_probability(scores[:count, count:].diagonal(), tau).tolist()
-        if self.mode == "score":
-            return (scores.sum(dim=1) / max(count - 1, 1)).tolist()
-        if self.mode == "planes":
-            return plane_advantages(embedded.embeddings, embedded.gate).tolist()
-        weights = nash if self.mode == "nash" else borda
-        return weights(preference_probability(scores, tau)).tolist()
-
 
 class AsyncGroupReward(GroupReward):
     """`GroupReward` for frameworks that await reward functions: the event loop goes on while a thread scores."""
@@ -205,6 +193,19 @@ class AsyncGroupReward(GroupReward):
     async def __call__(self, prompts, completions, **columns) -> list[float]:
         """As `GroupReward`."""
         return await asyncio.to_thread(super().__call__, prompts, completions, **columns)
+
+
+def group_rewards(embedded: EmbeddedPrompt, count: int, mode: str, temperature: float) -> list[float]:
+    """The rewards of the first `count` responses of a group; in mode reference the others are their references."""
+    scores = embedded.scores()
+    if mode == "reference":
+        return preference_probability(scores[:count, count:].diagonal(), temperature).tolist()
+    if mode == "score":
+        return (scores.sum(dim=1) / max(count - 1, 1)).tolist()
+    if mode == "planes":
+        return plane_advantages(embedded.embeddings, embedded.gate).tolist()
+    weights = nash if mode == "nash" else borda
+    return weights(preference_probability(scores, temperature)).tolist()
 
 
 def plane_advantages(embeddings: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:

@@ -20,7 +20,7 @@ from general_preference.models.score import preference_probability
 from general_preference.serving.arguments import ServingArguments
 from general_preference.serving.barrier import GroupBarrier
 from general_preference.serving.batching import Batcher, count_tokens
-from general_preference.serving.group_reward import GroupReward
+from general_preference.serving.group_reward import group_rewards
 from general_preference.serving.metrics import Metrics
 from general_preference.serving.refusal import Refused
 from general_preference.serving.samples import Sample
@@ -154,8 +154,8 @@ class PreferenceService:
 
     async def rewards(self, embedded: EmbeddedPrompt, mode: str | None = None) -> list[float]:
         """One number per response; `mode` of MODES, None for the server's own."""
-        reward = GroupReward(self.encoder, mode or self.arguments.mode)
-        return await asyncio.to_thread(reward._rewards, embedded, len(embedded.embeddings))
+        settings = len(embedded.embeddings), mode or self.arguments.mode, self.encoder.tau
+        return await asyncio.to_thread(group_rewards, embedded, *settings)
 
     def close(self) -> None:
         """End the worker processes, whatever they do."""
