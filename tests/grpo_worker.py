@@ -1,6 +1,7 @@
 """One process of GRPO with a group reward; started by tests/test_group_reward.py with torchrun."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,4 +15,5 @@ if __name__ == "__main__":
     reward = GroupReward(settings["model"], group_size=settings["size"])
     options = {"per_device_train_batch_size": settings["batch"], "num_generations": 4, "max_completion_length": 8}
     rows = train("GRPO", settings["policy"], reward, settings["folder"], **options)
-    print("REWARDS", [round(row["rewards/preference_win_rate/mean"], 4) for row in rows], flush=True)
+    if os.environ["RANK"] == "0":  # two processes at once would write into each other's line
+        print("REWARDS", [round(row["rewards/preference_win_rate/mean"], 4) for row in rows], flush=True)

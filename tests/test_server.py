@@ -508,5 +508,5 @@ def test_sigterm_answers_what_was_accepted(server, rm):
         close(answer.json()["matrix"], expected)
     assert len(good) > 16 and all(since > -1 for since, _ in others), others
     refused = {str(getattr(answer, "status_code", type(answer).__name__)) for _, answer in others}
-    assert refused <= {"503", "ConnectError"}, refused
+    assert refused <= {"503", "ConnectError", "ReadError"}, refused  # the last: connected, but not yet accepted
     assert "Traceback" not in server.log.read_text()
