@@ -94,10 +94,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read(split: str) -> list[dict]:
+    """Groups of `mixed`."""
     return [json.loads(line) for line in (DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def user(prompt: str) -> list[dict]:
+    """The prompt as messages."""
     return [{"role": "user", "content": prompt}]
 
 

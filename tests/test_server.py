@@ -23,22 +23,11 @@ from general_preference.errors import InputError, RunError
 from general_preference.inference import ranking
 from general_preference.serving import AsyncGroupReward, GroupReward
 from general_preference.serving.client import PreferenceClient
+from tests.test_remote import CHAT, PROMPTS, RESPONSES
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "scripts" / "serve_preference_model.py")
 KEY = "correct horse"
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Hello, friend!"},
-    {"role": "user", "content": "Which throw wins?"},
-]
-PROMPTS = ["Which throw wins?", CHAT, "Écris « bonjour » 🙂"]
-RESPONSES = [
-    ["The rock.", "Paper, of course.", "", "rock äöü 你好 " * 4],
-    ["scissors", "rock", "scissors"],
-    ["bonjour"],
-]
 
 
 class Process:
@@ -486,9 +475,9 @@ def test_sigterm_answers_what_was_accepted(server, rm):
         while not stop.is_set():
             began = time.monotonic()
             try:
-                answers.append((began, server.post("/compare", body)))
+                answers.append((began, server.post("/compare", body), time.monotonic()))
             except httpx.HTTPError as error:
-                answers.append((began, error))
+                answers.append((began, error, time.monotonic()))
                 return
 
     with ThreadPoolExecutor(17) as threads:
@@ -502,11 +491,14 @@ def test_sigterm_answers_what_was_accepted(server, rm):
         stop.set()
         assert waiting.result().status_code == 503 and "before this group is whole" in waiting.result().text
     assert code == 0, server.log.read_text()
-    good = [answer for _, answer in answers if isinstance(answer, httpx.Response) and answer.status_code == 200]
-    others = [(began - ended, answer) for began, answer in answers if answer not in good]
-    for answer in good:
+    good = [one for one in answers if isinstance(one[1], httpx.Response) and one[1].status_code == 200]
+    others = [one for one in answers if one not in good]
+    for _, answer, _ in good:
         close(answer.json()["matrix"], expected)
-    assert len(good) > 16 and all(since > -1 for since, _ in others), others
-    refused = {str(getattr(answer, "status_code", type(answer).__name__)) for _, answer in others}
-    assert refused <= {"503", "ConnectError", "ReadError"}, refused  # the last: connected, but not yet accepted
+    assert len(good) > 16 and all(began > ended - 1 for began, *_ in others), others
+    refused = {str(getattr(answer, "status_code", type(answer).__name__)) for _, answer, _ in others}
+    assert refused <= {"503", "ConnectError", "ReadError"}, refused
+    # A reset is of the listener's backlog, which is closed when all that was accepted has been answered.
+    last = max(answered for *_, answered in good)
+    assert all(failed > last for _, answer, failed in others if isinstance(answer, httpx.ReadError)), others
     assert "Traceback" not in server.log.read_text()

@@ -129,17 +129,8 @@ class PreferenceScorer:
         Raises:
             InputError (a ValueError): something that cannot be scored; the message names it.
         """
-        prompts = as_list(prompts, "prompts", "a list of them")
-        responses = as_list(responses, "responses", "a list with one entry for each prompt")
-        if len(prompts) != len(responses):
-            raise InputError(f"{len(prompts)} prompts, but {len(responses)} lists of responses: give one for each")
-        rows = []
-        for index, (prompt, some) in enumerate(zip(prompts, responses, strict=True)):
-            some = as_list(some, f"responses to prompt {index}", "a list of at least one", least=1)
-            messages = begun_prompt(parse_prompt(prompt, f"prompt {index}"))
-            parsed = [parse_answer(one, f"response {n} to prompt {index}", messages) for n, one in enumerate(some)]
-            rows.append(self._encode(f"prompt {index}", messages, parsed))
-        return self._embed_rows(rows)
+        read = enumerate(read_groups(prompts, responses))
+        return self._embed_rows([self._encode(f"prompt {n}", begun_prompt(prompt), some) for n, (prompt, some) in read])
 
     def _embed_rows(self, rows: list[dict]) -> list[EmbeddedPrompt]:
         """Embed what `_encode` made, in its order."""
@@ -165,3 +156,23 @@ class PreferenceScorer:
     @functools.cached_property
     def _whole_encoder(self) -> ComparisonTokenizer:
         return dataclasses.replace(self.encoder, max_length=None)
+
+
+def read_groups(prompts: list[Prompt], responses: list[list[Response]]) -> list[tuple[list, list]]:
+    """(messages of the prompt, messages of each response) of B prompts with K >= 1 responses each.
+
+    Raises:
+        InputError: something that cannot be scored; the message names it.
+    """
+    prompts = as_list(prompts, "prompts", "a list of them")
+    responses = as_list(responses, "responses", "a list with one entry for each prompt")
+    if len(prompts) != len(responses):
+        raise InputError(f"{len(prompts)} prompts, but {len(responses)} lists of responses: give one for each")
+    read = []
+    for index, (prompt, some) in enumerate(zip(prompts, responses, strict=True)):
+        some = as_list(some, f"responses to prompt {index}", "a list of at least one", least=1)
+        messages = parse_prompt(prompt, f"prompt {index}")
+        begun = begun_prompt(messages)
+        parsed = [parse_answer(one, f"response {n} to prompt {index}", begun) for n, one in enumerate(some)]
+        read.append((messages, parsed))
+    return read

@@ -12,14 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from general_preference.datasets.messages import begun_prompt, parse_prompt
-from general_preference.datasets.records import parse_answer
 from general_preference.errors import InputError, RunError
 from general_preference.inference.asking import ask, check_address, connect
 from general_preference.inference.embedding import EmbeddedPrompt
-from general_preference.inference.inputs import as_list, check_keywords
+from general_preference.inference.inputs import check_keywords
 from general_preference.inference.remote import KEY_VARIABLE
-from general_preference.inference.scorer import PreferenceScorer, Prompt, Response
+from general_preference.inference.scorer import PreferenceScorer, Prompt, Response, read_groups
 from general_preference.models.config import PreferenceConfig
 
 _AT_ONCE = 32  # requests of one call that are under way together
@@ -63,17 +61,8 @@ class PreferenceClient(PreferenceScorer):
 
     def embed(self, prompts: list[Prompt], responses: list[list[Response]]) -> list[EmbeddedPrompt]:
         """As `PreferenceScorer.embed`; each prompt is a request, and those of one call are under way together."""
-        prompts = as_list(prompts, "prompts", "a list of them")
-        responses = as_list(responses, "responses", "a list with one entry for each prompt")
-        if len(prompts) != len(responses):
-            raise InputError(f"{len(prompts)} prompts, but {len(responses)} lists of responses: give one for each")
-        bodies = []
-        for index, (prompt, some) in enumerate(zip(prompts, responses, strict=True)):
-            some = as_list(some, f"responses to prompt {index}", "a list of at least one", least=1)
-            messages = parse_prompt(prompt, f"prompt {index}")
-            begun = begun_prompt(messages)
-            parsed = [parse_answer(one, f"response {n} to prompt {index}", begun) for n, one in enumerate(some)]
-            bodies.append({"prompt": messages, "responses": parsed, "return_embeddings": True})
+        read = read_groups(prompts, responses)
+        bodies = [{"prompt": prompt, "responses": some, "return_embeddings": True} for prompt, some in read]
         with (
             connect(self.url, self.api_key, self.timeout, _AT_ONCE) as client,
             ThreadPoolExecutor(min(_AT_ONCE, max(len(bodies), 1))) as threads,
