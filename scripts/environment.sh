@@ -26,7 +26,8 @@ make_environment() {
     echo "Installing into $ROOT/.venv (once, a few minutes) ..." >&2
     "${PYTHON:-python3}" -m venv "$ROOT/.venv" ||
       fail "cannot make $ROOT/.venv: name a Python of at least 3.11 with its venv module by PYTHON=/path/to/python3"
-    (cd "$ROOT" && .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt) ||
+    # --no-compile: Python compiles what it imports, when it does, and that is a part of what is installed.
+    (cd "$ROOT" && .venv/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -r requirements.txt) ||
       fail "installing requirements.txt failed; run this again to continue"
     cp "$ROOT/requirements.txt" "$ROOT/.venv/installed"
   fi
