@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from general_preference.errors import InputError, RunError
 from general_preference.inference import ranking
 from general_preference.serving import AsyncGroupReward, GroupReward
 from general_preference.serving.client import PreferenceClient
+from general_preference.serving.server import listen
 from tests.test_remote import CHAT, PROMPTS, RESPONSES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,6 +125,13 @@ def test_group_rewards_over_the_server(server, models, mode):
     close(served(prompts, completions), expected)
     close(pickle.loads(pickle.dumps(served))(prompts, completions), expected)
     close(asyncio.run(AsyncGroupReward(url=server.url, mode=mode)(prompts, completions)), expected)
+
+
+def test_answers_do_not_wait_for_acknowledgments():
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as _:
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_compare_answers_as_the_pipeline(server, rm):
