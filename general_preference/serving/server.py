@@ -132,8 +132,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
-        # Connections inherit it; asyncio sets it only where the protocol is named. Without, the second part of an answer
-        # waits 40 ms for the client to acknowledge the first.
+        # Connections inherit it; asyncio sets it only where the protocol is named. Without it, the second part of an
+        # answer waits 40 ms for the client to acknowledge the first.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
