@@ -1,6 +1,6 @@
-"""The preference loss, the language-model regularizers with their token log-probs, and the balancing of experts.
+"""The losses: of preferences, of policies, the language-model regularizers with their token log-probs, of experts.
 
-The trainer minimizes (1 - c) * preference + c * regularizer, and adds the weighted load-balancing loss.
+A reward model minimizes (1 - c) * preference + c * regularizer, and adds the weighted load-balancing loss.
 """
 
 from typing import Literal
@@ -15,6 +15,7 @@ from general_preference.errors import InputError
 
 PreferenceLossKind = Literal["logistic", "regression"]
 LanguageModelLossKind = Literal["vanilla", "mean", "sum", "reference_free"]
+PolicyLossKind = Literal["centered", "regression", "logistic", "surrogate", "likelihood"]
 # Elements of one chunk's logits; on CPUs 128 MiB in fp32: half was a tenth slower, twice no faster.
 CPU_ELEMENTS, GPU_ELEMENTS = 2**25, 2**27
 CPU_ROWS = 64
@@ -57,6 +58,74 @@ def preference_loss(
         logit = score / temperature
         return 0.5 * (label * (logit - target) ** 2 + (1 - label) * (logit + target) ** 2)
     raise ValueError(f"unknown preference loss {kind!r}: expected 'logistic' or 'regression'")
+
+
+def policy_loss(
+    log_ratio: torch.Tensor,
+    target: torch.Tensor,
+    group: torch.Tensor,
+    *,
+    kind: PolicyLossKind = "centered",
+    length: torch.Tensor | None = None,
+    gamma: float = 0.0,
+    clip: float | None = None,
+    beta: float = 1.0,
+) -> torch.Tensor:
+    """Loss of each response that a policy is trained on, given how far it has moved: rho = log_ratio, T = target.
+
+    centered:   (d - mean of d over the group)^2, d = rho / length^gamma - T. Its minimum over all policies is
+                pi_t(y) exp(T(y)) / Z without knowing Z. With two responses ((d_1 - d_2) / 2)^2: IPO, INPO and REBEL.
+    regression: d^2, which takes log Z for 0      GPO as published (arXiv 2410.02197), SPPO (arXiv 2405.00675)
+    logistic:   preference_loss(rho_1 - rho_2, temperature=1 / beta, label=T) of a pair      DPO (arXiv 2305.18290)
+    surrogate:  -min(r T, clip(r, 1 - clip, 1 + clip) T), r = exp(rho / length)      GSPO (arXiv 2507.18071)
+    likelihood: -rho / length, rho being a log-probability      supervised fine-tuning on the responses given
+
+    Args:
+        log_ratio: (N,) log-probability of each whole response in nats, less that of its anchors.
+        target: (N,) in the unit of rho / length^gamma; logistic: the probability that it is the better one of its pair;
+            surrogate: its advantage; likelihood: unused.
+        group: (N,) integers from 0 to below N, equal for responses to one prompt. length: (N,) tokens of each.
+        gamma: of length^gamma, 0 for none. clip: of the surrogate; None does not clip. beta: of the logistic loss.
+
+    Returns (N,) in fp32 or better; both responses of a logistic pair have the pair's loss.
+
+    Raises:
+        ValueError: an unknown kind, no length where one is needed, or a logistic group that is no pair.
+    """
+    log_ratio = log_ratio.to(torch.promote_types(log_ratio.dtype, torch.float32))
+    needed = gamma != 0 or kind in ("surrogate", "likelihood")
+    if needed and length is None:
+        raise ValueError(f"the {kind} loss needs the lengths of the responses")
+    count = torch.ones_like(log_ratio) if length is None else length.clamp(min=1).to(log_ratio.dtype)
+    if kind == "likelihood":
+        return -log_ratio / count
+    if kind == "surrogate":
+        ratio = (log_ratio / count).exp()
+        bounded = ratio if clip is None else ratio.clamp(1 - clip, 1 + clip)
+        return -torch.minimum(ratio * target, bounded * target)
+    if kind == "logistic":
+        other = _partners(group)
+        return preference_loss(log_ratio - log_ratio[other], temperature=1 / beta, label=target)
+    if kind not in ("centered", "regression"):
+        raise ValueError(f"unknown policy loss {kind!r}: expected one of {', '.join(PolicyLossKind.__args__)}")
+    residual = log_ratio / count**gamma - target
+    if kind == "centered":
+        sums, sizes = (
+            torch.zeros_like(residual).index_add(0, group, one) for one in (residual, torch.ones_like(residual))
+        )
+        residual = residual - sums[group] / sizes[group]
+    return residual**2
+
+
+def _partners(group: torch.Tensor) -> torch.Tensor:
+    """(N,) the index of the other response of each group of two."""
+    sizes = group.bincount()
+    if (wrong := sizes[(sizes != 2) & (sizes != 0)]).numel():
+        raise ValueError(f"the logistic loss compares pairs, but a group has {wrong[0].item()} responses")
+    order = group.argsort(stable=True).view(-1, 2)
+    other = torch.empty_like(group)
+    other[order[:, 0]], other[order[:, 1]] = order[:, 1], order[:, 0]
+    return other
 
 
 def language_model_loss(

@@ -14,13 +14,14 @@ from collections.abc import Hashable
 
 import torch
 
+from general_preference.alignment.targets import plane_advantages
 from general_preference.errors import InputError
 from general_preference.inference.embedding import EmbeddedPrompt
 from general_preference.inference.inputs import as_list
 from general_preference.inference.pipeline import GPMPipeline
 from general_preference.inference.ranking import borda, nash
 from general_preference.inference.scorer import PreferenceScorer
-from general_preference.models.score import plane_scores, preference_probability
+from general_preference.models.score import preference_probability
 
 MODES = ("win_rate", "nash", "score", "reference", "planes")
 GROUP_COLUMNS = ("prompt_id", "uid")  # of the data set, or of the framework: equal for the completions of a group
@@ -206,21 +207,3 @@ def group_rewards(embedded: EmbeddedPrompt, count: int, mode: str, temperature: 
         return plane_advantages(embedded.embeddings, embedded.gate).tolist()
     weights = nash if mode == "nash" else borda
     return weights(preference_probability(scores, temperature)).tolist()
-
-
-def plane_advantages(embeddings: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-    """(K,) advantage of each response in its group: sum_p gate_p (m_p - mean m_p) / std m_p, over planes p.
-
-    m_p is a response's mean score against the group on plane p, without the gate; an odd D's scalar counts as a plane
-    of weight 1. A plane on which all tie adds nothing. Source: the advantage of GPRL; its drift controller is left out,
-    since no text that was found gives its threshold.
-
-    embeddings: (K, D). gate: (P,), or None for weights of 1.
-    """
-    means = plane_scores(embeddings[:, None], embeddings[None]).mean(dim=1)  # (K, P)
-    weights = torch.ones(means.shape[1]) if gate is None else gate
-    if embeddings.shape[1] % 2:
-        means, weights = torch.cat([means, embeddings[:, -1:]], dim=1), torch.cat([weights, torch.ones(1)])
-    centered = means - means.mean(dim=0)
-    spread = centered.square().mean(dim=0).sqrt()
-    return (weights * torch.where(spread > 1e-6, centered / spread.clamp(min=1e-6), 0.0)).sum(dim=1)
