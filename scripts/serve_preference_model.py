@@ -7,9 +7,11 @@ Needs the extra "serve". With GPM_API_KEY set, requests need it as a bearer toke
 SIGINT after answering what was accepted, 1 a worker process died, 2 unusable input or the port is taken.
 """
 
+import signal
 import sys
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing takes seconds, in which Ctrl-C should print no traceback
     from general_preference.cpu_settings import restart_with_cpu_settings
 
     restart_with_cpu_settings()

@@ -90,6 +90,11 @@ def test_groups_are_found():
     assert groups(["a"] * 8 + ["b"] * 4, group_size=4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert groups(["a", "a", "b", "b"], group_size=8, eval_group_size=2) == [[0, 1], [2, 3]]
     assert groups(["a", "b"], group_size=8, eval_group_size=1) == [[0], [1]]
+    assert groups(["a"] * 4, group_size=2, halves=True) == [[0, 2], [1, 3]], "OnlineDPO where all prompts are equal"
+    assert groups(["a", "a", "b", "b"] * 2, group_size=2, halves=True) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    named = {"columns": {"uid": [1, 2, 2, 1, 3, 4, 4, 3]}, "group_size": 2}
+    assert groups(list("abbaabba"), **named) == [[0, 3], [1, 2], [4, 7], [5, 6]], "the column counts, not the order"
+    assert groups(["a"] * 8 + ["b"] * 8, group_size=4, eval_group_size=8) == [[*range(8)], [*range(8, 16)]]
     ids = {"columns": {"uid": [7, 8, 7, 8]}}
     assert groups(["a", "a", "a", "a"], **ids) == [[0, 2], [1, 3]], "equal prompts of two groups"
     assert groups(["a", "a"], columns={"k": [1, 2]}, group_column="k", group_size=1) == [[0], [1]]
@@ -107,6 +112,7 @@ def test_groups_are_found():
             r"has 2 or 4 with the same prompt of 6 .*per_device_train_batch_size",
         ),
         (["a", "b"], {"group_size": 4, "eval_group_size": 2}, "a group has 4 or 2 completions"),
+        (["a", "a", "b", "b"], {"group_size": 2, "halves": True}, "halves: the second half of the prompts is not"),
         (["a", "a", "b"], {}, "prompts with 1 and 2 completions: set group_size"),
         (["a", "b"], {}, "one completion and nothing to be compared with"),
         (["a", "b"], {"columns": {"uid": [1, 1]}}, "rows 0 and 1 have the same uid, but other prompts"),

@@ -80,7 +80,9 @@ def _calls(value: object, name: str) -> list[dict]:
     calls = []
     for call in map(without_nothing, value):
         function = call.get("function", call)
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InputError(f"'{name}' has a tool call {described(call)}, expected a function with a name")
+        if isinstance(function.get("arguments"), str):
             with contextlib.suppress(ValueError):  # not JSON: as it is
                 function = function | {"arguments": json.loads(function["arguments"])}
         calls.append(call | {"function": function} if "function" in call else function)

@@ -126,6 +126,8 @@ class ChatTemplate:
         if not prompt[-1].get(PREFIX):
             text = self._text(prompt, options, generate=answers)
             return text.removesuffix(self.opening(options)) if answers else text
+        if "tool_calls" in prompt[-1]:
+            raise InputError("the prompt ends with the assistant's tool calls: end it with what the tools answered")
         started = {"role": "assistant", "content": prompt[-1]["content"] + _MARK.format(0)}
         before, mark, _ = self._text([*prompt[:-1], started], options).partition(_MARK.format(0))
         if not mark:

@@ -47,3 +47,5 @@ class ServingArguments:
         check_at_least(self, 1e-9, "max_body_mb", "group_timeout", "drain_timeout")
         if self.group_size is not None and self.group_size < 2:
             raise InputError(f"--group_size {self.group_size} must be at least 2: one response has no other to beat")
+        if self.group_size is not None and self.group_size > self.max_responses:
+            raise InputError(f"--group_size {self.group_size} exceeds --max_responses {self.max_responses}: raise that")

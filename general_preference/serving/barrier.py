@@ -7,7 +7,9 @@ it is whole: if one is lost, a deadline answers the others with an error.
 
 import asyncio
 import hashlib
+import itertools
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 from general_preference.serving.refusal import Refused
 
 REMEMBERED = 900.0  # seconds in which a finished group still answers retries
+_NAMED = 8  # lost samples that an error names at most
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class _Group:
     deadline: asyncio.TimerHandle
     samples: dict[int, str] = field(default_factory=dict)  # index -> digest
     responses: dict[int, object] = field(default_factory=dict)  # until they are scored
+    done: float = 0.0  # when it was scored
 
 
 class GroupBarrier:
@@ -49,6 +53,7 @@ class GroupBarrier:
         self._waiting: dict[tuple, _Group] = {}
         self._done: OrderedDict[tuple, _Group] = OrderedDict()
         self._tasks: set[asyncio.Task] = set()
+        self._closed = False
 
     def __len__(self) -> int:
         """Groups that are not scored yet."""
@@ -67,12 +72,15 @@ class GroupBarrier:
             found = f"index {place.index} of {place.size}"
             raise Refused(422, f"{place}: {found}, expected an index from 0 to size - 1 and a size of at least 2")
         key, digest, asked = (place.group, place.attempt, place.size), _digest(response), _digest(prompt)
+        while self._done and next(iter(self._done.values())).done < time.monotonic() - REMEMBERED:
+            self._done.popitem(last=False)
         group = self._done.get(key) or self._waiting.get(key) or self._begin(key, place, asked)
         if group.prompt != asked:
             raise Refused(409, f"{place}: its siblings have another prompt, give this group an id of its own")
         if place.index not in group.samples:
             group.samples[place.index], group.responses[place.index] = digest, response
             if len(group.samples) == group.size:
+                group.deadline.cancel()
                 self._tasks.add(task := asyncio.create_task(self._finish(key, group, prompt)))
                 task.add_done_callback(self._tasks.discard)
         elif group.samples[place.index] != digest:
@@ -81,28 +89,29 @@ class GroupBarrier:
         return (await asyncio.shield(group.answer))[place.index]
 
     def close(self) -> None:
-        """Refuse the groups that are not whole: the server stops, and their siblings will not be let in."""
+        """Refuse the groups that are not whole, and new ones: the server stops, and no siblings will be let in."""
+        self._closed = True
         for key, group in list(self._waiting.items()):
             if len(group.samples) < group.size:
-                self._fail(key, group, Refused(503, "the server stops before this group is whole: send it again"))
+                self._fail(key, group, _stopping())
 
     def _begin(self, key: tuple, place: Place, prompt: str) -> _Group:
+        if self._closed:
+            raise _stopping()
         if len(self._waiting) >= self.most:
             raise Refused(429, f"{self.most} groups wait for samples already: ask again", retry_after=5)
         loop = asyncio.get_running_loop()
-        group = _Group(
-            place.size, prompt, loop.create_future(), loop.call_later(self.timeout, self._expire, key, place)
-        )
-        self._waiting[key] = group
+        timer = loop.call_later(self.timeout, self._expire, key, place)
+        group = self._waiting[key] = _Group(place.size, prompt, loop.create_future(), timer)
         return group
 
     def _expire(self, key: tuple, place: Place) -> None:
         group = self._waiting[key]
-        lost = ", ".join(str(index) for index in range(group.size) if index not in group.samples)
-        found = (
-            f"{len(group.samples)} of {group.size} samples came within {self.timeout:g} seconds, index {lost} did not"
-        )
-        self._fail(key, group, Refused(504, f"{place}: {found}"))
+        missing = (index for index in range(group.size) if index not in group.samples)
+        lost = ", ".join(map(str, itertools.islice(missing, _NAMED)))
+        lost += ", ..." * (group.size - len(group.samples) > _NAMED)
+        found = f"{len(group.samples)} of {group.size} samples came within {self.timeout:g} seconds"
+        self._fail(key, group, Refused(504, f"{place}: {found}, index {lost} did not"))
 
     def _fail(self, key: tuple, group: _Group, error: Exception) -> None:
         """Answer with an error, and forget the group, so that it can be sent again."""
@@ -112,21 +121,20 @@ class GroupBarrier:
         group.answer.exception()  # whoever asked may be gone, which is no fault to log
 
     async def _finish(self, key: tuple, group: _Group, prompt: object) -> None:
-        group.deadline.cancel()
         try:
             rewards = await self.score(prompt, [group.responses[index] for index in range(group.size)])
         except Exception as error:
             return self._fail(key, group, error)
         group.responses.clear()
         group.answer.set_result(rewards)
+        group.done = time.monotonic()
         self._done[key] = self._waiting.pop(key)
-        asyncio.get_running_loop().call_later(REMEMBERED, self._forget, key, group)
         if len(self._done) > self.most:
             self._done.popitem(last=False)
 
-    def _forget(self, key: tuple, group: _Group) -> None:
-        if self._done.get(key) is group:
-            del self._done[key]
+
+def _stopping() -> Refused:
+    return Refused(503, "the server stops before this group is whole: send it again")
 
 
 def _digest(value: object) -> str:

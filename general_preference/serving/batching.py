@@ -101,9 +101,11 @@ class Batcher:
     def _take(self) -> list[_Waiting]:
         batch, tokens = [], 0
         while self._queue and (not batch or tokens + self._queue[0].tokens <= self.batch_tokens):
-            batch.append(self._queue.popleft())
-            tokens += batch[-1].tokens
-        self._count(-tokens)
+            waiting = self._queue.popleft()
+            self._count(-waiting.tokens)
+            if not waiting.future.done():  # else nobody waits for it any more
+                batch.append(waiting)
+                tokens += waiting.tokens
         return batch
 
     def _count(self, tokens: int) -> None:

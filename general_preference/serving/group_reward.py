@@ -1,7 +1,7 @@
 """Rewards of groups: K responses to one prompt are compared with each other, for the cost of K forward passes.
 
-`GroupReward` is a reward function for TRL (GRPO, RLOO, OnlineDPO, AsyncGRPO), ms-swift and whatever else calls a
-function with lists of prompts and completions. A pairwise model has no reward for a response alone: it depends on the
+`GroupReward` is a reward function for TRL (GRPO, RLOO, OnlineDPO, AsyncGRPO) and whatever else calls a function with
+lists of prompts and completions. A pairwise model has no reward for a response alone: it depends on the
 group, so a group that is split over calls or processes is refused, and a fault is an error, never a reward of 0.
 """
 
@@ -47,6 +47,7 @@ class GroupReward:
         group_size: int | None = None,
         eval_group_size: int | None = None,
         group_column: str | None = None,
+        halves: bool = False,
         reference: str = "reference",
         **options,
     ):
@@ -59,6 +60,8 @@ class GroupReward:
             eval_group_size: in evaluation, if it is another.
             group_column: column that is equal for the completions of a group alone; default `prompt_id` or `uid` if
                 there is one. Without a column, completions of equal prompts are groups of `group_size`, in their order.
+            halves: the second completions of all prompts come after the first ones, as in TRL's OnlineDPO. Only needed
+                to tell groups of equal prompts apart; where no other order is possible, it is seen.
             reference: column of the response that mode "reference" compares with.
             options: of `GPMPipeline`, such as device="cuda:1" or dtype="bfloat16".
 
@@ -76,7 +79,7 @@ class GroupReward:
                 raise InputError(f"{name} is {size}, expected at least 1")
         self.model, self.mode, self.url, self.options = model, mode, url, options
         self.sizes = tuple(dict.fromkeys(size for size in (group_size, eval_group_size) if size is not None))
-        self.group_column, self.reference = group_column, reference
+        self.group_column, self.halves, self.reference = group_column, halves, reference
         self.__name__ = f"preference_{mode}"  # by which trainers log it
         self._scorer = model if isinstance(model, PreferenceScorer) else None
         self._turn = threading.Lock()  # a tokenizer serves one thread at a time, and the model is loaded once
@@ -155,8 +158,11 @@ class GroupReward:
                 f"{len(prompts)} in all, so groups are split: in TRL, per_device_train_batch_size times "
                 "steps_per_generation (default gradient_accumulation_steps) must be a multiple of num_generations"
             )
-        size, half = fits[0], len(keys) // 2
-        if size == 2 and keys[:half] == keys[half:] and keys[::2] != keys[1::2]:  # of TRL's OnlineDPO
+        size, half = found[0] if found[0] in fits and len(found) == 1 else fits[0], len(keys) // 2
+        fits_halves = name is None and size == 2 and keys[:half] == keys[half:]
+        if self.halves and not fits_halves:
+            raise InputError("halves: the second half of the prompts is not the first one again, in pairs")
+        if fits_halves and (self.halves or keys[::2] != keys[1::2]):
             return [[row, row + half] for row in range(half)]
         return [rows[at : at + size] for rows in same.values() for at in range(0, len(rows), size)]
 

@@ -71,7 +71,7 @@ class GroupPlace(_Strict):
     id: str | int
     size: int
     index: int
-    attempt: int = 0
+    attempt: int = Field(0, ge=0)
 
 
 class SampleLabel(_Strict):
@@ -108,7 +108,7 @@ class VerifyRequest(BaseModel):
     responses_create_params: dict
     response: dict
     group: str | int = Field(alias="_ng_group_id", description="of its own for each prompt's occurrence and run")
-    attempt: int = Field(0, alias="_ng_group_attempt")
+    attempt: int = Field(0, alias="_ng_group_attempt", ge=0)
     index: int = Field(alias="_ng_rollout_index")
     group_size: int | None = Field(None, description="default as the server was started")
     principle: str | None = None

@@ -75,6 +75,6 @@ class Rendezvous:
 
     @staticmethod
     def _break(group: _Group, fault: str) -> None:
-        if not group.outcome.done():
+        if not group.outcome.done():  # else it is whole, and is being scored
             group.outcome.set_result(fault)
-        group.members.clear()
+            group.members.clear()

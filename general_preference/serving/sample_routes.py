@@ -3,12 +3,14 @@
 import asyncio
 from functools import partial
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 
 from general_preference.errors import InputError
 from general_preference.inference import ranking
 from general_preference.serving.barrier import Place
+from general_preference.serving.middleware import EchoedResponse
 from general_preference.serving.protocol import GymCompareRequest, SampleRequest, SamplesRequest, VerifyRequest
+from general_preference.serving.refusal import Refused
 from general_preference.serving.samples import Sample, read_input, read_output, read_sample, split_query, without_end
 from general_preference.serving.service import PreferenceService
 
@@ -28,7 +30,14 @@ def add_samples(app: FastAPI, service: PreferenceService) -> None:
         for index, (query, prompt, label) in enumerate(zip(body.query, prompts, labels, strict=True)):
             response = partial(split_query, query, prompt, ends)
             samples.append(read_sample(label, prompt, response, f"labels[{index}]"))
-        rewards = list(await asyncio.gather(*map(service.sample_reward, samples)))
+        if count > service.arguments.max_queue:
+            raise Refused(413, f"{count} samples, this server takes {service.arguments.max_queue} at once: send fewer")
+        tasks = [asyncio.ensure_future(service.sample_reward(sample)) for sample in samples]
+        try:
+            rewards = list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:  # where one has failed, the others have no one to go to
+                task.cancel()
         return {"rewards": rewards, "scores": rewards, "extra_logs": {}}
 
     @app.post("/", tags=["samples"])
@@ -39,14 +48,19 @@ def add_samples(app: FastAPI, service: PreferenceService) -> None:
         return {"reward": await service.sample_reward(sample)}
 
     @app.post("/verify", tags=["samples"])
-    async def verify(body: VerifyRequest, request: Request) -> dict:
+    async def verify(body: VerifyRequest, request: Request) -> Response:
         """As NeMo Gym's resources server: waits for the siblings, and answers the request with its `reward`."""
         _check_principle(body.principle)
-        if (size := body.group_size or service.arguments.group_size) is None:
+        if (size := service.arguments.group_size if body.group_size is None else body.group_size) is None:
             raise InputError("group_size: how many samples has a group? Name it, or start the server with it")
         place = Place(body.group, body.attempt, size, body.index)
         sample = Sample(read_input(body.responses_create_params), read_output(body.response, "response"), place)
-        return await request.json() | {"reward": await service.sample_reward(sample)}
+        return EchoedResponse(await request.json() | {"reward": await service.sample_reward(sample)})
+
+    @app.post("/seed_session", tags=["samples"])
+    async def seed_session() -> dict:
+        """What agents of NeMo Gym ask for before their samples; there is nothing to set up."""
+        return {}
 
 
 async def compare_as_gym(service: PreferenceService, body: GymCompareRequest) -> dict:

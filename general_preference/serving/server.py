@@ -37,7 +37,8 @@ _LAST = 0.5  # seconds in which whoever is connected when the server stops liste
 
 def build_app(service: PreferenceService) -> FastAPI:
     """The routes of one served model."""
-    app = FastAPI(title="General Preference Model", description=__doc__.split("\n")[0])
+    about = {"title": "General Preference Model", "description": __doc__.split("\n")[0]}
+    app = FastAPI(**about, redirect_slashes=False)
     add_reranking(app, service)
     add_samples(app, service)
 
@@ -82,8 +83,10 @@ def handle_errors(app: FastAPI) -> None:
     """Every error as a status and one line that says what to change; never a number."""
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError):
-        first = error.errors()[0]
+    async def invalid(request: Request, error: RequestValidationError):
+        first, kind = error.errors()[0], request.headers.get("content-type", "")
+        if "json" not in kind.lower():
+            return refuse(415, f"the body has the content type {kind!r}: send content-type: application/json")
         if first["type"] == "json_invalid":
             return refuse(400, f"the body is no JSON: {first['ctx']['error']}")
         place = ".".join(str(part) for part in first["loc"] if part not in ("body", "compare", "NeMo Gym"))
@@ -96,6 +99,10 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RunError)
     async def failed(_: Request, error: RunError):
         return refuse(500, str(error))
+
+    @app.exception_handler(RecursionError)
+    async def nested(_: Request, error: RecursionError):
+        return refuse(422, "the body is nested too deeply")
 
     @app.exception_handler(Exception)  # a fault of the server itself, whose traceback is logged
     async def faulty(_: Request, error: Exception):
@@ -137,7 +144,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
-        cure = "choose another port, or end what listens there"
+        cure = "choose another host or port, or end what listens there"
         raise InputError(f"cannot listen on {host} port {port} ({first_line(error)}): {cure}") from error
 
 
@@ -146,12 +153,14 @@ async def serve(arguments: ServingArguments, listener: socket.socket) -> None:
     service, loop, stop = PreferenceService(arguments), asyncio.get_running_loop(), asyncio.Event()
     app = build_app(service)
     routes = frozenset(route.path for route in app.routes)
-    gate = Gate(app, service, os.environ.get(KEY_VARIABLE) or None, routes)
-    server = _Server(uvicorn.Config(gate, lifespan="off", log_level="warning", access_log=False, timeout_keep_alive=60))
+    gate, options = Gate(app, service, read_key(), routes), {"log_level": "warning", "access_log": False}
+    options |= {"timeout_keep_alive": 60, "timeout_graceful_shutdown": 1}  # whoever was accepted is answered before it
+    server = _Server(uvicorn.Config(gate, lifespan="off", **options))
     listening = asyncio.create_task(server.serve(sockets=[listener]))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
     loading = asyncio.create_task(service.load())
     try:
         stopping, broken = asyncio.create_task(stop.wait()), asyncio.create_task(service.broke.wait())
@@ -172,6 +181,14 @@ async def serve(arguments: ServingArguments, listener: socket.socket) -> None:
         )
 
 
+def read_key() -> str | None:
+    """The key that requests need, if there is one; InputError for white space, which no header can hold."""
+    key = os.environ.get(KEY_VARIABLE) or None
+    if key is not None and not key.strip():
+        raise InputError(f"{KEY_VARIABLE} is white space: set it to a key, or unset it")
+    return key
+
+
 async def drain(service: PreferenceService, gate: Gate, server: uvicorn.Server, timeout: float) -> None:
     """Refuse what comes; return when all that was accepted is answered, or after `timeout` seconds."""
     if service.state != "broken":
@@ -180,6 +197,10 @@ async def drain(service: PreferenceService, gate: Gate, server: uvicorn.Server, 
     ends = asyncio.get_running_loop().time() + timeout
     while gate.running and asyncio.get_running_loop().time() < ends:
         await asyncio.sleep(0.02)
+    if gate.running:
+        logger.warning("%d requests were not answered within %g seconds", gate.running, timeout)
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would log them once more, with tracebacks
+    gate.stop_reading()
     for one in server.servers:
         one.close()
     await asyncio.sleep(_LAST)

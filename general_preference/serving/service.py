@@ -3,7 +3,9 @@
 import asyncio
 import json
 import multiprocessing
+import signal
 import threading
+import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing.connection import wait
 
@@ -25,6 +27,9 @@ from general_preference.serving.metrics import Metrics
 from general_preference.serving.refusal import Refused
 from general_preference.serving.samples import Sample
 from general_preference.serving.worker import load
+
+_LAST = 3.0  # seconds in which idle worker processes end by themselves
+_CHARACTERS = 8  # per token that is taken at most: tokenizing more would hold up the others
 
 
 class RowEncoder(PreferenceScorer):
@@ -75,8 +80,13 @@ class PreferenceService:
         spawn = multiprocessing.get_context("spawn")
         self._executors = [ProcessPoolExecutor(1, spawn) for _ in devices]
         pairs = zip(self._executors, devices, strict=True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: a terminal's Ctrl-C goes to all
         try:
-            loaded = await asyncio.gather(*(loop.run_in_executor(one, load, path, on, options) for one, on in pairs))
+            starts = [loop.run_in_executor(one, load, path, on, options) for one, on in pairs]
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        try:
+            loaded = await asyncio.gather(*starts)
         except BrokenExecutor as error:
             raise RunError(f"a worker process died while it loaded {path}: is the memory too small?") from error
         found, preference = loaded[0], PreferenceConfig.from_dict(loaded[0]["preference"])
@@ -127,6 +137,9 @@ class PreferenceService:
             raise Refused(422, f"{name}: {len(responses)} of them, this server takes {asked.max_responses} at most")
         if not accepted and self._encoding + len(self._batcher) >= asked.max_queue:
             raise Refused(429, f"{asked.max_queue} requests wait already: ask again", retry_after=1)
+        if (size := sum(map(_characters, (prompt, *responses)))) > _CHARACTERS * asked.max_tokens:
+            most = f"{_CHARACTERS * asked.max_tokens} at most ({_CHARACTERS} per token)"
+            raise Refused(422, f"prompt and {name}: {size} characters, this server takes {most}")
         self._encoding += 1
         try:
             loop = asyncio.get_running_loop()
@@ -145,6 +158,11 @@ class PreferenceService:
             As `embed` and `GroupBarrier.reward`.
         """
         if sample.place is not None:
+            if sample.place.size > self.arguments.max_responses:
+                most = self.arguments.max_responses
+                raise Refused(422, f"{sample.place}: size {sample.place.size}, this server takes {most} at most")
+            messages = begun_prompt(parse_prompt(sample.prompt, "prompt"))  # refused alone, not with its siblings
+            parse_answer(sample.response, "response", messages)
             return await self.barrier.reward(sample.place, sample.prompt, sample.response)
         embedded = await self.embed(sample.prompt, [sample.response, sample.reference], "[response, reference]")
         return preference_probability(embedded.scores()[0, 1], self.encoder.tau).item()
@@ -158,13 +176,19 @@ class PreferenceService:
         return await asyncio.to_thread(group_rewards, embedded, *settings)
 
     def close(self) -> None:
-        """End the worker processes, whatever they do."""
+        """End the worker processes: those that do not end by themselves are killed."""
         self.state = "closed"
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        processes, ends = multiprocessing.active_children(), time.monotonic() + _LAST
         for executor in self._executors:
             executor.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
+        for process in processes:
+            process.join(max(ends - time.monotonic(), 0))
             process.kill()
+
+
+def _characters(value: object) -> int:
+    return len(value if isinstance(value, str) else json.dumps(value))
 
 
 def choose_devices(names: str) -> list[str]:
