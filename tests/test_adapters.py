@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 import threading
+import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -500,6 +501,20 @@ class TestRendezvous:
             return await asyncio.gather(*(meeting.meet("a", 2, n) for n in range(2)))
 
         assert asyncio.run(run()) == [0, 1]
+
+    def test_a_group_that_is_whole_in_time_is_scored(self):
+        """Its last member comes just before the deadline, while the event loop is busy."""
+
+        async def run():
+            meeting = Rendezvous(self.double, 0.1)
+            first = asyncio.ensure_future(meeting.meet("a", 2, 0))
+            await asyncio.sleep(0.05)
+            last = asyncio.ensure_future(meeting.meet("a", 2, 1))
+            await asyncio.sleep(0)
+            time.sleep(0.1)
+            return await asyncio.gather(first, last)
+
+        assert asyncio.run(run()) == [0.0, 2.0]
 
 
 def test_a_model_is_loaded_once_by_groups_that_come_together(saved, monkeypatch):

@@ -24,10 +24,11 @@ from general_preference import GPMPipeline
 from general_preference.errors import InputError, RunError
 from general_preference.inference import ranking
 from general_preference.serving import AsyncGroupReward, GroupReward
+from general_preference.serving.arguments import ServingArguments
 from general_preference.serving.barrier import GroupBarrier, Place
 from general_preference.serving.client import PreferenceClient
 from general_preference.serving.refusal import Refused
-from general_preference.serving.server import listen
+from general_preference.serving.server import listen, read_key
 from tests.test_remote import CHAT, PROMPTS, RESPONSES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -255,6 +256,14 @@ def test_what_cannot_be_scored_is_refused_by_name(narrow, name):
     answer = httpx.post(narrow.url + "/compare", headers=headers, timeout=30, **options)
     assert answer.status_code == status, answer.text
     assert answer.json().keys() == {"detail"} and re.search(said, answer.json()["detail"]), answer.text
+
+
+def test_settings_that_cannot_work_are_refused(monkeypatch):
+    with pytest.raises(InputError, match="--group_size 9 exceeds --max_responses 8: raise that"):
+        ServingArguments(model="m", group_size=9, max_responses=8).check()
+    monkeypatch.setenv("GPM_API_KEY", " ")
+    with pytest.raises(InputError, match="GPM_API_KEY is white space"):
+        read_key()
 
 
 def test_other_content_types_are_named(server):
