@@ -147,7 +147,7 @@ def length_bins(difference: Tensor, wins: Tensor, weights: Tensor, bins: int = L
     """
     steps = torch.linspace(0, 1, bins + 1, dtype=difference.dtype)[1:-1]
     edges = torch.quantile(difference, steps, interpolation="nearest").unique()
-    index, found = torch.bucketize(difference, edges, right=True), []
+    index, found = torch.bucketize(difference, edges), []
     for number in index.unique():
         inside = index == number
         own, share = difference[inside], weights[inside].sum().item()
