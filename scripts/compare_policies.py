@@ -96,20 +96,20 @@ def format_report(report: dict) -> str:
         rows[name] = {"tokens": policy["length_mean"]}
         rows[name] |= {key: policy[f"{key}_share"] for key in ("unfinished", "duplicate")}
         for role, view in views.items():
-            by = "" if role == "model" else f", {role}"
-            rows[name] |= {f"against start{by}": _rate(view["against_start"][name]), f"Nash{by}": view["nash"][name]}
-            rows[name][f"exploitability{by}"] = view["exploitability"]["responses"]["each"][name]
-    summary = {role: _summary(view) for role, view in views.items()}
-    best = {f"best of {row['n']}": {"KL at most": row["kl_bound"]} for row in report["model"]["best_of_n"]}
-    for role, view in views.items():
-        for row in view["best_of_n"]:
-            best[f"best of {row['n']}"][role] = _rate(row)
-    kl = "" if report["kl"] is None else f" (KL {report['kl']:.3f})"
-    parts = [f"{report['prompts']} prompts; win rates with 95 % intervals over prompts"]
-    parts += [format_table(rows, "policy", None)]
-    parts += [f"policy {report['current']}{kl}: win rates", format_table(summary, "by", None)]
-    parts += ["the start's best of n against the start", format_table(best, "", None)]
-    return "\n\n".join(parts)
+            by = "" if role == "model" else f" ({role})"
+            found = {"against start": _rate(view["against_start"][name]), "Nash": view["nash"][name]}
+            found["exploitability"] = view["exploitability"]["responses"]["each"][name]
+            rows[name] |= {f"{key}{by}": value for key, value in found.items()}
+    columns = {role: _column(view) for role, view in views.items()}
+    lines = {key: {role: column[key] for role, column in columns.items()} for key in columns["model"]}
+    kl = "" if report["kl"] is None else f", KL {report['kl']:.3f}"
+    return "\n\n".join(
+        [
+            f"{report['prompts']} prompts; win rates with 95 % intervals over prompts",
+            format_table(rows, "policy", None),
+            format_table(lines, f"policy {report['current']}{kl}", None),
+        ]
+    )
 
 
 def _rate(row: dict) -> str:
@@ -117,16 +117,15 @@ def _rate(row: dict) -> str:
     return f"{row['win_rate']:.3f}{interval}"
 
 
-def _summary(view: dict) -> dict:
-    found = {f"against {name}": _rate(row) for name, row in view["win_rate"].items()}
-    exploited = {name: view["exploitability"]["responses"][name] for name in ("last", "mixture")}
-    exploited = {f"exploitability of {name}": value for name, value in exploited.items()}
-    return (
-        found
-        | {"at equal length": view["length"]["controlled_win_rate"]}
-        | exploited
-        | {"cyclic share": view["cyclic_share"]}
-    )
+def _column(view: dict) -> dict:
+    """What one preference model says about the current policy, and about the start's best of n beside it."""
+    exploited = view["exploitability"]["responses"]
+    found = {f"win rate against {name}": _rate(row) for name, row in view["win_rate"].items()}
+    found["win rate at equal length"] = view["length"]["controlled_win_rate"]
+    found |= {f"exploitability of {name}": exploited[name] for name in ("last", "mixture", "nash")}
+    found["cyclic share"] = view["cyclic_share"]
+    best = {f"start, best of {row['n']}, KL at most {row['kl_bound']:.3f}": _rate(row) for row in view["best_of_n"]}
+    return found | best
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 from general_preference.files import writing
 from general_preference.plots import load_pyplot
 
+MAX_PLANES = 8
 _COLORS = {"model": "#1f3b5c", "judge": "#dd8452"}
 _BEFORE, _NOW, _MIXTURE = "#9db4cc", "#1f3b5c", "#2a7f62"
 
@@ -19,6 +20,7 @@ def draw_policies(report: dict, path: Path) -> bool:
         return False
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8.4))
     figure.get_layout_engine().set(hspace=0.06, wspace=0.04)
+    figure.suptitle(f"policy {report['current']}, {report['prompts']} held-out prompts", parse_math=False)
     names, model = list(report["policies"]), report["model"]
     views = {role: report[role] for role in _COLORS if report[role] is not None}
     _draw_win_rates(axes[0, 0], views, names)
@@ -49,11 +51,9 @@ def _draw_win_rates(axis, views: dict[str, dict], names: list[str]) -> None:
         rates, spread = _spread(list(view["against_start"].values()))
         axis.errorbar(places, rates, spread, fmt="o-", lw=1.3, ms=5, capsize=3, color=_COLORS[role], label=role)
     axis.axhline(0.5, color="0.5", lw=1, ls="--")
-    axis.set(ylim=(0, 1.02), title=f"win rate against {names[0]}, 95 % interval")
-    axis.set_xticks(range(len(names)), names, parse_math=False)
-    axis.grid(False, axis="x")
-    if len(views) > 1:
-        axis.legend(loc="lower right")
+    axis.set_title(f"win rate against {names[0]}, 95 % interval", parse_math=False)
+    _name_policies(axis, names)
+    _open_top(axis)
 
 
 def _draw_matrix(axis, view: dict, names: list[str]) -> None:
@@ -65,7 +65,7 @@ def _draw_matrix(axis, view: dict, names: list[str]) -> None:
                 axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
     labels = [f"{name}\nNash {weight:.2f}" for name, weight in view["nash"].items()]
     axis.set_yticks(range(len(names)), labels, fontsize=8, parse_math=False)
-    axis.set_xticks(range(len(names)), names, fontsize=8, parse_math=False)
+    _name_policies(axis, names)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.grid(False)
@@ -76,49 +76,39 @@ def _draw_exploitability(axis, values: dict, names: list[str]) -> None:
     axis.plot(range(len(names)), list(values["each"].values()), "o-", color=_NOW, lw=1.3, ms=5, label="each policy")
     for key, style, label in (("mixture", "-", "mixture of all"), ("nash", ":", "Nash mixture")):
         axis.axhline(values[key], color=_MIXTURE, lw=1.6, ls=style, label=label)
-    axis.set(ylim=(0, 0.52), title="exploitability: margin of the best sampled response over it")
-    axis.set_xticks(range(len(names)), names, parse_math=False)
-    axis.grid(False, axis="x")
-    axis.legend(loc="lower left")
+    axis.set_title("exploitability: P(best sampled response wins) - 1/2")
+    _name_policies(axis, names)
+    _open_top(axis, 0.5)
 
 
 def _draw_length(axis, view: dict) -> None:
     length, overall = view["length"], view["win_rate"]["start"]["win_rate"]
-    bars = axis.bar(range(len(length["bins"])), [row["win_rate"] for row in length["bins"]], 0.75, color=_BEFORE)
-    axis.bar_label(bars, [f"{row['win_rate']:.2f}" for row in length["bins"]], fontsize=8, padding=2)
+    for place, row in enumerate(length["bins"]):
+        axis.bar(place, row["win_rate"], 0.75, color=_BEFORE)
+        axis.text(place, 0.03, f"{row['win_rate']:.2f}", ha="center", fontsize=8)
     axis.axhline(overall, color=_NOW, lw=1.3, ls="--", label=f"all pairs {overall:.3f}")
     if length["controlled_win_rate"] is not None:
         controlled = length["controlled_win_rate"]
         axis.axhline(controlled, color=_MIXTURE, lw=1.6, label=f"at equal length {controlled:.3f}")
     labels = [f"{row['low']:+d} to {row['high']:+d}\n{row['share']:.0%} of pairs" for row in length["bins"]]
     axis.set_xticks(range(len(labels)), labels, fontsize=8)
-    axis.set(
-        ylim=(0, 1.22), xlabel="tokens more than the start's response", title="win rate against the start by length"
-    )
-    axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    axis.grid(False, axis="x")
-    axis.legend(loc="upper center", ncols=2)
+    axis.set(xlabel="tokens more than the start's response", title="win rate against the start by length")
+    _open_top(axis)
 
 
 def _draw_planes(axis, planes: list[dict], names: list[str]) -> None:
-    places = range(len(planes))
-    for number, (key, label, color) in enumerate((("start_share", names[0], _BEFORE), ("share", names[-1], _NOW))):
-        axis.bar(
-            [place + 0.4 * (number - 0.5) for place in places],
-            [row[key] or 0 for row in planes],
-            0.38,
-            color=color,
-            label=label,
-        )
-    labels = [f"{row['name']}\n{row['contribution']:+.2f}" for row in planes]
-    axis.set_xticks(places, labels, fontsize=8)
-    axis.set(
-        ylim=(0, 1.15),
-        xlabel="below each: what it adds to the current policy's logit over the start",
-        title="share of the squared scores among a policy's own samples",
-    )
-    axis.grid(False, axis="x")
-    axis.legend(loc="upper right", ncols=2)
+    columns = (("start_share", names[0], _BEFORE), ("share", names[-1], _NOW))
+    largest = sorted(planes, key=lambda row: -max(row[key] or 0 for key, *_ in columns))[:MAX_PLANES]
+    shown = [row for row in planes if row in largest]
+    for number, (key, label, color) in enumerate(columns):
+        places = [place + 0.4 * (number - 0.5) for place in range(len(shown))]
+        axis.bar(places, [row[key] or 0 for row in shown], 0.38, color=color, label=label)
+    labels = [f"{row['name']}\n{row['contribution']:+.2f}" for row in shown]
+    axis.set_xticks(range(len(shown)), labels, fontsize=8)
+    left_out = f", {MAX_PLANES} largest of {len(planes)}" if len(shown) < len(planes) else ""
+    axis.set_title(f"share of the squared scores among own samples{left_out}")
+    axis.set_xlabel("signed: what it adds to the current policy's logit over the start")
+    _open_top(axis)
 
 
 def _draw_best_of_n(axis, views: dict[str, dict], current: str, kl: float | None) -> None:
@@ -134,7 +124,22 @@ def _draw_best_of_n(axis, views: dict[str, dict], current: str, kl: float | None
             axis.errorbar([kl], middle, ends, fmt="D", ms=7, capsize=3, color=color, label=f"policy {current}, {role}")
         if role == "model":
             for row, bound, rate in zip(rows, bounds, rates, strict=True):
-                axis.annotate(f"n = {row['n']}", (bound, rate), (4, -11), textcoords="offset points", fontsize=8)
-    axis.set(ylim=(0.4, 1.02), xlabel="KL divergence from the start (of best of n: its bound), nats")
+                place = {"xytext": (0, -24), "textcoords": "offset points", "ha": "center"}
+                axis.annotate(f"n = {row['n']}", (bound, rate), fontsize=8, **place)
+    axis.margins(x=0.08)
     axis.set_title("win rate against the start, beside its best of n")
-    axis.legend(loc="lower right")
+    axis.set_xlabel("KL divergence from the start (of best of n: its bound), nats")
+    _open_top(axis)
+
+
+def _name_policies(axis, names: list[str]) -> None:
+    turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if sum(map(len, names)) > 40 else {}
+    axis.set_xticks(range(len(names)), names, fontsize=8, parse_math=False, **turned)
+
+
+def _open_top(axis, highest: float = 1.0) -> None:
+    """From 0 to `highest`, with room for the legend above it."""
+    axis.set_ylim(0, 1.22 * highest)
+    axis.set_yticks([step * highest / 5 for step in range(6)])
+    axis.grid(False, axis="x")
+    axis.legend(loc="upper center", ncols=3 if highest < 1 else 2)

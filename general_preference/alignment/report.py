@@ -105,11 +105,13 @@ def policy_cyclic_share(margins: Tensor, prompts: int) -> float:
 
 
 def length_controlled(difference: Tensor, wins: Tensor, weights: Tensor) -> dict[str, float | None]:
-    """The win rate at equal length: sigmoid(a) of P(win) = sigmoid(a + b tanh(difference / sd)).
+    """The win rate at equal length: sigmoid(a) of P(win) = sigmoid(a + b tanh(difference / rms)).
 
-    a, b: of maximal likelihood; outcomes may be fractions. sd: standard deviation of the difference. None where all
-    pairs differ by the same number of tokens, which tells nothing about b. Source: the length term of AlpacaEval 2
-    (Dubois et al. 2024, arXiv 2404.04475), without its terms for single instructions.
+    a, b: of maximal likelihood; outcomes may be fractions. rms: root of the mean squared difference. Where hardly any
+    pair is about equally long, sigmoid(a) is extrapolated (see `length_bins`); where all pairs differ by the same
+    number of tokens, nothing tells a from b: None. Source: the length term of AlpacaEval 2 (Dubois et al. 2024, arXiv
+    2404.04475), without its terms for single instructions, and with rms for the standard deviation, since a policy
+    that is always longer would lie where the tanh is flat.
 
     Args:
         difference: (B,) tokens of the first response minus those of the second. wins: (B,) P(first is preferred).
@@ -118,11 +120,11 @@ def length_controlled(difference: Tensor, wins: Tensor, weights: Tensor) -> dict
     Returns:
         controlled_win_rate; slope (b), positive where longer responses win.
     """
-    sd = ((difference - (weights * difference).sum()).square() * weights).sum().sqrt()
-    if sd < 1e-9:
+    if difference.min() == difference.max():
         same = (weights * wins).sum().item() if not difference.any() else None
         return {"controlled_win_rate": same, "slope": None}
-    inputs = torch.stack([torch.ones_like(wins), torch.tanh(difference / sd)], dim=1)
+    rms = (weights * difference.square()).sum().sqrt()
+    inputs = torch.stack([torch.ones_like(wins), torch.tanh(difference / rms)], dim=1)
 
     def loss(ab: Sequence[float]) -> tuple[float, Sequence[float]]:
         logits = inputs @ torch.as_tensor(ab)
@@ -202,7 +204,7 @@ def preference_report(contests: Sequence[Contest], names: Sequence[str]) -> dict
     count, last = len(names), len(names) - 1
     each = torch.stack([policy_margins(contest, count) for contest in contests])  # (N, T, T)
     margins = each.mean(dim=0)
-    weights = nash(margins + 0.5)
+    weights = nash(margins + 0.5).abs()  # without a zero's sign
     uniform = torch.full((count,), 1 / count, dtype=torch.float64)
     mixtures = torch.cat([torch.eye(count, dtype=torch.float64), uniform[None], weights[None]])
     against = each[:, last] @ mixtures[[0, last - 1, count]].T
