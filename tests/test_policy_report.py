@@ -111,6 +111,8 @@ def test_the_best_response_is_sought_per_prompt():
 def test_win_rates_without_an_exception_are_cut_before_logits():
     chain = torch.tensor([[0.0, 0.5, 0.5], [-0.5, 0.0, 0.5], [-0.5, -0.5, 0.0]], dtype=torch.float64)
     assert policy_cyclic_share(chain, 10) == pytest.approx(1 / 9)  # residuals of +-L/3 on three pairs of +-L
+    chain[0, 1], chain[1, 0] = 0.45, -0.45  # what the others are cut to by 10 prompts
+    assert policy_cyclic_share(chain, 10) == pytest.approx(1 / 9)
     logits = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
     ranked = torch.sigmoid(logits[:, None] - logits) - 0.5
     assert policy_cyclic_share(ranked, 1000) == pytest.approx(0, abs=1e-12)
@@ -172,8 +174,10 @@ def test_planes_and_the_scalar_add_up_to_the_logit():
     assert sum(plane["share"] for plane in planes) == pytest.approx(1)
     # One plane moves by a score of 2, the other by 1: shares of 4/5 and 1/5 whatever the gate's sum.
     pair = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]])
-    gated = preference_report([contest([pair, pair], torch.tensor([2.0, 1.0]))], ["a", "b"])["planes"]
-    assert [plane["share"] for plane in gated] == [pytest.approx(0.8), pytest.approx(0.2)]
+    flat = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0]])  # the second plane does not move at all
+    gated = preference_report([contest([pair, flat], torch.tensor([2.0, 1.0]))], ["a", "b"])["planes"]
+    assert [plane["start_share"] for plane in gated] == [pytest.approx(0.8), pytest.approx(0.2)]
+    assert [plane["share"] for plane in gated] == [1, 0]
 
 
 def test_the_best_of_n_meets_fresh_samples():
@@ -182,6 +186,8 @@ def test_the_best_of_n_meets_fresh_samples():
     margins = torch.sigmoid(scores) - 0.5
     assert best_of_n(scores, margins, 1) == pytest.approx(0)
     assert best_of_n(scores, margins, 2) == pytest.approx(1 / 6)  # of {0, 1}, {1, 2}, {2, 0} against the third
+    cycle = contest([THROWS]).logits()  # the winner of any two loses to the third
+    assert best_of_n(cycle, torch.sigmoid(cycle) - 0.5, 2) == pytest.approx(0.5 - torch.sigmoid(cycle.max()).item())
     draws = torch.randn(400, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
     found = preference_report([rewards(one, [0.0, 0.0], tau=1e-9) for one in draws], ["a", "b"])["best_of_n"]
     assert [row["n"] for row in found] == [1, 2, 4]  # 8 would leave none to meet
