@@ -34,11 +34,17 @@ def flag(default, text: str, **metadata):
 
 
 def parse_flags(
-    groups: tuple[type, ...], argv: list[str] | None, description: str, replaced=lambda flags: (), files: str = ""
+    groups: tuple[type, ...],
+    argv: list[str] | None,
+    description: str,
+    replaced=lambda flags: (),
+    presets=lambda flags: {},
+    files: str = "",
 ) -> list:
     """One filled dataclass per group. Unknown flags and values of the wrong type exit with code 2, as argparse does.
 
     replaced: from the Namespace of the command line alone, keys of the --config file that it makes meaningless.
+    presets: from that Namespace, values of flags that neither the command line nor the --config file gives.
     files: help text of one or more paths without a flag; their list is returned after the groups.
     """
     parser = HfArgumentParser(groups, allow_abbrev=False, description=description)
@@ -56,8 +62,10 @@ def parse_flags(
     if given.config is not None:
         try:
             argv = _config_flags(given.config, {action.dest for action in parser._actions}, replaced(given)) + argv
+            given = parser.parse_known_args(argv)[0]
         except InputError as error:
             parser.error(str(error))
+    argv = _as_flags(presets(given)) + argv
     *filled, others = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     for group in filled:  # a shell leaves the "~" of --flag=~/path to the program
         vars(group).update({n: os.path.expanduser(value) for n, value in vars(group).items() if isinstance(value, str)})
@@ -77,11 +85,15 @@ def _config_flags(path: str, known: set[str], replaced: tuple[str, ...]) -> list
     unknown = sorted(str(key) for key in values if key not in known - {"config", "files", "help"})
     if unknown:
         raise InputError(f"config {path} has unknown keys: {', '.join(unknown)}")
+    return _as_flags({name: value for name, value in values.items() if isinstance(value, list) or name not in replaced})
+
+
+def _as_flags(values: dict) -> list[str]:
     flags = []
     for name, value in values.items():
         if isinstance(value, list) and value:
             flags += [f"--{name}", *map(str, value)]
-        elif value is not None and value != [] and name not in replaced:
+        elif value is not None and value != []:
             flags.append(f"--{name}={value}")
     return flags
 

@@ -8,9 +8,9 @@ import torch
 from general_preference.datasets.packing import Collator
 from general_preference.errors import NonFiniteError
 from general_preference.models.attention import RowLayout
-from general_preference.trainer.arguments import OutputArguments
 from general_preference.trainer.metrics import MetricsAccumulator, MetricsLogger, read_metrics
 from general_preference.trainer.objectives import BatchLoss
+from general_preference.trainer.run_arguments import OutputArguments
 from tests.conftest import random_comparisons
 
 

@@ -16,20 +16,18 @@ Block = tuple[list[int], list[list[int]]]  # ids of a prompt, ids of each respon
 
 @dataclass
 class Batch:
-    """R rows of L tokens that hold G comparisons with N responses and M preferences.
+    """R rows of L tokens that hold G prompts with N responses, and M terms of a loss: preferences, or the responses.
 
     input_ids, position_ids, segments: (R, L); segments are -1 padding, 0 prompt, k >= 1 the row's k-th response
     shared:        rows hold several responses behind one prompt, or several comparisons
     sequences:     how a packed row attends; None for padded rows and for kernels that take a mask
     response_ends: (N,) position of each response's end token in the flattened rows; equal responses have the same
     prompt_ends:   (G,) position of each prompt's last token
-    first, second: (M,) indices into the N responses; first is the preferred one
-    comparison_index: (M,) index into the G comparisons
-    label, margin: (M,) probability in [0.5, 1] that first is preferred; margin in units of the score
-    weight:        (M,) share of each preference in the loss; a comparison's weights sum to its own weight
-    targets:       (predict_positions, target_ids, sequence_index), see `RewardModel.forward`; None: no regularizer
+    comparison_index: (M,) index into the G prompts
+    weight:        (M,) share of each term in the loss; a prompt's weights sum to its own weight
+    targets:       (predict_positions, target_ids, sequence_index), see `PackedBackbone.sequence_log_probs`, or None
     ids:           G names for messages to people
-    counted:       (R, L) the tokens of comparisons with a weight, over which experts are balanced, or None
+    counted:       (R, L) the tokens of prompts with a weight, over which experts are balanced, or None
     """
 
     input_ids: torch.Tensor
@@ -39,11 +37,7 @@ class Batch:
     sequences: PackedSequences | None
     response_ends: torch.Tensor
     prompt_ends: torch.Tensor
-    first: torch.Tensor
-    second: torch.Tensor
     comparison_index: torch.Tensor
-    label: torch.Tensor
-    margin: torch.Tensor
     weight: torch.Tensor
     targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     ids: list[str]
@@ -70,16 +64,44 @@ class Batch:
                 return value.map(move)
             return tuple(map(moved, value)) if isinstance(value, tuple) else value
 
-        return Batch(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+        return type(self)(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+
+
+@dataclass
+class PreferenceBatch(Batch):
+    """A batch whose terms are preferences.
+
+    first, second: (M,) indices into the N responses; first is the preferred one
+    label, margin: (M,) probability in [0.5, 1] that first is preferred; margin in units of the score
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+    label: torch.Tensor
+    margin: torch.Tensor
+
+
+@dataclass
+class SampleBatch(Batch):
+    """A batch whose terms are its responses, samples of a policy: M = N.
+
+    target: (N,) what each log-ratio is pulled to. anchor: (N,) log-probability in nats that it is taken against.
+    finished: (N,) whether the policy ended the response itself.
+    """
+
+    target: torch.Tensor
+    anchor: torch.Tensor
+    finished: torch.Tensor
 
 
 @dataclass
 class Collator:
-    """Turns tokenized comparisons into a `Batch`.
+    """Turns tokenized comparisons into a `PreferenceBatch`.
 
     pad_id:      any token id; padding is never attended to nor read.
     layout:      what `layout_on` of the model returns. Rows of one response are plain sequences without an (L, L) mask.
-    regularized: whose tokens get log-probs: "" none, "chosen", or "both" (for reference_free).
+    regularized: whose tokens get log-probs: "" none, "chosen" or "both" (for reference_free) with their prompts, or
+                 "responses", all of them without prompts.
     balanced:    experts are balanced, so the batch says which tokens count.
     """
 
@@ -110,7 +132,8 @@ class Collator:
         response_ends = [ends[place] for place in places]
         ids, positions, segments = self._lay_out(rows, length)
         lengths = [(len(prompt), list(map(len, responses))) for prompt, responses in blocks]
-        return Batch(
+        return self._batch(
+            comparisons,
             input_ids=ids,
             position_ids=positions,
             segments=segments,
@@ -118,11 +141,13 @@ class Collator:
             sequences=pack_sequences(lengths) if packed and not self.layout.rounded else None,
             response_ends=torch.tensor(response_ends),
             prompt_ends=torch.tensor(prompt_ends),
-            **_preferences(comparisons),
             targets=self._targets(comparisons, response_ends, prompt_ends) if self.regularized else None,
             ids=[comparison.get("id", "") for comparison in comparisons],
             counted=_counted(rows, real, segments) if self.balanced else None,
         )
+
+    def _batch(self, comparisons: list[dict], **layout) -> Batch:
+        return PreferenceBatch(**layout, **_preferences(comparisons))
 
     def _lay_out(self, rows: list[list[Block]], length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ids = torch.full((len(rows), length), self.pad_id)
@@ -152,14 +177,41 @@ class Collator:
         for index, comparison in enumerate(comparisons):
             prompt = comparison["prompt_ids"]
             prompt_end = prompt_ends[index]
-            add(prompt_end - len(prompt) + 1, len(prompt) - 1, prompt[1:], total + index)
-            wanted = set(comparison["first"]) | (set(comparison["second"]) if self.regularized == "both" else set())
+            if self.regularized != "responses":
+                add(prompt_end - len(prompt) + 1, len(prompt) - 1, prompt[1:], total + index)
+            wanted = self._wanted(comparison)
             for number, ids in enumerate(comparison["response_ids"]):
                 if number in wanted:
                     add(prompt_end, 1, ids[:1], response)
                     add(response_ends[response] - len(ids) + 1, len(ids) - 1, ids[1:], response)
                 response += 1
         return torch.cat(predict_positions), torch.cat(target_ids), torch.cat(sequence_index)
+
+    def _wanted(self, comparison: dict) -> set[int]:
+        if self.regularized == "responses":
+            return set(range(len(comparison["response_ids"])))
+        return set(comparison["first"]) | (set(comparison["second"]) if self.regularized == "both" else set())
+
+
+class SampleCollator(Collator):
+    """Turns samples of a policy into a `SampleBatch`: rows with `target`, `anchor` and `finished` for each response."""
+
+    def __init__(self, pad_id: int, layout: RowLayout, balanced: bool = False):
+        super().__init__(pad_id, layout, "responses", balanced)
+
+    def _batch(self, comparisons: list[dict], **layout) -> SampleBatch:
+        counts = [len(row["response_ids"]) for row in comparisons]
+        weights = [row.get("weight", 1.0) / count for row, count in zip(comparisons, counts, strict=True)]
+        repeats, numbers = torch.tensor(counts), {}
+        for name in ("target", "anchor"):
+            numbers[name] = torch.tensor([value for row in comparisons for value in row[name]], dtype=torch.float32)
+        return SampleBatch(
+            **layout,
+            **numbers,
+            finished=torch.tensor([value for row in comparisons for value in row["finished"]]),
+            comparison_index=torch.arange(len(comparisons)).repeat_interleave(repeats),
+            weight=torch.tensor(weights).repeat_interleave(repeats),
+        )
 
 
 def distinct_responses(response_ids: list[list[int]]) -> tuple[list[list[int]], list[int]]:

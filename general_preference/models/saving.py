@@ -150,8 +150,8 @@ def model_card(
         if metric in row
     ]
     data = ModelCardData(
-        base_model=_on_hub(facts.base_model),
-        datasets=[name for name in map(_on_hub, facts.datasets) if name] or None,
+        base_model=hub_name(facts.base_model),
+        datasets=[name for name in map(hub_name, facts.datasets) if name] or None,
         eval_results=results or None,
         model_name=title,
         library_name=LIBRARY,
@@ -188,7 +188,7 @@ def read_card_facts(readme: str | Path | None) -> CardFacts:
     return facts
 
 
-def _on_hub(name: str | None) -> str | None:
+def hub_name(name: str | None) -> str | None:
     """`owner/name:configuration@split` -> `owner/name` if that can be a hub name and is no local path."""
     name = re.split("[:@]", name or "")[0]
     return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists() else None
@@ -197,4 +197,4 @@ def _on_hub(name: str | None) -> str | None:
 def _shown(name: str | None) -> str:
     path = Path(name or "")
     parts = path.parts[-2:] if path.suffix else path.parts[-1:]  # of a file also its folder: data/train.jsonl
-    return f"`{_on_hub(name) or '/'.join(parts)}`" if name else "not recorded"
+    return f"`{hub_name(name) or '/'.join(parts)}`" if name else "not recorded"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from general_preference.errors import InputError
-from general_preference.trainer.arguments import EngineArguments, OptimizerArguments
+from general_preference.trainer.run_arguments import EngineArguments, OptimizerArguments
 
 # What checkpoints do not reach or what is made elsewhere: {name: its only accepted value}.
 _FIXED = {

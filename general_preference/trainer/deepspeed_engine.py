@@ -29,9 +29,9 @@ from general_preference.errors import InputError
 from general_preference.models.acceleration import checkpoint_activations, compile_layers, use_liger_kernels
 from general_preference.models.device import has_fast_bf16
 from general_preference.models.reward_model import RewardModel
-from general_preference.trainer.arguments import EngineArguments, OptimizerArguments
 from general_preference.trainer.deepspeed_config import engine_config, offloads_optimizer, read_overrides
 from general_preference.trainer.engine import build_schedule, parameter_groups
+from general_preference.trainer.run_arguments import EngineArguments, OptimizerArguments
 from general_preference.trainer.shards import check_complete, describe_file, read_extra, read_shard, write_shard
 from general_preference.trainer.zero_layout import filling, forget_empty_step, own_shard
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from general_preference.distributed import DistributedContext
-from general_preference.trainer.arguments import OptimizerArguments
+from general_preference.trainer.run_arguments import OptimizerArguments
 
 
 class Engine(Protocol):

@@ -8,11 +8,10 @@ import os
 import re
 from pathlib import Path
 
-from general_preference.datasets.sources import parse_sources
 from general_preference.errors import InputError
 from general_preference.files import check_outputs, read_object
 from general_preference.models.config import ADAPTER_CONFIG, HEADS_FILE, MERGED_FROM, OWN_BASE, base_chain
-from general_preference.trainer.arguments import Arguments
+from general_preference.trainer.run_arguments import RunArguments
 
 MANIFEST = "manifest.json"
 CHECKPOINT_FILE = re.compile(r"manifest\.json|process_\d+\.safetensors|\..*")  # file systems leave hidden files behind
@@ -27,22 +26,20 @@ WRITTEN = (
 )
 
 
-def check_folders(arguments: Arguments) -> None:
+def check_folders(arguments: RunArguments) -> None:
     """Refuse folders in which the run would destroy something. Reads no weights and asks no hub.
 
     Raises:
         InputError: an output folder is, contains or lies in what the run reads, or holds files that no run wrote.
     """
-    model, data = arguments.model, arguments.data
     read = [place for place in (arguments.engine.deepspeed_config,) if place]
-    for place in base_chain(model.pretrain):
+    for place in base_chain(arguments.model.pretrain):
         read.append(place)
         if not os.path.isdir(place):
             break
-    sets = [source.path for text in (data.dataset, data.eval_dataset) if text for source in parse_sources(text)]
     folder, checkpoints = Path(arguments.output.save_path), arguments.output.checkpoint_folder
     inner = {folder / name: "save_path" for name in ("best", OWN_BASE)}  # which may be links
-    check_outputs(output_folders(arguments) | inner, read, sets)
+    check_outputs(output_folders(arguments) | inner, read, arguments.data.sources)
     if found := foreign_file(folder):
         raise InputError(f"save_path {folder} holds {found}, which no training run wrote: choose another folder")
     for path in sorted(checkpoints.glob("step_*")):
@@ -54,7 +51,7 @@ def check_folders(arguments: Arguments) -> None:
         raise InputError(f"ckpt_path {checkpoints} holds checkpoints of another tool ({latest}): choose another folder")
 
 
-def output_folders(arguments: Arguments) -> dict[Path, str]:
+def output_folders(arguments: RunArguments) -> dict[Path, str]:
     """The folders that this run alone may write, and the arguments that name them."""
     folder, checkpoints = Path(arguments.output.save_path), arguments.output.checkpoint_folder
     inside = checkpoints.resolve().is_relative_to(folder.resolve())

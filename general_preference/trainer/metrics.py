@@ -14,9 +14,9 @@ import torch
 
 from general_preference.datasets.packing import Batch
 from general_preference.errors import InputError, NonFiniteError, RunError
-from general_preference.trainer.arguments import OutputArguments
 from general_preference.trainer.engine import Engine
 from general_preference.trainer.objectives import BatchLoss, Objective
+from general_preference.trainer.run_arguments import OutputArguments
 
 TOTALS = ("loss", "tokens", "prompt_tokens", "positions", "comparisons")
 METRICS_FILE = "metrics.jsonl"

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from general_preference.datasets.packing import Batch, Collator
+from general_preference.datasets.packing import Batch, Collator, PreferenceBatch
 from general_preference.models.attention import RowLayout
 from general_preference.models.losses import balance_coefficient, preference_loss, regularizer
 from general_preference.models.reward_model import RewardModel
@@ -76,7 +76,9 @@ class PreferenceLosses:
     aux: torch.Tensor | None = None
 
 
-def batch_loss(output: Output, batch: Batch, arguments: LossArguments, aux_loss_coef=None) -> PreferenceLosses:
+def batch_loss(
+    output: Output, batch: PreferenceBatch, arguments: LossArguments, aux_loss_coef=None
+) -> PreferenceLosses:
     """(1 - c) * preference + c * regularizer + a * load balance of a micro-batch, from the model's output.
 
     Without the regularizer c = 0. Weights are the batch's own, so any split into micro-batches gives one gradient. Only
@@ -105,7 +107,7 @@ def batch_loss(output: Output, batch: Batch, arguments: LossArguments, aux_loss_
     return PreferenceLosses(score, preference, extra, total, output["temperature"], aux)
 
 
-def _regularizer(output: Output, batch: Batch, arguments: LossArguments) -> torch.Tensor:
+def _regularizer(output: Output, batch: PreferenceBatch, arguments: LossArguments) -> torch.Tensor:
     log_probs, counts = output["log_probs"], output["counts"]
 
     def sequence(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +142,7 @@ class PreferenceObjective:
         self.collate = Collator(0, self.layout, regularized, self.aux_loss_coef > 0)
         self.collate_evaluation = Collator(0, self.layout)
 
-    def loss(self, output: Output, batch: Batch) -> BatchLoss:
+    def loss(self, output: Output, batch: PreferenceBatch) -> BatchLoss:
         """Losses of a micro-batch; `sums` are those of `statistics.preference_sums`, then regularizer and balance."""
         losses = batch_loss(output, batch, self.arguments, self.aux_loss_coef)
         self._temperature = losses.temperature.detach()
@@ -168,7 +170,7 @@ class PreferenceObjective:
         """Forget the set's cycle."""
         self.cycles.pop(name, None)
 
-    def evaluation_sums(self, name: str, output: Output, batch: Batch) -> torch.Tensor:
+    def evaluation_sums(self, name: str, output: Output, batch: PreferenceBatch) -> torch.Tensor:
         """Sums of the preference loss without the regularizer; keeps the set's first stated cycle for `draw`."""
         if name not in self.cycles and len(batch.first) > len(batch.ids):  # else all are pairs, which have none
             cycle = embedded_cycle(name, batch, output, self.tokenizer)
@@ -194,5 +196,5 @@ class PreferenceObjective:
         draw_cycles(list(self.cycles.values())[:4], folder / "embeddings.png")
 
 
-def _sums(losses: PreferenceLosses, batch: Batch) -> torch.Tensor:
+def _sums(losses: PreferenceLosses, batch: PreferenceBatch) -> torch.Tensor:
     return preference_sums(losses.score, batch.label, losses.preference, losses.temperature, batch.weight > 0)

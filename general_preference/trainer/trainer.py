@@ -19,11 +19,11 @@ from general_preference.errors import InputError, NonFiniteError, Stopped
 from general_preference.files import replace_text
 from general_preference.models.config import weights_digest
 from general_preference.plots import draw_training_curves
-from general_preference.trainer.arguments import Arguments
 from general_preference.trainer.checkpoint import BestModels, CheckpointStore, RunState, save_model
 from general_preference.trainer.engine import Engine
 from general_preference.trainer.metrics import METRICS_FILE, MetricsAccumulator, MetricsLogger, read_metrics
 from general_preference.trainer.objectives import Objective
+from general_preference.trainer.run_arguments import RunArguments
 from general_preference.trainer.stopping import StopRequests, ignore_signals_in_worker
 
 
@@ -32,7 +32,7 @@ class Trainer:
 
     def __init__(
         self,
-        arguments: Arguments,
+        arguments: RunArguments,
         engine: Engine,
         model,
         tokenizer,
