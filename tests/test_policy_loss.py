@@ -66,7 +66,8 @@ def test_sppo_hard_as_trl_computes_it():
 
 @pytest.mark.parametrize(("beta", "expected"), [(0.3, 0.12205771642261329), (0.001, 50945.78326644567)])
 def test_sppo_as_published(beta, expected):
-    """Figures of uclaml/SPPO 5e61c4e: scripts/compute_prob.py's probabilities in sppo/trainer.py's loss "sppo"."""
+    """uclaml/SPPO's formulas evaluated apart: loss "sppo" of sppo/trainer.py (e524519), its probabilities those of
+    scripts/compute_prob.py (5bb639c)."""
     rewards = numbers(0.2, 1.5, -0.7, 0.9, 0.1)[:, None]
     ends = list(best_and_worst(preference_matrix(rewards)))
     assert ends == [1, 2]
