@@ -13,6 +13,9 @@ from general_preference.models.score import plane_scores, preference_matrix
 
 TargetKind = Literal["score", "probability", "dynamic", "hard", "win_rate", "planes"]
 
+# Mean scores closer than this share of the largest score tie: of a symmetric cycle fp32 leaves rounding, not zeros.
+TIE = 1e-6
+
 
 def policy_target(
     embeddings: torch.Tensor,
@@ -32,7 +35,8 @@ def policy_target(
     probability: (1 / beta) (mean_j P_ij - 1/2)                            SPPO: arXiv 2405.00675
     dynamic:     as probability, of sigmoid(((1 + m) s_T + (1 - m) s_C) / tau), m = mix / sqrt(iteration), where s_T is
                  the difference of scalars and s_C the planes' score       DSPPO: arXiv 2605.17342
-    hard:        +1 / (2 beta) for the best, -1 / (2 beta) for the worst by mean score, else 0    SPPO's hard labels
+    hard:        +1 / (2 beta) for the best, -1 / (2 beta) for the worst by mean score, else 0    SPPO's hard labels;
+                 with the centered loss IPO's and INPO's, whose tau and eta are beta / 2
     win_rate:    mean_j P_ij against the others, in [0, 1]; of a pair P_ij itself      labels for the logistic loss
     planes:      `plane_advantages`                                        GPRL's, for the surrogate loss
 
@@ -44,7 +48,7 @@ def policy_target(
         count_self: average over all K, each response tying with itself (published), or over the K - 1 others, which
             estimates the expectation under pi_t without bias. Neither `hard`, `win_rate` nor `planes` depends on it.
 
-    Returns (K,) in fp32 or better; the targets of score, probability, dynamic, hard and planes sum to 0.
+    Returns (K,) in fp32 or better; the targets of score, probability, dynamic, hard and planes sum to 0 unless clamped.
 
     Raises:
         ValueError: no response, an unknown kind, a number out of range, or `dynamic` without planes beside a scalar.
@@ -66,9 +70,9 @@ def policy_target(
                 raise ValueError(
                     f"target 'dynamic' weighs planes against a scalar: it needs a hybrid head, not D = {dim}"
                 )
-            scalar = embeddings[:, None, -1] - embeddings[None, :, -1]
+            scalar, cyclic = preference_matrix(embeddings[:, -1:]), preference_matrix(embeddings[:, :-1], gate)
             share = mix / math.sqrt(iteration)
-            scores = (1 + share) * scalar + (1 - share) * (scores - scalar)
+            scores = (1 + share) * scalar + (1 - share) * cyclic
         target = _mean(torch.sigmoid(scores / temperature) - 0.5, count_self) / beta
     return target if clamp is None else target.clamp(-clamp, clamp)
 
@@ -82,19 +86,21 @@ def plane_advantages(embeddings: torch.Tensor, gate: torch.Tensor | None = None)
 
     embeddings: (K, D). gate: (P,), or None for weights of 1.
     """
-    means = plane_scores(embeddings[:, None], embeddings[None]).mean(dim=1)  # (K, P)
-    weights = torch.ones(means.shape[1]) if gate is None else gate
+    scores = plane_scores(embeddings[:, None], embeddings[None])  # (K, K, P)
+    weights = scores.new_ones(scores.shape[-1]) if gate is None else gate
     if embeddings.shape[1] % 2:
-        means, weights = torch.cat([means, embeddings[:, -1:]], dim=1), torch.cat([weights, torch.ones(1)])
-    centered = means - means.mean(dim=0)
-    spread = centered.square().mean(dim=0).sqrt()
-    return (weights * torch.where(spread > 1e-6, centered / spread.clamp(min=1e-6), 0.0)).sum(dim=1)
+        scores = torch.cat([scores, preference_matrix(embeddings[:, -1:])[..., None]], dim=-1)
+        weights = torch.cat([weights, weights.new_ones(1)])
+    means = scores.mean(dim=1)  # antisymmetric scores: over the group these average to 0
+    spread = means.square().mean(dim=0).sqrt()
+    differ = spread > TIE * scores.abs().amax(dim=(0, 1))
+    return (weights * torch.where(differ, means / spread.where(differ, 1.0), 0.0)).sum(dim=1)
 
 
 def best_and_worst(scores: torch.Tensor) -> tuple[int, int] | None:
-    """The responses of highest and lowest mean score among (K, K), the first of equals; None if all means are equal."""
+    """The responses of highest and lowest mean score among (K, K), the first of equals; None if all means tie."""
     means = scores.mean(dim=1)
-    if means.max() == means.min():
+    if means.max() - means.min() <= TIE * scores.abs().max():
         return None
     return int(means.argmax()), int(means.argmin())
 

@@ -76,7 +76,8 @@ def policy_loss(
     centered:   (d - mean of d over the group)^2, d = rho / length^gamma - T. Its minimum over all policies is
                 pi_t(y) exp(T(y)) / Z without knowing Z. With two responses ((d_1 - d_2) / 2)^2: IPO, INPO and REBEL.
     regression: d^2, which takes log Z for 0      GPO as published (arXiv 2410.02197), SPPO (arXiv 2405.00675)
-    logistic:   preference_loss(rho_1 - rho_2, temperature=1 / beta, label=T) of a pair      DPO (arXiv 2305.18290)
+    logistic:   preference_loss(z_1 - z_2, temperature=1 / beta, label=T) of a pair, z = rho / length^gamma
+                DPO (arXiv 2305.18290)
     surrogate:  -min(r T, clip(r, 1 - clip, 1 + clip) T), r = exp(rho / length)      GSPO (arXiv 2507.18071)
     likelihood: -rho / length, rho being a log-probability      supervised fine-tuning on the responses given
 
@@ -85,7 +86,8 @@ def policy_loss(
         target: (N,) in the unit of rho / length^gamma; logistic: the probability that it is the better one of its pair;
             surrogate: its advantage; likelihood: unused.
         group: (N,) integers from 0 to below N, equal for responses to one prompt. length: (N,) tokens of each.
-        gamma: of length^gamma, 0 for none. clip: of the surrogate; None does not clip. beta: of the logistic loss.
+        gamma: of length^gamma, 0 for none; surrogate and likelihood divide by the length whatever it is.
+        clip: of the surrogate; None does not clip. beta: of the logistic loss.
 
     Returns (N,) in fp32 or better; both responses of a logistic pair have the pair's loss.
 
@@ -103,12 +105,12 @@ def policy_loss(
         ratio = (log_ratio / count).exp()
         bounded = ratio if clip is None else ratio.clamp(1 - clip, 1 + clip)
         return -torch.minimum(ratio * target, bounded * target)
+    moved = log_ratio / count**gamma
     if kind == "logistic":
-        other = _partners(group)
-        return preference_loss(log_ratio - log_ratio[other], temperature=1 / beta, label=target)
+        return preference_loss(moved - moved[_partners(group)], temperature=1 / beta, label=target)
     if kind not in ("centered", "regression"):
         raise ValueError(f"unknown policy loss {kind!r}: expected one of {', '.join(PolicyLossKind.__args__)}")
-    residual = log_ratio / count**gamma - target
+    residual = moved - target
     if kind == "centered":
         sums, sizes = (
             torch.zeros_like(residual).index_add(0, group, one) for one in (residual, torch.ones_like(residual))
