@@ -1,6 +1,9 @@
 """Run by generate_responses.py with the interpreter of an environment that has vLLM, and nothing of this package.
 
-Reads a JSON object {"index", "prompt_ids", "seed"} a line, writes {"index", "response_ids"} a line for each.
+    python generate_with_vllm.py SETTINGS.json REQUESTS.jsonl OUTPUT.jsonl
+
+Reads settings {"engine": arguments of vllm.LLM, "sampling": {...}, "chunk"} and an object {"index", "prompt_ids",
+"seed"} a line; writes {"index", "response_ids"} a line for each, `chunk` of them at a time.
 """
 
 import argparse
@@ -9,44 +12,31 @@ import sys
 
 
 def main() -> int:
-    """Generate with vLLM what the command line asks for, a chunk of prompts at a time."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("model", "requests", "output", "dtype"):
-        parser.add_argument(f"--{name}", required=True)
-    for name in ("samples", "max_new_tokens", "chunk"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    for name in ("temperature", "top_p"):
-        parser.add_argument(f"--{name}", type=float, required=True)
-    parser.add_argument("--stop_ids", type=int, nargs="+", required=True)
-    parser.add_argument("--options", type=json.loads, default={}, help="more arguments of vllm.LLM")
+    """Generate with vLLM what the files on the command line ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("settings", "requests", "output"):
+        parser.add_argument(name)
     arguments = parser.parse_args()
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
         print(f"error: {sys.executable} has no vLLM ({error}): set GENERATE_PYTHON to one that has", file=sys.stderr)
         return 2
-    # "vllm": without the folder's own defaults, such as a repetition penalty.
-    options = {"generation_config": "vllm", "dtype": arguments.dtype} | arguments.options
-    model = LLM(model=arguments.model, **options)
+    with open(arguments.settings, encoding="utf-8") as file:
+        settings = json.load(file)
     with open(arguments.requests, encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
+    # "vllm": without the folder's own defaults, such as a repetition penalty.
+    model = LLM(**{"generation_config": "vllm"} | settings["engine"])
+    sampling, chunk = settings["sampling"], settings["chunk"]
+    options = {"n": sampling["samples"], "temperature": sampling["temperature"], "top_p": sampling["top_p"]}
+    options |= {"max_tokens": sampling["max_new_tokens"], "stop_token_ids": sampling["stop_ids"], "detokenize": False}
     with open(arguments.output, "w", encoding="utf-8") as output:
-        for start in range(0, len(rows), arguments.chunk):
-            some = rows[start : start + arguments.chunk]
+        for start in range(0, len(rows), chunk):
+            some = rows[start : start + chunk]
             prompts = [{"prompt_token_ids": row["prompt_ids"]} for row in some]
-            settings = [
-                SamplingParams(
-                    n=arguments.samples,
-                    temperature=arguments.temperature,
-                    top_p=arguments.top_p,
-                    max_tokens=arguments.max_new_tokens,
-                    stop_token_ids=arguments.stop_ids,
-                    seed=row["seed"],
-                    detokenize=False,
-                )
-                for row in some
-            ]
-            for row, found in zip(some, model.generate(prompts, settings, use_tqdm=False), strict=True):
+            asked = [SamplingParams(seed=row["seed"], **options) for row in some]
+            for row, found in zip(some, model.generate(prompts, asked, use_tqdm=False), strict=True):
                 responses = sorted(found.outputs, key=lambda one: one.index)
                 ids = [list(one.token_ids) for one in responses]
                 output.write(json.dumps({"index": row["index"], "response_ids": ids}) + "\n")

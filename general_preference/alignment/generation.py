@@ -13,7 +13,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -229,15 +229,13 @@ def generate_with_vllm(
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(local_rank + 1)))
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
-        requests = Path(folder) / "requests.jsonl"
+        requests, settings = Path(folder) / "requests.jsonl", Path(folder) / "settings.json"
         rows = ({"index": i, "prompt_ids": prompts[i].ids, "seed": sampling.seed_of(prompts[i].id)} for i in wanted)
         requests.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        engine = {"model": os.path.expanduser(path), "dtype": dtype} | options
+        settings.write_text(json.dumps({"engine": engine, "sampling": asdict(sampling), "chunk": CHUNK}))
         read, write = os.pipe()
-        command = [python, str(script), f"--model={path}", f"--requests={requests}", f"--output=/dev/fd/{write}"]
-        names = ("samples", "temperature", "top_p", "max_new_tokens")
-        command += [f"--{name}={getattr(sampling, name)}" for name in names]
-        command += [f"--dtype={dtype}", f"--chunk={CHUNK}", f"--options={json.dumps(options)}"]
-        command += ["--stop_ids", *map(str, sampling.stop_ids)]
+        command = [python, str(script), str(settings), str(requests), f"/dev/fd/{write}"]
         lines = opened.enter_context(os.fdopen(read, encoding="utf-8"))
         try:
             process = subprocess.Popen(command, pass_fds=[write], env=environment, stdin=subprocess.DEVNULL)
