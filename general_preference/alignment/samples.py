@@ -19,6 +19,7 @@ from general_preference.files import read_object
 
 SAMPLE_COLUMNS = ("id", "prompt", "prompt_ids", "responses", "response_ids", "finished")
 SCORE_COLUMNS = ("id", "embeddings", "gate")
+_LISTS = {"prompt_ids", "responses", "response_ids", "finished", "embeddings"}
 
 
 def summary_path(path: Path) -> Path:
@@ -111,6 +112,8 @@ def _read(path: Path, kind: str, columns: tuple[str, ...], optional: tuple[str, 
         if not isinstance(row, dict) or not set(columns) <= row.keys() <= {*columns, *optional}:
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise InputError(f"{place}: found {found}, expected {kind} with {', '.join(columns)}")
+        if wrong := [name for name in columns if name in _LISTS and not isinstance(row[name], list)]:
+            raise InputError(f"{place}: {wrong[0]} is not a list, expected {kind} with {', '.join(columns)}")
         rows.append((place, row))
     if not rows:
         raise InputError(f"{path} is empty, expected {kind}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from general_preference.datasets.messages import begun_prompt, parse_answer, parse_prompt
+from general_preference.datasets.messages import begun_prompt, parse_prompt
 from general_preference.errors import InputError
 from general_preference.inference.embedding import EmbeddedPrompt
 from general_preference.inference.pipeline import GPMPipeline
@@ -32,7 +32,7 @@ class SampleTable:
             return [len(str(row["prompt"])) + sum(map(len, row["responses"])) for row in self.samples]
         row, rm = self.samples[key], self.rm
         prompt = begun_prompt(parse_prompt(row["prompt"], row["id"]))
-        responses = [parse_answer(text, row["id"], prompt) for text in row["responses"]]
+        responses = [[{"role": "assistant", "content": text}] for text in row["responses"]]
         try:
             (encoded,) = rm.encoder.encode([prompt], [responses], [row.get("options", {})])
         except InputError as error:
