@@ -63,7 +63,7 @@ def run(arguments: GenerationArguments) -> None:
         prompts, counts = context.main_process_first(lambda: load_prompts(arguments, tokenizer))
         sampling = Sampling(
             *(getattr(arguments, name) for name in ("samples", "temperature", "top_p", "max_new_tokens", "seed")),
-            generation.stop_tokens(path, tokenizer, **remote), tokenizer.pad_token_id,
+            generation.stop_tokens(path, tokenizer, **remote),
         )  # fmt: skip
         sampling.check_length(prompts, positions)
         bf16 = arguments.bf16 is not False if engine == "vllm" else arguments.bf16  # its device is not known here

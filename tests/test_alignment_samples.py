@@ -152,7 +152,7 @@ def test_draws_follow_the_distribution():
 
 def test_batches_hold_what_fits_and_every_prompt_once():
     prompts = [Prompt(str(i), [], {}, [1] * length) for i, length in enumerate((3, 50, 3, 20, 7, 200))]
-    sampling = Sampling(2, 1.0, 1.0, 10, 0, (5,), 0)
+    sampling = Sampling(2, 1.0, 1.0, 10, 0, (5,))
     batches = make_batches(prompts, sampling, 130)
     assert batches == [[5], [1], [3, 4], [0, 2]], "(20 + 10) * 4 = 120 fits, (20 + 10) * 6 does not; 200 is alone"
 

@@ -26,7 +26,7 @@ from general_preference.files import read_object
 from general_preference.models.config import base_chain, load_config, resolve
 from general_preference.models.loading import load_backbone
 
-CPU_TOKENS, GPU_TOKENS = 16384, 131072  # of all responses and their prompts in one call of `generate`
+CPU_TOKENS, GPU_TOKENS = 16384, 65536  # of all responses and their prompts in one call of `generate`
 CHUNK = 256  # prompts that the other engines have at a time: so many are lost by a kill
 _LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_")
 
@@ -37,7 +37,7 @@ Found = Iterator[tuple[int, list[list[int]]]]  # (index of a prompt, its K respo
 class Sampling:
     """How responses are drawn: softmax(logits / temperature), cut to the likeliest tokens of mass `top_p`.
 
-    stop_ids: tokens that end a response. pad_id: fills the batch, and is never a part of a response.
+    stop_ids: tokens that end a response.
     """
 
     samples: int
@@ -46,7 +46,11 @@ class Sampling:
     max_new_tokens: int
     seed: int
     stop_ids: tuple[int, ...]
-    pad_id: int
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a batch: masked before a prompt, cut off behind a response. Any token that the policy knows."""
+        return self.stop_ids[0]
 
     def check_length(self, prompts: list[Prompt], positions: int | None) -> None:
         """InputError for a prompt whose response may not fit into the policy's context."""
@@ -198,7 +202,10 @@ def generate_continuously(model, prompts: list[Prompt], chunks: list[list[int]],
     )
     for chunk in chunks:
         rows = [prompts[index].ids for index in chunk for _ in range(sampling.samples)]
-        options = ContinuousBatchingConfig(seed=sampling.seed_of(prompts[chunk[0]].id))
+        # Without a limit the cache of a CPU is 90 % of the memory, which takes a minute to fill with zeros.
+        memory = 0.02 if model.device.type == "cpu" else None
+        seed = sampling.seed_of(prompts[chunk[0]].id)
+        options = ContinuousBatchingConfig(seed=seed, max_memory_percent=memory)
         results = list(
             model.generate_batch(inputs=rows, generation_config=config, continuous_batching_config=options).values()
         )

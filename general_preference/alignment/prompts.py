@@ -6,8 +6,8 @@ any comparison of docs/data.md     its prompt
 """
 
 import dataclasses
+import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -129,19 +129,17 @@ def _read_prompt(place: str, record: object, reading: Reading, encoder: Comparis
         raise record
     try:
         read = parse_prompt_record(record, reading)
+        json.dumps([read.id, read.prompt, read.options], ensure_ascii=False).encode()
         return Prompt(read.id or place, read.prompt, read.options, encoder.encode_prompt(read.prompt, read.options))
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
+    except UnicodeEncodeError as error:
+        raise InputError(f"{place}: not valid Unicode (half of a surrogate pair)") from error
 
 
 def prompts_checksum(prompts: list[Prompt]) -> str:
     """XXH3 of ids, texts and tokens in their order: the tokenizer and its chat template count."""
     digest = xxhash.xxh3_128()
-    for part in _parts(prompts):
-        digest.update(part.encode())
-    return digest.hexdigest()
-
-
-def _parts(prompts: list[Prompt]) -> Iterator[str]:
     for prompt in prompts:
-        yield stable_hash(prompt.id, prompt.messages, prompt.options, prompt.ids)
+        digest.update(stable_hash(prompt.id, prompt.messages, prompt.options, prompt.ids).encode())
+    return digest.hexdigest()
