@@ -15,7 +15,6 @@ import logging
 import os
 import signal
 import sys
-from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,8 +29,8 @@ from general_preference.datasets import preparation
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.distributed import is_main_process
-from general_preference.errors import InputError, RunError, Stopped
-from general_preference.files import lock_folder, replace_text
+from general_preference.errors import InputError
+from general_preference.files import replace_text
 from general_preference.models.config import OWN_BASE, PreferenceConfig, adapter_base
 from general_preference.models.heads import saved_head
 from general_preference.models.merging import lacks_heads, merged_base
@@ -39,7 +38,7 @@ from general_preference.models.reward_model import get_reward_model
 from general_preference.models.starting import settle_padding
 from general_preference.trainer.arguments import Arguments, parse_arguments
 from general_preference.trainer.deepspeed_config import without_keys
-from general_preference.trainer.folders import check_folders, output_folders
+from general_preference.trainer.session import hold_run
 
 logger = logging.getLogger("train")
 
@@ -57,25 +56,7 @@ def train(arguments: Arguments) -> None:
     if arguments.output.plan is not None:
         print_plan(arguments)
         return
-    check_folders(arguments)
-    # Imported late: --help and refused flags should not wait for DeepSpeed.
-    from general_preference.trainer.deepspeed_engine import DeepSpeedEngine
-
-    engine = DeepSpeedEngine(arguments.engine, arguments.optimizer)
-    context = engine.context
-    # A node that joins late knows of no restart, and all must start alike.
-    arguments.output.load_checkpoint = any(context.gather_objects(arguments.output.load_checkpoint))
-    try:
-        with ExitStack() as held:
-            for folder, name in output_folders(arguments).items():
-                lock = functools.partial(lock_folder, folder, f"--{name}")
-                held.enter_context(context.main_process_first(lock, main_only=True) or nullcontext())
-            run(arguments, engine)
-    except (InputError, RunError, Stopped) as error:
-        if error.everywhere:  # what one process alone fails of ends the others, which wait for it, by its silence
-            context.close()
-        raise
-    context.close()
+    hold_run(arguments, run)
 
 
 def print_plan(arguments: Arguments) -> None:
@@ -102,7 +83,6 @@ def run(arguments: Arguments, engine) -> None:
     folder = Path(arguments.output.save_path)
     if (folder / "config.json").is_file() and not arguments.output.load_checkpoint:
         logger.warning("%s holds a finished run; its files are replaced as this one writes its own", folder)
-    context.main_process_first(lambda: check_restarts(arguments), main_only=True)
     given, arguments = arguments, merge_pretrain(arguments, context)
     preference = context.main_process_first(lambda: resolve_preference(arguments))
     tokenizer = context.main_process_first(lambda: make_tokenizer(arguments))
@@ -138,14 +118,6 @@ def run(arguments: Arguments, engine) -> None:
         if results:
             print(f"\nHeld-out comparisons\n{format_table(results)}")
         print(f"\nModel, metrics and pictures: {folder}")
-
-
-def check_restarts(arguments: Arguments) -> None:
-    """Refuse checkpoints of an earlier run, from which a restarted one would continue instead of starting over."""
-    folder, restarts = arguments.output.checkpoint_folder, int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    if restarts and not arguments.output.load_checkpoint and (folder / "latest").exists():
-        found = f"--ckpt_path {folder} holds checkpoints of an earlier run, which a restart would continue"
-        raise InputError(f"{found}: remove them, add --load_checkpoint, or allow no restarts")
 
 
 def merge_pretrain(arguments: Arguments, context) -> Arguments:

@@ -261,6 +261,20 @@ def _rows(
         yield _row(place, record, reading)
 
 
+def source_records(source: Source) -> Iterator[tuple[str, object]]:
+    """(place, decoded record or the InputError that says why there is none) of all that a source holds, of any shape.
+
+    Raises:
+        InputError: no such path, or a file that cannot be read.
+    """
+    location = locations.locate(source.path)
+    files: list[Path] = []
+    if not location.on_hub:
+        files, left_out = locations.find_files(location)
+        _announce(source, location, files, left_out)
+    yield from _records(location, tuple(map(str, files)))
+
+
 def _records(location: Location, files: tuple[str, ...]) -> Iterator[tuple[str, object]]:
     if location.on_hub:
         yield from read_table(_load_hub(location), str(location))

@@ -27,7 +27,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from general_preference.datasets.control_tokens import ControlTokens, is_protected
-from general_preference.datasets.messages import Message
+from general_preference.datasets.messages import PREFIX, Message
 from general_preference.datasets.rendering import ChatTemplate, Rendered
 from general_preference.errors import InputError
 
@@ -40,15 +40,15 @@ _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def load_tokenizer(
-    path: str, *, use_fast: bool = True, input_template: str | None = None, trust_remote_code: bool = False
+    path: str, *, use_fast=True, input_template: str | None = None, trust_remote_code=False, needs_template=False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub name, ready for comparisons.
 
     Without a chat template, or with an explicit `input_template` ("{}" is the user's text), it gets a chat template
-    made from that, which is saved with the model.
+    made from that, which is saved with the model; with `needs_template` a tokenizer without one is refused.
 
     Raises:
-        InputError: no tokenizer there, no end token, or an input template without "{}".
+        InputError: no tokenizer there, no end token, no chat template, or an input template without "{}".
     """
     path = os.path.expanduser(path)
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -60,6 +60,8 @@ def load_tokenizer(
         raise InputError(f"cannot load the tokenizer of {path}: {str(error).strip().splitlines()[0]}") from error
     if not (Path(path) / files[0]).is_file() and (Path(path) / files[1]).is_file():
         _check_conversion(tokenizer, path)
+    if needs_template and not tokenizer.chat_template:
+        raise InputError(f"{path} has no chat template, so its prompts cannot be written: save one with its tokenizer")
     return prepare_tokenizer(tokenizer, path, input_template)
 
 
@@ -182,6 +184,18 @@ class ComparisonTokenizer:
         if not all(row["prompt_ids"] for row in rows):
             raise InputError("the prompt has no tokens; expected some text before the responses")
         return rows
+
+    def encode_prompt(self, prompt: list[Message], options: dict | None = None) -> list[int]:
+        """Ids of a prompt as a policy continues it: with all of the generation prompt, or a begun turn as far as it is.
+
+        Raises:
+            InputError: the chat template refuses the messages or leaves out what they say, or there is no token.
+        """
+        opening = "" if prompt[-1].get(PREFIX) else self.template.opening(options)
+        ids = self._one_bos(self._ids([self._render(prompt, [], options or {}).prompt + opening])[0])
+        if not ids:
+            raise InputError("the prompt has no tokens")
+        return ids
 
     def _render(self, prompt: list[Message], responses: list[list[Message]], options: dict) -> Rendered:
         if any(map(self.control.spelled_by, (prompt, *responses))):

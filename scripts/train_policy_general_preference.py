@@ -1,0 +1,167 @@
+#!/usr/bin/env python3
+"""Train a policy on its own samples, scored by a preference model: General Preference Optimization and its relatives.
+
+    python scripts/train_policy_general_preference.py --policy MODEL --samples samples.jsonl --scores scored.jsonl
+    python scripts/launch.py --nproc-per-node 8 scripts/train_policy_general_preference.py ...     the same on 8 devices
+
+`generate_responses.py` and `score_responses.py` make the files; `run_align_general_preference.sh` does all of it, over
+several iterations. `--recipe gpo|ln_gpo|sppo|dsppo|inpo|dpo|best_of_n` sets published values. Exit codes as those of
+train_rm_general_preference.py.
+"""
+
+import functools
+import json
+import logging
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing takes seconds, in which Ctrl-C should print no traceback
+    from general_preference.cpu_settings import restart_with_cpu_settings
+
+    restart_with_cpu_settings()
+
+from general_preference.alignment.policy_arguments import GAPS, RECIPES, PolicyRunArguments, parse_policy_arguments
+from general_preference.cli import exit_code, format_table, quiet_other_libraries
+from general_preference.datasets.tokenization import load_tokenizer
+from general_preference.errors import InputError
+from general_preference.files import replace_text
+from general_preference.models.policy import check_policy, get_policy
+from general_preference.trainer.session import hold_run
+
+logger = logging.getLogger("train")
+
+_REGIME = 0.05  # below it the policy has not come near its targets
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, train, and turn what can go wrong into one line and an exit code."""
+    arguments = parse_policy_arguments(argv)
+    return exit_code(lambda: train(arguments), kept="metrics and checkpoints written so far stay where they are")
+
+
+def train(arguments: PolicyRunArguments) -> None:
+    """The run, from paths to a saved policy."""
+    arguments.check()
+    quiet_other_libraries()
+    if (recipe := arguments.loss.recipe) is not None:
+        logger.info("recipe %s: %s", recipe, ", ".join(f"{name} {value}" for name, value in RECIPES[recipe].items()))
+        if recipe in GAPS:
+            logger.info("recipe %s: %s", recipe, GAPS[recipe])
+    hold_run(arguments, run)
+
+
+def run(arguments: PolicyRunArguments, engine) -> None:
+    """Targets, anchors, training, and what is printed at the end."""
+    from general_preference.alignment import training
+    from general_preference.alignment.objective import PolicyObjective
+    from general_preference.trainer.trainer import Trainer
+
+    context, data, policy = engine.context, arguments.data, arguments.model.pretrain
+    folder, first = Path(arguments.output.save_path), context.main_process_first
+    if (folder / "config.json").is_file() and not arguments.output.load_checkpoint:
+        logger.warning("%s holds a finished run; its files are replaced as this one writes its own", folder)
+    first(lambda: check_policy(policy, arguments.model.trust_remote_code))
+    sets = {"train": (data.samples, data.scores)}
+    sets |= {"held_out": ([data.eval_samples], [data.eval_scores])} if data.evaluates else {}
+    tables, judges = {}, []
+    for name, (samples, scores) in sets.items():
+        rows, settings = first(functools.partial(training.read_scored, samples, scores))
+        if not data.any_policy:
+            first(functools.partial(training.check_sampler, samples, policy))
+        judges += settings
+        tables[name] = make_table(arguments, engine, name, rows, settings[0])
+    model = load(arguments, policy, engine.config())
+    model.facts = {"loss": arguments.loss.loss, "target": arguments.loss.target, "judge": Path(_judge(judges[0])).name}
+    tokenizer = first(lambda: load_tokenizer(policy, trust_remote_code=arguments.model.trust_remote_code))
+    fixed = {"preference_model": judges[0].get("model_files")}
+    objective = PolicyObjective(arguments.loss, model, engine.device, fixed)
+    arguments.check_routing(objective.aux_loss_coef)
+    train_table = tables.pop("train")
+    trainer = Trainer(arguments, engine, model, tokenizer, objective, train_table, tables)
+    logger.info(
+        "%s loss, %s targets, beta %g: %d prompts, %d steps of %d, %d process(es) on %s, ZeRO %d, attention %s",
+        arguments.loss.loss, arguments.loss.target, arguments.loss.beta, len(train_table), trainer.steps,
+        engine.global_batch_size, context.world_size, engine.device, arguments.engine.zero_stage,
+        model.config._attn_implementation,
+    )  # fmt: skip
+    if context.is_main:
+        versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "datasets")}
+        arguments.save(folder, world_size=context.world_size, steps=trainer.steps, versions=versions)
+    results = trainer.fit()
+    if context.is_main:
+        finish(folder, results)
+
+
+def load(arguments: PolicyRunArguments, path: str, deepspeed_config: dict | None = None):
+    """The policy at `path` as it trains; `deepspeed_config` only of the one that does."""
+    wanted = arguments.model
+    names = ("load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "trust_remote_code")
+    options = {name: getattr(wanted, name) for name in names} if deepspeed_config is not None else {}
+    options |= {"trust_remote_code": wanted.trust_remote_code, "ds_config": deepspeed_config}
+    options |= {"attn_implementation": "flash_attention_2" if wanted.flash_attn else wanted.attn_implementation}
+    return get_policy(path, bf16=arguments.engine.bf16, seed=arguments.optimizer.seed, **options)
+
+
+def make_table(arguments: PolicyRunArguments, engine, name: str, rows: list[dict], settings: dict):
+    """What one set trains, or is evaluated, on; anchors are read from, or written to, SAVE_PATH/anchors."""
+    from general_preference.alignment import training
+
+    asked, context = arguments.loss, engine.context
+    paths = {"t": arguments.model.pretrain, "ref": arguments.model.reference or arguments.model.pretrain}
+    compared = asked.loss != "likelihood"
+    model = load(arguments, paths["t"]) if context.is_main else None
+    context.main_process_first(lambda: training.check_sizes(rows, model, compared), main_only=True)
+    del model
+    targeted = list(training.select_and_target(rows, asked, settings["tau"]))
+    if not targeted:
+        raise InputError(f"all {len(rows)} prompts have responses that tie: there is no best and no worst to train on")
+    if left := len(rows) - len(targeted):
+        logger.info("%s: %d of %d prompts are left out, whose responses all tie", name, left, len(rows))
+    anchors, dtype = {}, "bfloat16" if arguments.engine.bf16 else "float32"
+    folder = Path(arguments.output.save_path) / "anchors"
+    context.write(folder, lambda: folder.mkdir(parents=True, exist_ok=True), main_only=True)
+    for anchor in asked.weights():
+        path = paths[anchor]
+        store = training.AnchorStore(folder / f"{name}_{anchor}.jsonl")
+        load_it = functools.partial(load, arguments, path)
+        anchors[anchor] = store.load(load_it, path, rows, dtype, context, engine.device)
+    return training.policy_table(targeted, anchors, asked.weights())
+
+
+def finish(folder: Path, results: dict[str, dict]) -> None:
+    """Print the end of the run, write train_report.json, and say if beta had no effect."""
+    from general_preference.trainer.metrics import METRICS_FILE, read_metrics
+
+    rows = [row for row in read_metrics(folder / METRICS_FILE) if "train/kl" in row]
+    last = {name.removeprefix("train/"): value for name, value in rows[-1].items() if name.startswith("train/")}
+    names = (
+        "loss",
+        "kl",
+        "log_ratio_sd",
+        "target_mean",
+        "target_sd",
+        "correlation",
+        "regime",
+        "length",
+        "unfinished",
+        "tied",
+    )
+    report = {name: last[name] for name in names}
+    replace_text(folder / "train_report.json", json.dumps(report | {"held_out": results.get("held_out")}, indent=2))
+    print(f"\n{format_table({'train': report} | results, columns=None)}\n\nPolicy, metrics and pictures: {folder}")
+    if 0 < report["regime"] < _REGIME:
+        logger.warning(
+            "mean |log-ratio| is %.3g of mean |target|: the loss is far from its minimum, so that beta acts as a "
+            "learning rate (raise beta, or train longer, for it to regularize)", report["regime"],
+        )  # fmt: skip
+
+
+def _judge(settings: dict) -> str:
+    return str(settings.get("asked", {}).get("model", "unknown"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
