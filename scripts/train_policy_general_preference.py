@@ -66,14 +66,14 @@ def run(arguments: PolicyRunArguments, engine) -> None:
     first(lambda: check_policy(policy, arguments.model.trust_remote_code))
     sets = {"train": (data.samples, data.scores)}
     sets |= {"held_out": ([data.eval_samples], [data.eval_scores])} if data.evaluates else {}
-    tables, judges = {}, []
+    model, tables, judges = load(arguments, policy, engine.config()), {}, []
     for name, (samples, scores) in sets.items():
         rows, settings = first(functools.partial(training.read_scored, samples, scores))
         if not data.any_policy:
             first(functools.partial(training.check_sampler, samples, policy))
+        first(functools.partial(training.check_sizes, rows, model, compared=arguments.loss.loss != "likelihood"))
         judges += settings
         tables[name] = make_table(arguments, engine, name, rows, settings[0])
-    model = load(arguments, policy, engine.config())
     model.facts = {"loss": arguments.loss.loss, "target": arguments.loss.target, "judge": Path(_judge(judges[0])).name}
     tokenizer = first(lambda: load_tokenizer(policy, trust_remote_code=arguments.model.trust_remote_code))
     fixed = {"preference_model": judges[0].get("model_files")}
@@ -111,10 +111,6 @@ def make_table(arguments: PolicyRunArguments, engine, name: str, rows: list[dict
 
     asked, context = arguments.loss, engine.context
     paths = {"t": arguments.model.pretrain, "ref": arguments.model.reference or arguments.model.pretrain}
-    compared = asked.loss != "likelihood"
-    model = load(arguments, paths["t"]) if context.is_main else None
-    context.main_process_first(lambda: training.check_sizes(rows, model, compared), main_only=True)
-    del model
     targeted = list(training.select_and_target(rows, asked, settings["tau"]))
     if not targeted:
         raise InputError(f"all {len(rows)} prompts have responses that tie: there is no best and no worst to train on")
@@ -137,18 +133,8 @@ def finish(folder: Path, results: dict[str, dict]) -> None:
 
     rows = [row for row in read_metrics(folder / METRICS_FILE) if "train/kl" in row]
     last = {name.removeprefix("train/"): value for name, value in rows[-1].items() if name.startswith("train/")}
-    names = (
-        "loss",
-        "kl",
-        "log_ratio_sd",
-        "target_mean",
-        "target_sd",
-        "correlation",
-        "regime",
-        "length",
-        "unfinished",
-        "tied",
-    )
+    names = ("loss", "kl", "log_ratio_sd", "target_mean", "target_sd", "correlation", "regime", "length")
+    names += ("unfinished", "tied")
     report = {name: last[name] for name in names}
     replace_text(folder / "train_report.json", json.dumps(report | {"held_out": results.get("held_out")}, indent=2))
     print(f"\n{format_table({'train': report} | results, columns=None)}\n\nPolicy, metrics and pictures: {folder}")

@@ -122,11 +122,7 @@ def _sums(each: torch.Tensor, log_ratio: torch.Tensor, counts: torch.Tensor, bat
     columns += ((~batch.finished).double(),)
     per_response = torch.where(counted, torch.stack(columns), 0.0).sum(dim=1)
     index, groups = batch.comparison_index, len(batch.prompt_ends)
-    highest, lowest = (
-        torch.zeros(groups, dtype=torch.float64, device=target.device).index_reduce(
-            0, index, target, how, include_self=False
-        )
-        for how in ("amax", "amin")
-    )
+    empty = torch.zeros(groups, dtype=torch.float64, device=target.device)
+    highest, lowest = (empty.scatter_reduce(0, index, target, how, include_self=False) for how in ("amax", "amin"))
     real = torch.zeros(groups, dtype=torch.bool, device=target.device).index_fill(0, index[counted], True)
     return torch.cat([per_response, torch.stack([real.sum(), (real & (highest == lowest)).sum()]).double()])

@@ -1,4 +1,4 @@
-"""Scored samples -> the table that a policy trains on: targets, and the log-probabilities that ratios are taken against.
+"""Scored samples -> the table that a policy trains on: targets, and the log-probabilities of the anchors.
 
 Anchors are computed once, by the forward of training, and kept on disk: a run that continues after its weights have
 moved reads what they were.
@@ -114,7 +114,7 @@ def policy_table(targeted: list[dict], anchors: dict[str, list], weights: dict[s
 
 
 def check_sizes(rows: list[dict], model: PolicyModel, compared: bool) -> None:
-    """InputError for samples that the model cannot read, or prompts whose responses have nothing to be compared with."""
+    """InputError for samples that the model cannot read, and single responses where they are to be `compared`."""
     limit, vocabulary = model.learned_positions, model.vocabulary_size
     for row in rows:
         longest = len(row["prompt_ids"]) + max(map(len, row["response_ids"]))
