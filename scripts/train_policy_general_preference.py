@@ -65,18 +65,18 @@ def run(arguments: PolicyRunArguments, engine) -> None:
         logger.warning("%s holds a finished run; its files are replaced as this one writes its own", folder)
     first(lambda: check_policy(policy, arguments.model.trust_remote_code))
     sets = {"train": (data.samples, data.scores)}
-    sets |= {"held_out": ([data.eval_samples], [data.eval_scores])} if data.evaluates else {}
-    model, tables, judges = load(arguments, policy, engine.config()), {}, []
+    if data.evaluates:
+        sets["held_out"] = [data.eval_samples], [data.eval_scores] if data.eval_scores else []
+    model, tables = load(arguments, policy, engine.config()), {}
     for name, (samples, scores) in sets.items():
         rows, settings = first(functools.partial(training.read_scored, samples, scores))
         if not data.any_policy:
             first(functools.partial(training.check_sampler, samples, policy))
         first(functools.partial(training.check_sizes, rows, model, compared=arguments.loss.loss != "likelihood"))
-        judges += settings
-        tables[name] = make_table(arguments, engine, name, rows, settings[0])
-    model.facts = {"loss": arguments.loss.loss, "target": arguments.loss.target, "judge": Path(_judge(judges[0])).name}
+        tables[name] = make_table(arguments, engine, name, rows, settings.get("tau"))
+    model.facts = {"loss": arguments.loss.loss, "target": arguments.loss.target, "judge": Path(_judge(settings)).name}
     tokenizer = first(lambda: load_tokenizer(policy, trust_remote_code=arguments.model.trust_remote_code))
-    fixed = {"preference_model": judges[0].get("model_files")}
+    fixed = {"preference_model": settings.get("model_files")}
     objective = PolicyObjective(arguments.loss, model, engine.device, fixed)
     arguments.check_routing(objective.aux_loss_coef)
     train_table = tables.pop("train")
@@ -105,13 +105,13 @@ def load(arguments: PolicyRunArguments, path: str, deepspeed_config: dict | None
     return get_policy(path, bf16=arguments.engine.bf16, seed=arguments.optimizer.seed, **options)
 
 
-def make_table(arguments: PolicyRunArguments, engine, name: str, rows: list[dict], settings: dict):
+def make_table(arguments: PolicyRunArguments, engine, name: str, rows: list[dict], temperature: float | None):
     """What one set trains, or is evaluated, on; anchors are read from, or written to, SAVE_PATH/anchors."""
     from general_preference.alignment import training
 
     asked, context = arguments.loss, engine.context
     paths = {"t": arguments.model.pretrain, "ref": arguments.model.reference or arguments.model.pretrain}
-    targeted = list(training.select_and_target(rows, asked, settings["tau"]))
+    targeted = list(training.select_and_target(rows, asked, temperature))
     if not targeted:
         raise InputError(f"all {len(rows)} prompts have responses that tie: there is no best and no worst to train on")
     if left := len(rows) - len(targeted):

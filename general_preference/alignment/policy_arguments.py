@@ -58,11 +58,11 @@ class SampleArguments:
         """InputError for files that do not go together."""
         if not self.samples:
             raise InputError("--samples names no file: give one or more, as generate_responses.py writes them")
-        if len(self.samples) != len(self.scores):
+        if self.scores and len(self.samples) != len(self.scores):
             found = f"--samples has {len(self.samples)} files, --scores {len(self.scores)}"
             raise InputError(f"{found}: give one of each, in the same order")
-        if (self.eval_samples is None) != (self.eval_scores is None):
-            raise InputError("--eval_samples and --eval_scores go together: give both")
+        if self.eval_scores is not None and self.eval_samples is None:
+            raise InputError("--eval_scores goes with --eval_samples: give both")
 
     @property
     def evaluates(self) -> bool:
@@ -118,6 +118,11 @@ class PolicyLossArguments:
             raise InputError(f"--select best leaves nothing to compare with: use --loss likelihood, not {self.loss}")
         self.weights()
 
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether all responses are imitated as they are."""
+        return self.loss == "likelihood" and self.select == "all"
+
     def weights(self) -> dict[str, float]:
         """{"t" or "ref": weight} of the anchors, none for the likelihood. InputError for what is not read so."""
         if self.loss == "likelihood":
@@ -165,6 +170,8 @@ class PolicyRunArguments(RunArguments):
             raise InputError("--policy names no model: give the policy that wrote the samples")
         if self.model.reference is not None and "ref" not in self.loss.weights():
             raise InputError("--reference is read where --anchors has ref: add it, or drop the reference")
+        if not self.loss.fine_tunes and not (self.data.scores and (self.data.eval_scores or not self.data.evaluates)):
+            raise InputError("--scores is missing: only --loss likelihood with --select all does without")
         super().check()
 
 

@@ -34,12 +34,14 @@ _FEATURES = datasets.Features(
 )
 
 
-def read_scored(samples: list[str], scores: list[str]) -> tuple[list[dict], list[dict]]:
-    """(rows of all files, the settings of each file of scores): samples with their embeddings and gates.
+def read_scored(samples: list[str], scores: list[str]) -> tuple[list[dict], dict]:
+    """(rows of all files, settings of the scores): samples with their embeddings and gates, without scores alone.
 
     Raises:
         InputError: as `read_samples`, `read_scores` and `join`; or scores of different preference models.
     """
+    if not scores:
+        return [row for one in samples for row in read_samples(one)], {}
     rows, found = [], []
     for one, scored in zip(samples, scores, strict=True):
         loaded = read_scores(scored)
@@ -48,7 +50,7 @@ def read_scored(samples: list[str], scores: list[str]) -> tuple[list[dict], list
     for name in ("model_files", "head", "dim", "planes", "tau"):
         if len(values := {str(settings.get(name)) for settings in found}) > 1:
             raise InputError(f"the scores are of different preference models: {name} is {' and '.join(sorted(values))}")
-    return rows, found
+    return rows, found[0]
 
 
 def check_sampler(samples: list[str], policy: str) -> None:
@@ -61,7 +63,7 @@ def check_sampler(samples: list[str], policy: str) -> None:
             raise InputError(f"{found}, but those of {policy} have {digest}: sample from it, or set any_policy")
 
 
-def select_and_target(rows: list[dict], arguments: PolicyLossArguments, temperature: float) -> Iterator[dict]:
+def select_and_target(rows: list[dict], arguments: PolicyLossArguments, temperature: float | None) -> Iterator[dict]:
     """The responses that are trained on, and their targets; `kept` are their places among the prompt's.
 
     Prompts without a best and a worst response are left out where those are selected. `row` is the place among `rows`.
@@ -72,16 +74,17 @@ def select_and_target(rows: list[dict], arguments: PolicyLossArguments, temperat
     options = {"kind": arguments.target, "beta": arguments.beta, "iteration": arguments.iteration}
     options |= {"mix": arguments.dynamic_lambda, "clamp": arguments.clamp_target, "count_self": arguments.count_self}
     for number, row in enumerate(rows):
-        embeddings = torch.tensor(row["embeddings"])
-        gate = None if row["gate"] is None else torch.tensor(row["gate"])
-        kept, places = list(range(len(embeddings))), None
+        kept, places, gate = list(range(len(row["response_ids"]))), None, None
+        if not arguments.fine_tunes:
+            embeddings = torch.tensor(row["embeddings"])
+            gate = None if row["gate"] is None else torch.tensor(row["gate"])
         if arguments.select != "all":
             if (places := best_and_worst(preference_matrix(embeddings, gate))) is None:
                 continue
             kept = list(places[: 1 if arguments.select == "best" else 2])
         try:
             if arguments.loss == "likelihood":
-                target = torch.zeros(len(embeddings))
+                target = torch.zeros(len(row["response_ids"]))
             elif arguments.loss == "logistic":  # labels of the pair, in its order
                 hard = arguments.target == "hard"
                 pair = policy_target(embeddings[kept], gate, temperature, **options)

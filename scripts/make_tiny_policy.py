@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""Make a tiny policy that answers the bundled prompts: a random model, fine-tuned on the bundled responses.
+
+    python scripts/make_tiny_policy.py OUTPUT_DIR [--data FILE ...] [--seed N]
+
+Every response of the comparisons in --data (default the training sets of `mixed` and `cyclic`) counts as often, good or
+bad, so that there is something to align. The fine-tuning is train_policy_general_preference.py with the loss
+`likelihood`. Writes OUTPUT_DIR/policy, and what it is made of beside it; what is finished is left as it is.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from general_preference.alignment.samples import summary_path
+from general_preference.cli import exit_code
+from general_preference.datasets.reading import Reading
+from general_preference.datasets.records import parse_record
+from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
+from general_preference.errors import RunError
+from general_preference.files import read_object, replace_lines, replace_text
+from scripts.make_tiny_model import DATA_DIR, make_tiny_model
+
+DATA = tuple(DATA_DIR / kind / "train.jsonl" for kind in ("mixed", "cyclic"))
+FLAGS = {"loss": "likelihood", "learning_rate": 3e-3, "max_epochs": 10, "micro_train_batch_size": 8, "zero_stage": 0}
+FLAGS |= {"logging_steps": 20, "any_policy": True, "warmup_ratio": 0.03}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, make, and turn what can go wrong into one line and an exit code."""
+    parser = argparse.ArgumentParser(description="Make a tiny policy that answers the bundled prompts.")
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--data", nargs="+", type=Path, default=DATA, help="comparisons whose responses are imitated")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    return exit_code(
+        lambda: make_tiny_policy(arguments.output_dir, arguments.data, arguments.seed), kept="run it again"
+    )
+
+
+def make_tiny_policy(output: Path, data: list[Path], seed: int) -> None:
+    """See the module."""
+    asked = {"seed": seed, "samples": [str(output / "imitated.jsonl")], "pretrain": str(output / "random")} | FLAGS
+    policy = output / "policy"
+    found = read_object(policy / "arguments.json")
+    if (policy / "config.json").is_file() and all(found.get(name) == value for name, value in asked.items()):
+        return
+    make_tiny_model(output / "random", seed=seed)
+    write_samples(output / "imitated.jsonl", data, load_tokenizer(str(output / "random")))
+    script = Path(__file__).with_name("train_policy_general_preference.py")
+    flags = [f"--{name}={value}" for name, value in asked.items() if name != "samples"]
+    command = [sys.executable, script, "--save_path", policy, "--samples", *asked["samples"], *flags]
+    if code := subprocess.run(command).returncode:
+        raise RunError(f"fine-tuning ended with code {code}")
+
+
+def write_samples(path: Path, data: list[Path], tokenizer) -> None:
+    """The responses of comparisons as samples of nobody's."""
+    encoder, rows = ComparisonTokenizer(tokenizer), []
+    for file in data:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            record = json.loads(line)
+            parsed = parse_record(record, Reading())
+            (row,) = encoder.encode([parsed.prompt], [parsed.responses], [parsed.options])
+            texts = [response[-1]["content"] for response in parsed.responses]
+            rows.append({
+                "id": f"{file.parent.name}-{number}", "prompt": record["prompt"], "prompt_ids": row["prompt_ids"],
+                "responses": texts, "response_ids": row["response_ids"], "finished": [True] * len(texts),
+            })  # fmt: skip
+    replace_lines(path, map(json.dumps, rows))
+    replace_text(summary_path(path), json.dumps({"settings": {"data": [str(file) for file in data]}}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
