@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Align a policy with a preference model, over several iterations of: sample, score, train, compare.
+#
+#   bash scripts/run_align_general_preference.sh                                 tiny models on the bundled prompts
+#   POLICY=meta-llama/Meta-Llama-3-8B-Instruct PREFERENCE=general-preference/GPM-Gemma-2B \
+#     PROMPTS=prompts_1.jsonl,prompts_2.jsonl,prompts_3.jsonl EVAL_PROMPTS=held_out.jsonl SAVE_PATH=runs/gpo \
+#     bash scripts/run_align_general_preference.sh --recipe gpo --bf16           a real one
+#
+# Settings: POLICY, PREFERENCE, JUDGE (a second preference model, for the report alone), PROMPTS (one entry for each
+# iteration; the last is used again), EVAL_PROMPTS, ITERATIONS, SAMPLES (per prompt), TOKENS (of a response), SAVE_PATH,
+# NPROC, RESTARTS, GENERATE_PYTHON (a Python with vLLM), TRAIN_LAUNCHER (starts the training, with its flags behind it;
+# several nodes: docs/alignment.md). Flags of train_policy_general_preference.py may follow and win.
+#
+# Every stage leaves its file complete or not at all and skips what is done: run the same command again to continue.
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ALSO_NEEDED=deepspeed
+source "$HERE/environment.sh"
+RUN=${SAVE_PATH:-$ROOT/checkpoint/align-tiny}
+TRAIN_FLAGS=()
+if [[ -z ${POLICY:-} ]]; then
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  DATA=$ROOT/data
+  if [[ -z ${PREFERENCE:-} ]]; then
+    PREFERENCE=$RUN/preference
+    if [[ ! -f $PREFERENCE/eval_metrics.json ]]; then
+      DATASET=$DATA/cyclic/train.jsonl,$DATA/transitive/train.jsonl,$DATA/mixed/train.jsonl,$DATA/invalid/train.jsonl \
+        EVAL_DATASET=cyclic=$DATA/cyclic/test.jsonl,mixed=$DATA/mixed/test.jsonl,invalid=$DATA/invalid/test.jsonl \
+        SAVE_PATH=$PREFERENCE bash "$HERE/run_train_rm_general_preference_single.sh" --max_epochs 6 --load_checkpoint
+    fi
+  fi
+  python "$HERE/make_tiny_policy.py" "$RUN/start"
+  POLICY=$RUN/start/policy
+  PROMPTS=${PROMPTS:-$DATA/mixed/train.jsonl} EVAL_PROMPTS=${EVAL_PROMPTS:-$DATA/mixed/test.jsonl}
+  ITERATIONS=${ITERATIONS:-4} SAMPLES=${SAMPLES:-8} TOKENS=${TOKENS:-48}
+  TRAIN_FLAGS=(--beta 2 --learning_rate 3e-4 --max_epochs 2 --zero_stage 0 --logging_steps 10 --lr_schedule constant)
+fi
+[[ -n ${PREFERENCE:-} ]] || fail "PREFERENCE names no preference model"
+[[ -n ${PROMPTS:-} ]] || fail "PROMPTS names no prompts"
+[[ -n ${EVAL_PROMPTS:-} ]] || fail "EVAL_PROMPTS names no held-out prompts, on which iterations are compared"
+ITERATIONS=${ITERATIONS:-3} SAMPLES=${SAMPLES:-5} TOKENS=${TOKENS:-1024}
+for name in ITERATIONS SAMPLES TOKENS; do
+  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is no number"
+done
+IFS=, read -ra PARTS <<< "$PROMPTS"
+
+sample() { # policy, prompts, output
+  "${LAUNCH[@]}" "$HERE/generate_responses.py" --policy "$1" --prompts "$2" --output "$3" --samples "$SAMPLES" \
+    --max_new_tokens "$TOKENS"
+}
+
+current=$POLICY compared=()
+mkdir -p "$RUN/start"
+sample "$POLICY" "$EVAL_PROMPTS" "$RUN/start/held_out.jsonl"
+compared+=("start=$RUN/start/held_out.jsonl")
+for ((t = 1; t <= ITERATIONS; t++)); do
+  echo "== iteration $t ==" >&2
+  folder=$RUN/iter_$t
+  mkdir -p "$folder"
+  part=$((t <= ${#PARTS[@]} ? t - 1 : ${#PARTS[@]} - 1))
+  sample "$current" "${PARTS[$part]}" "$folder/samples.jsonl"
+  "${LAUNCH[@]}" "$HERE/score_responses.py" --model "$PREFERENCE" --samples "$folder/samples.jsonl" \
+    --output "$folder/scored.jsonl"
+  if [[ ! -f $folder/policy/train_report.json ]]; then
+    train=("$HERE/train_policy_general_preference.py" --policy "$current"
+      --samples "$folder/samples.jsonl" --scores "$folder/scored.jsonl" --save_path "$folder/policy"
+      --iteration "$t" --load_checkpoint "${TRAIN_FLAGS[@]}" "$@")
+    "${LAUNCH[@]}" "${train[@]}"
+  fi
+  current=$folder/policy
+  sample "$current" "$EVAL_PROMPTS" "$folder/held_out.jsonl"
+  compared+=("$t=$folder/held_out.jsonl")
+  if [[ ! -f $folder/report.json ]]; then
+    python "$HERE/compare_policies.py" --samples "${compared[@]}" --model "$PREFERENCE" ${JUDGE:+--judge "$JUDGE"} \
+      --train_report "$folder/policy/train_report.json" --output "$folder/report.json"
+  fi
+done
+echo "Policies, samples and reports: $RUN"
