@@ -1,4 +1,4 @@
-"""Write the small comparison sets bundled with the repository: cyclic, transitive, mixed and invalid.
+"""Write the small comparison sets bundled with the repository: cyclic, transitive and mixed.
 
 Run with:
 
@@ -10,10 +10,7 @@ responses the preferred one is the one whose member beats the other's, whatever 
 * ``cyclic``      the members beat each other in a circle of 3, 4 or 5 (rock-paper-scissors), so no scalar reward can
                   get every comparison of a game right;
 * ``transitive``  the members have a true ranking of 3 to 5, which a scalar reward holds without loss;
-* ``mixed``       one member beats three others that beat each other in a circle;
-* ``invalid``     all games: two responses that recommend a member beat three that are of no use, because they name a
-                  member of another game, two members, or none. A policy that is rewarded by a model which never saw
-                  such text finds it.
+* ``mixed``       one member beats three others that beat each other in a circle.
 
 Training and test files share the games but no sentence: prompt wordings, response wordings and filler phrases of the
 test files never occur in training. Only the standard library is used, and the same files come out byte for byte on
@@ -29,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SEED = 20241003
-TRAIN_GROUPS_PER_GAME = {"cyclic": 50, "mixed": 80, "invalid": 24}
+TRAIN_GROUPS_PER_GAME = {"cyclic": 50, "mixed": 80}
 TRAIN_PAIRS_PER_EDGE = 20  # transitive training data are single pairs: this many for each ordered pair of members
-TEST_GROUPS_PER_GAME = {"cyclic": 12, "transitive": 16, "mixed": 27, "invalid": 5}  # about 80 groups in each set
+TEST_GROUPS_PER_GAME = {"cyclic": 12, "transitive": 16, "mixed": 27}  # about 80 groups in each set
 # Share of training groups that state the comparison which closes their cycle. A perfectly balanced cycle pulls equal
 # embeddings equally in all directions: a model that starts with nearly equal ones, as a randomly initialised one does,
 # would stay there. Unequal counts, which real comparisons always have, set it in motion.
@@ -294,38 +291,6 @@ class Writer:
             "preferences": sorted([place[winner], place[loser]] for winner, loser in stated),
         }
 
-    def invalid_group(self, record_id: str, game: Game) -> dict:
-        """A prompt with two valid responses and three invalid ones, in random order."""
-        others = [member for games in GAMES.values() for one in games if one != game for member in one.members]
-        texts = self.responses([*self.rng.sample(game.members, 2), self.rng.choice(others)])
-        texts += [self._two_members(game), self._without_member(game)]
-        order = list(range(len(texts)))
-        self.rng.shuffle(order)
-        good, bad = ([place for place, index in enumerate(order) if (index < 2) == valid] for valid in (True, False))
-        preferences = [[winner, loser] for winner in good for loser in bad]
-        responses = [texts[index] for index in order]
-        return {"id": record_id, "prompt": self.prompt(game), "responses": responses, "preferences": preferences}
-
-    def _two_members(self, game: Game) -> str:
-        """A response that names one member where it first names one, and another one where it does so again."""
-        (template,) = self.rng.sample(self.wording.responses, 1)
-        for member in self.rng.sample(game.members, 2):
-            template = template.replace("{m}", member, 1)
-        return template.format(m=self.rng.choice(game.members))
-
-    def _without_member(self, game: Game) -> str:
-        """A response that breaks off before it names a member, or whose words are fragments."""
-        (template,) = self.rng.sample(self.wording.responses, 1)
-        words = template.replace("{m}", "the").split()
-        draw = self.rng.random()
-        if draw < 1 / 3:
-            return " ".join(words[: self.rng.randint(1, 6)])
-        if draw < 2 / 3:
-            return " ".join([self.rng.choice(words)] * self.rng.randint(3, 12))
-        letters = list(" ".join(words))
-        self.rng.shuffle(letters)
-        return " ".join("".join(letters).split())
-
     def pair(self, game: Game, winner: int, loser: int) -> dict:
         """One comparison of two members as a ``prompt``/``chosen``/``rejected`` record."""
         chosen, rejected = self.responses([game.members[winner], game.members[loser]])
@@ -344,11 +309,6 @@ def make_set(kind: str, split: str, rng: random.Random) -> list[dict]:
         ]
         rng.shuffle(records)
         return records
-    if kind == "invalid":
-        repeats = (TRAIN_GROUPS_PER_GAME if split == "train" else TEST_GROUPS_PER_GAME)[kind]
-        schedule = [game for games in GAMES.values() for game in games for _ in range(repeats)]
-        rng.shuffle(schedule)
-        return [writer.invalid_group(f"invalid-{split}-{i:04d}", game) for i, game in enumerate(schedule)]
     repeats = (TRAIN_GROUPS_PER_GAME if split == "train" else TEST_GROUPS_PER_GAME)[kind]
     schedule = [game for game in GAMES[kind] for _ in range(repeats)]
     rng.shuffle(schedule)
@@ -369,23 +329,18 @@ def check_wordings() -> None:
     assert not words & set(members), f"sentences name members: {sorted(words & set(members))}"
 
 
-def check_records(train: list[dict], test: list[dict], words=WORDS_PER_RESPONSE) -> None:
+def check_records(train: list[dict], test: list[dict]) -> None:
     """Assert that no text of a test record occurs in training and that texts are distinct and of the stated length."""
 
     def texts_of(record: dict) -> list[str]:
         return record["responses"] if "responses" in record else [record["chosen"], record["rejected"]]
 
-    def told(records: list[dict]) -> set[str]:
-        """Prompts, and responses that name a member: what breaks off before may end alike by chance."""
-        texts = {text for record in records for text in texts_of(record) if any(name in text for name in members)}
-        return texts | {record["prompt"] for record in records}
-
-    members = [member for games in GAMES.values() for game in games for member in game.members]
-    assert not told(train) & told(test), "split leak"
+    seen = {record["prompt"] for record in train} | {text for record in train for text in texts_of(record)}
+    assert not seen & ({r["prompt"] for r in test} | {text for r in test for text in texts_of(r)}), "split leak"
     for record in train + test:
         texts = texts_of(record)
         assert len(set(texts)) == len(texts), f"repeated response: {record}"
-        lengths = [(len(t.split()), words) for t in texts]
+        lengths = [(len(t.split()), WORDS_PER_RESPONSE) for t in texts]
         lengths.append((len(record["prompt"].split()), WORDS_PER_PROMPT))
         assert all(low <= n <= high for n, (low, high) in lengths), f"length: {record}"
 
@@ -399,11 +354,11 @@ def main() -> None:
     output_dir = parser.parse_args().output_dir
 
     check_wordings()
-    for kind in (*GAMES, "invalid"):
+    for kind in GAMES:
         # A generator for each set, so that a change to one set leaves the others' files alone.
         rng = random.Random(f"{SEED}-{kind}")
         splits = {split: make_set(kind, split, rng) for split in ("train", "test")}
-        check_records(splits["train"], splits["test"], (1, 60) if kind == "invalid" else WORDS_PER_RESPONSE)
+        check_records(splits["train"], splits["test"])
         for split, records in splits.items():
             path = output_dir / kind / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,9 +24,7 @@ if [[ -z ${POLICY:-} ]]; then
   if [[ -z ${PREFERENCE:-} ]]; then
     PREFERENCE=$RUN/preference
     if [[ ! -f $PREFERENCE/eval_metrics.json ]]; then
-      DATASET=$DATA/cyclic/train.jsonl,$DATA/transitive/train.jsonl,$DATA/mixed/train.jsonl,$DATA/invalid/train.jsonl \
-        EVAL_DATASET=cyclic=$DATA/cyclic/test.jsonl,mixed=$DATA/mixed/test.jsonl,invalid=$DATA/invalid/test.jsonl \
-        SAVE_PATH=$PREFERENCE bash "$HERE/run_train_rm_general_preference_single.sh" --max_epochs 6 --load_checkpoint
+      SAVE_PATH=$PREFERENCE bash "$HERE/run_train_rm_general_preference_single.sh" --load_checkpoint
     fi
   fi
   python "$HERE/make_tiny_policy.py" "$RUN/start"
