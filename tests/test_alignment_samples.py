@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from general_preference import GPMPipeline
-from general_preference.alignment.generation import InverseSampler, Sampling, make_batches
+from general_preference.alignment.generation import InverseSampler, Sampling, draws_of, make_batches
 from general_preference.alignment.prompts import Prompt, parse_prompt_record
 from general_preference.alignment.samples import join, read_samples, read_scores, samples_checksum
 from general_preference.datasets.reading import Reading
@@ -118,10 +118,18 @@ def test_every_prompt_once_with_tokens_that_say_what_the_text_says(policy, made)
 
 
 def test_settings_of_the_folder_do_not_bend_the_samples(made):
-    """With repetition_penalty 5 and top_k 1 of generation_config.json no token would be repeated, but responses."""
-    responses = [ids for row in read_samples(made) for ids in row["response_ids"]]
-    assert any(len(set(ids)) < len(ids) for ids in responses)
-    assert len(set(map(tuple, responses))) > 40
+    """With min_new_tokens and top_k of generation_config.json none would end early, and most would be the same."""
+    responses = [tuple(ids) for row in read_samples(made) for ids in row["response_ids"]]
+    assert min(map(len, responses)) < 12 and len(set(responses)) > 40
+
+
+def test_every_response_has_random_numbers_of_its_own():
+    sampling = Sampling(2, 1.0, 1.0, 10, 7, (5,))
+    some, other = (draws_of([Prompt(name, [], {}, [1])], sampling, torch.device("cpu")) for name in ("a", "b"))
+    both = draws_of([Prompt(name, [], {}, [1]) for name in ("b", "a")], sampling, torch.device("cpu"))
+    assert torch.equal(both, torch.cat([other, some])) and len(both.unique()) == 40
+    more = draws_of([Prompt("a", [], {}, [1])], Sampling(3, 1.0, 1.0, 20, 7, (5,)), torch.device("cpu"))
+    assert torch.equal(more[:2, :10], some) and more.min() >= 0 and more.max() < 1
 
 
 def test_a_row_depends_on_its_id_and_seed_and_place_alone(policy, data, made, tmp_path):
@@ -193,11 +201,12 @@ def test_two_processes_and_a_kill_give_the_bytes_of_one(policy, data, made, tmp_
     assert output.with_name("s.summary.json").read_bytes() == made.with_name("samples.summary.json").read_bytes()
 
 
-def test_a_batch_that_was_cut_short_is_made_again_as_it_was(policy, data, made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_a_batch_that_was_cut_short_is_made_again_as_it_was(policy, data, made, tmp_path, monkeypatch, rows):
     append, count = ResultStore.append, [0]
 
     def stops(store, index, row):
-        if count[0] == 3:
+        if count[0] == rows:
             raise KeyboardInterrupt
         count[0] += 1
         append(store, index, row)
@@ -333,9 +342,16 @@ def test_scoring_continues_skips_and_refuses(made, scored, saved, tmp_path, caps
     assert score_responses.main(["--model", saved(), *base]) == 0 and scored.read_bytes() == content
     assert score_responses.main(["--model", saved(), *base, "--max_length", "16"]) == 2
     assert "max_length = None, now 16" in capsys.readouterr().err
-    cut = ["--model", saved(), "--samples", str(made), "--output", str(tmp_path / "cut.jsonl"), "--max_length", "16"]
+    cut = ["--model", saved(), "--samples", str(made), "--output", str(tmp_path / "cut.jsonl"), "--max_length", "70"]
     assert score_responses.main(cut) == 0
-    assert read_scores(tmp_path / "cut.jsonl")[1]["cut"] > 10
+    encoder, rows = GPMPipeline(saved(), max_length=70).encoder, read_samples(made)
+    prompts = [row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+               for row in rows]  # fmt: skip
+    answers = [[[{"role": "assistant", "content": text}] for text in row["responses"]] for row in rows]
+    found = [(row["prompt_cut"], row["response_cut"]) for row in encoder.encode(prompts, answers)]
+    kept = [row.get("cut", False) for row in read_scores(tmp_path / "cut.jsonl")[0]]
+    assert kept == [any(one) for one in found] and {True, False} == set(kept)
+    assert read_scores(tmp_path / "cut.jsonl")[1]["cut"] == sum(kept)
     for given, message in (
         (["--model", "/nowhere/rm", *base], "/nowhere/rm does not exist"),
         (["--model", saved(), "--samples", "/nowhere/s.jsonl"], "/nowhere/s.jsonl does not exist"),
@@ -351,8 +367,10 @@ def test_only_scores_of_these_samples_are_joined(made, scored):
     assert [row["id"] for row in joined] == [row["id"] for row in samples]
     assert joined[3]["embeddings"] == scores[0][3]["embeddings"] and joined[3]["prompt_ids"] == samples[3]["prompt_ids"]
     other = [samples[0] | {"responses": ["x", *samples[0]["responses"][1:]]}, *samples[1:]]
-    with pytest.raises(InputError, match="of other samples"):
-        join(other, scores)
+    longer = [samples[0] | {"response_ids": [[7], *samples[0]["response_ids"][1:]]}, *samples[1:]]
+    for some in (other, longer):
+        with pytest.raises(InputError, match="of other samples"):
+            join(some, scores)
     with pytest.raises(InputError, match="17 scored prompts, but 16"):
         join(samples[1:], scores)
     with pytest.raises(InputError, match="no row with the id 'new'"):
@@ -415,11 +433,14 @@ def vllm(tmp_path, monkeypatch) -> Path:
     return tmp_path / "log.json"
 
 
-def test_vllm_is_asked_for_what_was_asked_for(vllm, policy, data, tmp_path, capfd):
+def test_vllm_is_asked_for_what_was_asked_for(vllm, policy, data, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(generate_responses.generation, "CHUNK", 5)
     output = tmp_path / "s.jsonl"
     given = ["--temperature", "0.7", "--top_p", "0.9", "--vllm_options", '{"max_model_len": 512}']
     assert generate(policy, data, output, *given) == 0
-    engine, environment, asked = json.loads(vllm.read_text())
+    engine, environment, *chunks = json.loads(vllm.read_text())
+    assert [len(chunk) for chunk in chunks] == [5, 5, 5, 2]
+    asked = [one for chunk in chunks for one in chunk]
     assert engine["model"] == policy and engine["generation_config"] == "vllm" and engine["max_model_len"] == 512
     assert environment["RANK"] is None
     rows = read_samples(output)
