@@ -1,6 +1,7 @@
 """The first two stages of policy alignment: their files are complete or absent, and the same however they are made."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,13 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from general_preference import GPMPipeline
-from general_preference.alignment.generation import InverseSampler, Sampling, make_batches
+from general_preference.alignment.generation import InverseSampler, Sampling, draws_of, make_batches
 from general_preference.alignment.prompts import Prompt, parse_prompt_record
 from general_preference.alignment.samples import join, read_samples, read_scores, samples_checksum
+from general_preference.alignment.scoring import score_row, summarize_scores
 from general_preference.datasets.reading import Reading
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError
 from general_preference.inference.batch import ResultStore
+from general_preference.inference.embedding import EmbeddedPrompt
 from scripts import generate_responses, score_responses
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,11 +40,9 @@ def policy(tmp_path_factory) -> str:
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(0.6)
-    model.generation_config.update(
-        eos_token_id=[5, 9], repetition_penalty=5.0, top_k=1
-    )  # of which only the first counts
-    model.generation_config.do_sample = True
     model.save_pretrained(folder)
+    settings = {"eos_token_id": [5, 9], "do_sample": True, "top_k": 1, "min_new_tokens": 12}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
     return str(folder)
 
 
@@ -65,7 +66,7 @@ def data(tmp_path_factory) -> Path:
 
 def flags(policy, data, output, *others) -> list[str]:
     given = ["--policy", policy, "--prompts", data, "--output", output, "--samples", 3, "--max_new_tokens", 12]
-    return [*map(str, given), "--batch_tokens", "300", *map(str, others)]
+    return [*map(str, given), "--batch_tokens", "600", *map(str, others)]
 
 
 def generate(*given) -> int:
@@ -118,10 +119,18 @@ def test_every_prompt_once_with_tokens_that_say_what_the_text_says(policy, made)
 
 
 def test_settings_of_the_folder_do_not_bend_the_samples(made):
-    """With repetition_penalty 5 and top_k 1 of generation_config.json no token would be repeated, but responses."""
-    responses = [ids for row in read_samples(made) for ids in row["response_ids"]]
-    assert any(len(set(ids)) < len(ids) for ids in responses)
-    assert len(set(map(tuple, responses))) > 40
+    """With min_new_tokens and top_k of generation_config.json none would end early, and most would be the same."""
+    responses = [tuple(ids) for row in read_samples(made) for ids in row["response_ids"]]
+    assert min(map(len, responses)) < 12 and len(set(responses)) > 40
+
+
+def test_every_response_has_random_numbers_of_its_own():
+    sampling = Sampling(2, 1.0, 1.0, 10, 7, (5,))
+    some, other = (draws_of([Prompt(name, [], {}, [1])], sampling, torch.device("cpu")) for name in ("a", "b"))
+    both = draws_of([Prompt(name, [], {}, [1]) for name in ("b", "a")], sampling, torch.device("cpu"))
+    assert torch.equal(both, torch.cat([other, some])) and len(both.unique()) == 40
+    more = draws_of([Prompt("a", [], {}, [1])], Sampling(3, 1.0, 1.0, 20, 7, (5,)), torch.device("cpu"))
+    assert torch.equal(more[:2, :10], some) and more.min() >= 0 and more.max() < 1
 
 
 def test_a_row_depends_on_its_id_and_seed_and_place_alone(policy, data, made, tmp_path):
@@ -193,11 +202,12 @@ def test_two_processes_and_a_kill_give_the_bytes_of_one(policy, data, made, tmp_
     assert output.with_name("s.summary.json").read_bytes() == made.with_name("samples.summary.json").read_bytes()
 
 
-def test_a_batch_that_was_cut_short_is_made_again_as_it_was(policy, data, made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_a_batch_that_was_cut_short_is_made_again_as_it_was(policy, data, made, tmp_path, monkeypatch, rows):
     append, count = ResultStore.append, [0]
 
     def stops(store, index, row):
-        if count[0] == 3:
+        if count[0] == rows:
             raise KeyboardInterrupt
         count[0] += 1
         append(store, index, row)
@@ -333,9 +343,16 @@ def test_scoring_continues_skips_and_refuses(made, scored, saved, tmp_path, caps
     assert score_responses.main(["--model", saved(), *base]) == 0 and scored.read_bytes() == content
     assert score_responses.main(["--model", saved(), *base, "--max_length", "16"]) == 2
     assert "max_length = None, now 16" in capsys.readouterr().err
-    cut = ["--model", saved(), "--samples", str(made), "--output", str(tmp_path / "cut.jsonl"), "--max_length", "16"]
+    cut = ["--model", saved(), "--samples", str(made), "--output", str(tmp_path / "cut.jsonl"), "--max_length", "64"]
     assert score_responses.main(cut) == 0
-    assert read_scores(tmp_path / "cut.jsonl")[1]["cut"] > 10
+    encoder, rows = GPMPipeline(saved(), max_length=64).encoder, read_samples(made)
+    prompts = [row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+               for row in rows]  # fmt: skip
+    answers = [[[{"role": "assistant", "content": text}] for text in row["responses"]] for row in rows]
+    found = [(row["prompt_cut"], row["response_cut"]) for row in encoder.encode(prompts, answers)]
+    kept = [row.get("cut", False) for row in read_scores(tmp_path / "cut.jsonl")[0]]
+    assert kept == [any(one) for one in found] and True in kept
+    assert read_scores(tmp_path / "cut.jsonl")[1]["cut"] == sum(kept)
     for given, message in (
         (["--model", "/nowhere/rm", *base], "/nowhere/rm does not exist"),
         (["--model", saved(), "--samples", "/nowhere/s.jsonl"], "/nowhere/s.jsonl does not exist"),
@@ -345,14 +362,41 @@ def test_scoring_continues_skips_and_refuses(made, scored, saved, tmp_path, caps
         assert message in capsys.readouterr().err
 
 
+def test_a_cut_prompt_and_a_cut_response_are_both_told():
+    embedded = EmbeddedPrompt(torch.tensor([[1.0, 2.0]]), None, torch.tensor([1.0]))
+    row = {"id": "x", "embeddings": [[1.0, 2.0]], "gate": [1.0]}
+    for cuts, expected in (
+        ((False, False), row),
+        ((True, False), row | {"cut": True}),
+        ((False, True), row | {"cut": True}),
+    ):
+        encoded = {"id": "x", **dict(zip(("prompt_cut", "response_cut"), cuts, strict=True))}
+        assert score_row(encoded, embedded) == expected
+
+
+def test_summaries_of_scores_agree_with_a_count_by_hand():
+    """Two responses at right angles in a plane with gate 3, and a scalar 5 apart; and three in a cycle without gate."""
+    turn = [[math.cos(angle), math.sin(angle), 1.0] for angle in (0.0, 2 * math.pi / 3, 4 * math.pi / 3)]
+    rows = [
+        {"id": "a", "embeddings": [[1.0, 0.0, 7.0], [0.0, 1.0, 2.0]], "gate": [3.0]},
+        {"id": "b", "embeddings": turn, "gate": None, "cut": True},
+    ]
+    found = summarize_scores(rows)
+    assert (found["prompts"], found["cut"], found["mean_gate"]) == (2, 1, [3.0])
+    assert found["mean_plane_score"] == pytest.approx([(3 + math.sin(2 * math.pi / 3)) / 2])
+    assert found["mean_scalar_score"] == pytest.approx(5 / 2) and found["cyclic_share"] == pytest.approx(1.0)
+
+
 def test_only_scores_of_these_samples_are_joined(made, scored):
     samples, scores = read_samples(made), read_scores(scored)
     joined = join(samples, scores)
     assert [row["id"] for row in joined] == [row["id"] for row in samples]
     assert joined[3]["embeddings"] == scores[0][3]["embeddings"] and joined[3]["prompt_ids"] == samples[3]["prompt_ids"]
     other = [samples[0] | {"responses": ["x", *samples[0]["responses"][1:]]}, *samples[1:]]
-    with pytest.raises(InputError, match="of other samples"):
-        join(other, scores)
+    longer = [samples[0] | {"response_ids": [[7], *samples[0]["response_ids"][1:]]}, *samples[1:]]
+    for some in (other, longer):
+        with pytest.raises(InputError, match="of other samples"):
+            join(some, scores)
     with pytest.raises(InputError, match="17 scored prompts, but 16"):
         join(samples[1:], scores)
     with pytest.raises(InputError, match="no row with the id 'new'"):
@@ -415,11 +459,14 @@ def vllm(tmp_path, monkeypatch) -> Path:
     return tmp_path / "log.json"
 
 
-def test_vllm_is_asked_for_what_was_asked_for(vllm, policy, data, tmp_path, capfd):
+def test_vllm_is_asked_for_what_was_asked_for(vllm, policy, data, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(generate_responses.generation, "CHUNK", 5)
     output = tmp_path / "s.jsonl"
     given = ["--temperature", "0.7", "--top_p", "0.9", "--vllm_options", '{"max_model_len": 512}']
     assert generate(policy, data, output, *given) == 0
-    engine, environment, asked = json.loads(vllm.read_text())
+    engine, environment, *chunks = json.loads(vllm.read_text())
+    assert [len(chunk) for chunk in chunks] == [5, 5, 5, 2]
+    asked = [one for chunk in chunks for one in chunk]
     assert engine["model"] == policy and engine["generation_config"] == "vllm" and engine["max_model_len"] == 512
     assert environment["RANK"] is None
     rows = read_samples(output)

@@ -3,7 +3,7 @@
 The preference model has a tokenizer of its own, so it reads the texts. Called by scripts/score_responses.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ def score_row(encoded: dict, embedded: EmbeddedPrompt) -> dict:
     return row | ({"cut": True} if encoded["prompt_cut"] or encoded["response_cut"] else {})
 
 
-def summarize_scores(rows: Iterator[dict]) -> dict:
+def summarize_scores(rows: Iterable[dict]) -> dict:
     """What the scores of all prompts are like, without tau.
 
     mean_plane_score: mean |score| on each plane with its gate, and mean_scalar_score that of a scalar beside them, over
