@@ -92,7 +92,7 @@ def run(arguments: PolicyRunArguments, engine) -> None:
         arguments.save(folder, world_size=context.world_size, steps=trainer.steps, versions=versions)
     results = trainer.fit()
     if context.is_main:
-        finish(folder, results)
+        finish(folder, results, pulled=arguments.loss.loss in ("centered", "regression"))
 
 
 def load(arguments: PolicyRunArguments, path: str, deepspeed_config: dict | None = None):
@@ -127,8 +127,9 @@ def make_table(arguments: PolicyRunArguments, engine, name: str, rows: list[dict
     return training.policy_table(targeted, anchors, asked.weights())
 
 
-def finish(folder: Path, results: dict[str, dict]) -> None:
-    """Print the end of the run, write train_report.json, and say if beta had no effect."""
+def finish(folder: Path, results: dict[str, dict], pulled: bool) -> None:
+    """Print the end of the run, write train_report.json, and say if beta had no effect, where log-ratios are `pulled`
+    to targets."""
     from general_preference.trainer.metrics import METRICS_FILE, read_metrics
 
     rows = [row for row in read_metrics(folder / METRICS_FILE) if "train/kl" in row]
@@ -138,7 +139,7 @@ def finish(folder: Path, results: dict[str, dict]) -> None:
     report = {name: last[name] for name in names}
     replace_text(folder / "train_report.json", json.dumps(report | {"held_out": results.get("held_out")}, indent=2))
     print(f"\n{format_table({'train': report} | results, columns=None)}\n\nPolicy, metrics and pictures: {folder}")
-    if 0 < report["regime"] < _REGIME:
+    if pulled and 0 < report["regime"] < _REGIME:
         logger.warning(
             "mean |log-ratio| is %.3g of mean |target|: the loss is far from its minimum, so that beta acts as a "
             "learning rate (raise beta, or train longer, for it to regularize)", report["regime"],

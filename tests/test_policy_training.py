@@ -203,18 +203,23 @@ def runs(model_folder, saved, tmp_path_factory):
     cases["again"] = ["--config", str(folder / "dpo" / "arguments.json"), "--save_path", str(folder / "again")]
     adapter = write(folder, "adapter", runs.rows, runs.policy, runs.embeddings)
     lora = ["--policy", str(folder / "lora"), "--any_policy", "--lora_rank", "2"]
-    cases["adapter"] = runs.flags("adapter_continued", [*STEP, *lora], adapter)
+    cases["adapter"] = runs.flags("adapter", [*STEP, *lora], adapter)
     refused = refusals(runs, saved, folder)
     cases |= {name: runs.flags(name.replace(" ", "_"), flags, data) for name, (flags, data, _) in refused.items()}
-    cases["altered"] = [*runs.flags("altered", LONG), "--load_checkpoint"]
     (folder / "held").mkdir()
     options = {"script": "train_policy_general_preference", "stops": {"stopped": str(folder / "stopped/metrics.jsonl")}}
     with lock_folder(folder / "held", "save_path") or contextlib.nullcontext():
-        first = {name: flags for name, flags in cases.items() if name != "altered"}
-        runs.results |= run_cases(base, first, folder, **options)
+        runs.results |= run_cases(base, cases, folder, **options)
     halves = {f"{name}_2": ["--zero_stage", stage] for name, stage in (("zero2", "2"), ("zero3", "3"), ("zero0", "0"))}
     half = ["--micro_train_batch_size", "4", "--loss", "regression"]
     cases = {name: runs.flags(name, [*half, *flags]) for name, flags in halves.items()}
+    shutil.copytree(folder / "stopped", folder / "altered")  # its checkpoints, with one log-probability changed
+    file = folder / "altered" / "anchors" / "train_t.jsonl"
+    first, *others = file.read_text().splitlines(keepends=True)
+    row = json.loads(first)
+    row["log_probs"][0] += 0.5
+    file.write_text(json.dumps(row) + "\n" + "".join(others))
+    cases["altered"] = [*runs.flags("altered", LONG), "--micro_train_batch_size", "1", "--load_checkpoint"]
     runs.results |= run_cases(base, cases, folder, processes=2, **options)
     runs.refused = refused
     return runs
@@ -243,3 +248,207 @@ def test_one_step_however_it_is_divided(runs, name):
     assert max((whole[key] - before[key]).abs().max() for key in whole) > 5e-5
     for key in whole:
         torch.testing.assert_close(found[key], whole[key], rtol=0, atol=1e-6, msg=key)
+
+
+def test_a_saved_policy_is_a_plain_language_model(runs):
+    batch = torch.tensor([runs.rows[0]["prompt_ids"]])
+    for name in ("whole", "lora", "adapter"):
+        code, said = runs.results[name]
+        assert code == 0, said
+    with torch.no_grad():
+        own = get_policy(str(runs.folder / "whole"), bf16=False).eval()
+        plain = AutoModelForCausalLM.from_pretrained(runs.folder / "whole").eval()
+        torch.testing.assert_close(own.language_model(batch).logits, plain(batch).logits, rtol=0, atol=0)
+        start = AutoModelForCausalLM.from_pretrained(runs.policy).eval()
+        before = start(batch).logits
+        merged = PeftModel.from_pretrained(start, str(runs.folder / "lora")).eval()(batch).logits
+        own = get_policy(str(runs.folder / "lora"), bf16=False).eval().backbone(batch).logits
+    torch.testing.assert_close(own, merged, rtol=0, atol=0)
+    assert not torch.equal(merged, before)
+    for name in ("whole", "lora"):
+        folder = runs.folder / name
+        assert "preference" not in json.loads((folder / "config.json").read_text())
+        assert not any("head" in file.name for file in folder.glob("*.safetensors"))
+        assert "Aligned policy" in (folder / "README.md").read_text()
+
+
+def test_an_adapter_goes_on_from_where_it_was(runs):
+    (row,) = runs.metrics("adapter")
+    assert abs(row["train/kl"]) < 1e-5
+    start, end = (
+        get_policy(str(runs.folder / name), bf16=False).eval().backbone.state_dict() for name in ("lora", "adapter")
+    )
+    assert start.keys() == end.keys()
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert changed and all("lora_" in name for name in changed)
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_bit(runs):
+    code, said = runs.results["stopped"]
+    assert code == 143 and "load_checkpoint continues" in said
+    code, said = runs.results["continued"]
+    assert code == 0 and "continuing from" in said
+
+    def rows(name):
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in runs.metrics(name)]
+
+    whole, stopped = rows("uninterrupted"), {row["step"]: row for row in rows("stopped")}
+    assert [row["step"] for row in whole] == list(range(1, 9))
+    assert [stopped[step] for step in range(1, 9)] == whole
+    weights = [(runs.folder / name / "model.safetensors").read_bytes() for name in ("uninterrupted", "stopped")]
+    assert weights[0] == weights[1]
+    assert abs(whole[0]["train/kl"]) < 1e-5 and whole[-1]["train/log_ratio_sd"] > 1e-3
+
+
+def test_anchors_of_a_continued_run_are_those_on_disk(runs):
+    """Computed again they would be as they were, and nobody would see that one was altered."""
+    code, said = runs.results["altered"]
+    assert code == 2 and "was made with data_checksum = " in said
+    model = get_policy(runs.policy, bf16=False).eval()
+    rows = list(map(json.loads, (runs.folder / "stopped" / "anchors" / "train_t.jsonl").read_text().splitlines()))
+    with torch.no_grad():
+        expected = policy_log_probs(model, runs.rows)
+    found = torch.tensor([value for row in rows for value in row["log_probs"]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert [row["tokens"] for row in rows] == [list(map(len, row["response_ids"])) for row in runs.rows]
+
+
+def test_pairs_are_the_best_and_the_worst_and_ties_are_left_out(runs):
+    (row,) = runs.metrics("pair")
+    assert "train: 1 of 8 prompts are left out, whose responses all tie" in runs.results["pair"][1]
+    squares = [torch.stack([t.max(), t.min()]).square().mean() for n, t in enumerate(runs.targets()) if n != 3]
+    assert row["train/loss"] == pytest.approx(torch.stack(squares).mean().item(), rel=1e-4)
+    assert row["train/tied"] == 0 and row["train/target_mean"] != 0
+
+
+def test_dpo_starts_at_log_2_and_prefers_the_best(runs):
+    (row,) = runs.metrics("dpo")
+    assert row["train/loss"] == pytest.approx(math.log(2), rel=1e-6) and row["train/target_mean"] == 0.5
+    arguments = json.loads((runs.folder / "dpo" / "arguments.json").read_text())
+    assert (arguments["beta"], arguments["anchors"], arguments["loss"]) == (0.3, "ref=1", "logistic")
+    assert "beta acts as a learning rate" not in runs.results["dpo"][1], "labels are no targets of log-ratios"
+    best, worst = [], []
+    model = AutoModelForCausalLM.from_pretrained(runs.folder / "dpo").eval()
+    start = AutoModelForCausalLM.from_pretrained(runs.policy).eval()
+    for number, (row, target) in enumerate(zip(runs.rows, runs.targets(), strict=True)):
+        if number != 3:
+            with torch.no_grad():
+                moved = plain_log_probs(model, row) - plain_log_probs(start, row)
+            best.append(moved[target.argmax()])
+            worst.append(moved[target.argmin()])
+    assert sum(best) > sum(worst)
+
+
+def test_the_likelihood_of_the_best_needs_no_anchors(runs):
+    (row,) = runs.metrics("likelihood")
+    model, found = get_policy(runs.policy, bf16=False).eval(), []
+    for number, (sample, target) in enumerate(zip(runs.rows, runs.targets(), strict=True)):
+        if number != 3:
+            best = int(target.argmax())
+            with torch.no_grad():
+                found.append(-policy_log_probs(model, [sample])[best] / len(sample["response_ids"][best]))
+    assert row["train/loss"] == pytest.approx(torch.stack(found).mean().item(), rel=1e-5)
+    assert not list((runs.folder / "likelihood" / "anchors").glob("*.jsonl"))
+
+
+def test_two_anchors_are_weighed(runs):
+    (row,) = runs.metrics("reference")
+    policy, other = (get_policy(path, bf16=False).eval() for path in (runs.policy, runs.other))
+    with torch.no_grad():
+        ratio = policy_log_probs(policy, runs.rows) - policy_log_probs(other, runs.rows)
+    assert row["train/kl"] == pytest.approx(-ratio.mean().item() / 3, rel=1e-3)
+
+
+def test_several_files_and_a_held_out_set(runs):
+    (row,) = runs.metrics("several")
+    assert row["train/tied"] == 1 / 12
+    report = json.loads((runs.folder / "several" / "train_report.json").read_text())
+    assert report["held_out"]["n"] == sum(len(one["responses"]) for one in random_samples(4, seed=5))
+    assert (runs.folder / "several" / "anchors" / "held_out_t.jsonl").is_file()
+    assert runs.metrics("any policy")
+
+
+def test_a_beta_without_effect_is_said(runs):
+    assert runs.metrics("small_beta") and "beta acts as a learning rate" in runs.results["small_beta"][1]
+
+
+def test_saved_arguments_give_the_run_again(runs):
+    assert runs.results["again"][0] == 0, runs.results["again"][1]
+    files = [(runs.folder / name / "model.safetensors").read_bytes() for name in ("dpo", "again")]
+    assert files[0] == files[1]
+
+
+def test_what_does_not_go_together_is_one_line(runs):
+    for name, (_, _, message) in runs.refused.items():
+        code, said = runs.results[name]
+        assert code == 2 and "Traceback" not in said, (name, said)
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and message in errors[0], (name, errors)
+
+
+FILES = ["--policy", "p", "--samples", "a.jsonl", "--scores", "b.jsonl"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_set_what_no_flag_sets(recipe):
+    arguments = parse_policy_arguments([*FILES, "--recipe", recipe])
+    arguments.check()
+    flat = arguments.to_dict()
+    assert {name: flat[name] for name in RECIPES[recipe]} == RECIPES[recipe]
+    arguments = parse_policy_arguments([*FILES, "--learning_rate", "3e-4", "--recipe", recipe])
+    assert arguments.optimizer.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--samples", "a", "b"], "--samples has 2 files, --scores 1"),
+        (["--eval_samples", "a"], "--eval_samples and --eval_scores go together"),
+        (["--beta", "0"], "--beta 0.0 must be above 0"),
+        (["--clip", "-1"], "--clip -1.0 must be above 0"),
+        (["--length_normalization", "-1"], "--length_normalization -1.0 must be at least 0"),
+        (["--iteration", "0"], "--iteration 0 must be at least 1"),
+        (["--loss", "logistic"], "--loss logistic takes --target hard or win_rate, not score"),
+        (["--loss", "surrogate", "--target", "dynamic"], "--loss surrogate takes --target planes or"),
+        (["--target", "win_rate"], "--target win_rate labels pairs for --loss logistic, not centered"),
+        (["--target", "planes"], "--target planes is an advantage for --loss surrogate, not centered"),
+        (["--recipe", "dpo", "--target", "win_rate", "--clamp_target", "1"], "--clamp_target would distort"),
+        (["--recipe", "dpo", "--select", "all"], "--loss logistic compares pairs: use --select pair, not all"),
+        (["--select", "best"], "--select best leaves nothing to compare with"),
+        (["--anchors", "t"], "--anchors t: expected t=1, ref=1 or both with weights"),
+        (["--anchors", "t=nan"], "--anchors t=nan: the weights of t and ref must be positive and sum to 1"),
+        (["--anchors", "t=0.5"], "must be positive and sum to 1"),
+        (["--anchors", "t=2,ref=-1"], "must be positive and sum to 1"),
+        (["--anchors", "x=1"], "must be positive and sum to 1"),
+        (["--anchors", "t=0.5,t=1"], "--anchors t=0.5,t=1: t is given twice"),
+        (["--reference", "r"], "--reference is read where --anchors has ref"),
+        (["--plan", "8"], "--plan is of the training of reward models"),
+        (["--save_best_model", "1"], "add --eval_samples and --eval_scores"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags, message):
+    with pytest.raises(InputError) as error:
+        parse_policy_arguments([*FILES, *flags]).check()
+    assert message in str(error.value)
+
+
+def test_a_policy_and_samples_must_be_named():
+    for flags, message in ((FILES[2:], "--policy names no model"), (FILES[:2], "--samples names no file")):
+        with pytest.raises(InputError, match=message):
+            parse_policy_arguments(flags).check()
+
+
+def test_rounded_weights_of_anchors_sum_to_1():
+    weights = parse_policy_arguments([*FILES, "--anchors", "ref=0.333,t=0.6665"]).loss.weights()
+    assert sum(weights.values()) == pytest.approx(1, abs=1e-12) and weights["ref"] < 0.334
+
+
+def test_the_label_of_a_pair_follows_mean_scores_where_the_two_alone_would_turn_it():
+    from general_preference.alignment.training import select_and_target
+
+    angles = torch.tensor([0.0, 2.6, 2.7, -1.5])  # the first beats two others
+    embeddings = torch.stack([angles.cos(), angles.sin()], dim=1).tolist()
+    row = random_samples(3)[2] | {"embeddings": embeddings, "gate": None}
+    arguments = parse_policy_arguments([*FILES, "--recipe", "dpo"]).loss
+    (found,) = select_and_target([row], arguments, TAU)
+    assert found["target"] == [1.0, 0.0]

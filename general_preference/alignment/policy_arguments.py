@@ -38,6 +38,11 @@ class PolicyArguments(BackboneArguments):
     reference: str | None = flag(None, "reference policy of an anchor 'ref'; default --policy")
     # fmt: on
 
+    @property
+    def paths(self) -> list[str | None]:
+        """Models that are read."""
+        return [self.pretrain, self.reference]
+
 
 @dataclass
 class SampleArguments:
@@ -119,19 +124,23 @@ class PolicyLossArguments:
         self.weights()
 
     def weights(self) -> dict[str, float]:
-        """{"t" or "ref": weight} of the anchors, none for the likelihood. InputError for what is not read so."""
+        """{"t" or "ref": weight} of the anchors, none for the likelihood; rounded ones made to sum to 1, since
+        log-probabilities are in the hundreds. InputError for what is not read so."""
         if self.loss == "likelihood":
             return {}
         found = {}
         for part in self.anchors.split(","):
             name, _, number = part.partition("=")
+            if name in found:
+                raise InputError(f"--anchors {self.anchors}: {name} is given twice")
             try:
                 found[name] = float(number)
             except ValueError as error:
                 raise InputError(f"--anchors {self.anchors}: expected t=1, ref=1 or both with weights") from error
-        if not found.keys() <= {"t", "ref"} or abs(sum(found.values()) - 1) > 1e-3 or min(found.values()) < 0:
+        total = sum(found.values())
+        if not found.keys() <= {"t", "ref"} or not abs(total - 1) <= 1e-3 or min(found.values()) < 0:
             raise InputError(f"--anchors {self.anchors}: the weights of t and ref must be positive and sum to 1")
-        return {name: weight for name, weight in found.items() if weight}
+        return {name: weight / total for name, weight in found.items() if weight}
 
 
 @dataclass
