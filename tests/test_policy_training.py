@@ -5,26 +5,32 @@ Starting costs many seconds, so two starts (one process, two processes) of scrip
 
 import contextlib
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from general_preference.alignment.policy_arguments import RECIPES, parse_policy_arguments
 from general_preference.alignment.samples import samples_checksum
 from general_preference.alignment.targets import policy_target
+from general_preference.alignment.training import select_and_target
 from general_preference.datasets.packing import SampleCollator
+from general_preference.errors import InputError
 from general_preference.files import lock_folder
 from general_preference.models.attention import RowLayout
 from general_preference.models.config import weights_digest
 from general_preference.models.policy import get_policy
-from general_preference.trainer.metrics import read_metrics
+from general_preference.trainer.metrics import MEASURED, read_metrics
 from tests.conftest import FAMILIES
 from tests.test_training import run_cases
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-TAU, BETA, LAYOUTS = 0.5, 2.0, (RowLayout(packed=True), RowLayout(), RowLayout(shared=False))
+TAU, BETA = 0.5, 2.0
 
 
 def random_samples(count: int, seed: int = 0, least: int = 2, stop: int = 5) -> list[dict]:
@@ -444,8 +450,6 @@ def test_rounded_weights_of_anchors_sum_to_1():
 
 
 def test_the_label_of_a_pair_follows_mean_scores_where_the_two_alone_would_turn_it():
-    from general_preference.alignment.training import select_and_target
-
     angles = torch.tensor([0.0, 2.6, 2.7, -1.5])  # the first beats two others
     embeddings = torch.stack([angles.cos(), angles.sin()], dim=1).tolist()
     row = random_samples(3)[2] | {"embeddings": embeddings, "gate": None}
