@@ -24,6 +24,7 @@ if __name__ == "__main__":
     restart_with_cpu_settings()
 
 from general_preference.alignment.policy_arguments import GAPS, RECIPES, PolicyRunArguments, parse_policy_arguments
+from general_preference.alignment.samples import scores_checksum
 from general_preference.cli import exit_code, format_table, quiet_other_libraries
 from general_preference.datasets.tokenization import load_tokenizer
 from general_preference.errors import InputError
@@ -66,17 +67,19 @@ def run(arguments: PolicyRunArguments, engine) -> None:
     first(lambda: check_policy(policy, arguments.model.trust_remote_code))
     sets = {"train": (data.samples, data.scores)}
     sets |= {"held_out": ([data.eval_samples], [data.eval_scores])} if data.evaluates else {}
-    model, tables, judges = load(arguments, policy, engine.config()), {}, []
+    model, tables, judges, fixed = load(arguments, policy, engine.config()), {}, [], {}
     for name, (samples, scores) in sets.items():
         rows, settings = first(functools.partial(training.read_scored, samples, scores))
         if not data.any_policy:
             first(functools.partial(training.check_sampler, samples, policy))
         first(functools.partial(training.check_sizes, rows, model, compared=arguments.loss.loss != "likelihood"))
         judges += settings
+        if name == "train":
+            fixed = {"scores_checksum": scores_checksum(rows), "tau": settings[0]["tau"]}
         tables[name] = make_table(arguments, engine, name, rows, settings[0])
     model.facts = {"loss": arguments.loss.loss, "target": arguments.loss.target, "judge": Path(_judge(judges[0])).name}
     tokenizer = first(lambda: load_tokenizer(policy, trust_remote_code=arguments.model.trust_remote_code))
-    fixed = {"preference_model": judges[0].get("model_files")}
+    fixed |= {"preference_model": judges[0].get("model_files")}
     objective = PolicyObjective(arguments.loss, model, engine.device, fixed)
     arguments.check_routing(objective.aux_loss_coef)
     train_table = tables.pop("train")

@@ -119,7 +119,7 @@ STEPS = {
     "dpo": ["--recipe", "dpo", "--micro_train_batch_size", "8", "--beta", "0.3"],
     "likelihood": ["--recipe", "best_of_n", "--micro_train_batch_size", "8"],
     "reference": [*STEP, "--anchors", "ref=0.3333,t=0.6667", "--reference", "{other}"],
-    "small_beta": [*STEP, "--beta", "0.001"],
+    "small_beta": [*STEP, "--beta", "0.001", "--max_epochs", "3"],
 }
 LONG = ["--micro_train_batch_size", "2", "--accumulated_gradient", "2", "--max_epochs", "4", "--save_steps", "2"]
 LONG += ["--lora_dropout", "0.0"]
@@ -142,9 +142,9 @@ class Runs:
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return AutoModelForCausalLM.from_pretrained(self.folder / name).state_dict()
 
-    def metrics(self, name: str) -> list[dict]:
-        code, said = self.results[name]
-        assert code == 0, said
+    def metrics(self, name: str, code: int = 0) -> list[dict]:
+        found, said = self.results[name]
+        assert found == code, said
         return [row for row in read_metrics(self.folder / name / "metrics.jsonl") if "train/loss" in row]
 
     def targets(self, **options) -> list[torch.Tensor]:
@@ -202,11 +202,18 @@ def runs(model_folder, saved, tmp_path_factory):
     data = ["--samples", runs.data[1], two[1], "--scores", runs.data[3], two[3]]
     data += ["--eval_samples", two[1], "--eval_scores", two[3]]
     cases["several"] = runs.flags("several", ["--micro_train_batch_size", "12"], data)
-    cases["any policy"] = runs.flags("any", [*STEP, "--policy", runs.other, "--any_policy"])
+    cases["any policy"] = runs.flags("any policy", [*STEP, "--policy", runs.other, "--any_policy"])
     cases["uninterrupted"] = runs.flags("uninterrupted", LONG)
     cases["stopped"] = runs.flags("stopped", LONG)
     cases["continued"] = [*runs.flags("stopped", LONG), "--load_checkpoint"]
-    cases["again"] = ["--config", str(folder / "dpo" / "arguments.json"), "--save_path", str(folder / "again")]
+    cases["again"] = [
+        "--config",
+        str(folder / "dpo" / "arguments.json"),
+        "--save_path",
+        str(folder / "again"),
+        "--beta",
+        "0.3",
+    ]
     adapter = write(folder, "adapter", runs.rows, runs.policy, runs.embeddings)
     lora = ["--policy", str(folder / "lora"), "--any_policy", "--lora_rank", "2"]
     cases["adapter"] = runs.flags("adapter", [*STEP, *lora], adapter)
@@ -219,14 +226,18 @@ def runs(model_folder, saved, tmp_path_factory):
     halves = {f"{name}_2": ["--zero_stage", stage] for name, stage in (("zero2", "2"), ("zero3", "3"), ("zero0", "0"))}
     half = ["--micro_train_batch_size", "4", "--loss", "regression"]
     cases = {name: runs.flags(name, [*half, *flags]) for name, flags in halves.items()}
-    shutil.copytree(folder / "stopped", folder / "altered")  # its checkpoints, with one log-probability changed
+    runs.results |= run_cases(base, cases, folder, processes=2, **options)
+    for name in ("altered", "rescored"):
+        shutil.copytree(folder / "stopped", folder / name)
     file = folder / "altered" / "anchors" / "train_t.jsonl"
     first, *others = file.read_text().splitlines(keepends=True)
     row = json.loads(first)
     row["log_probs"][0] += 0.5
     file.write_text(json.dumps(row) + "\n" + "".join(others))
-    cases["altered"] = [*runs.flags("altered", LONG), "--micro_train_batch_size", "1", "--load_checkpoint"]
-    runs.results |= run_cases(base, cases, folder, processes=2, **options)
+    rescored = write(folder, "rescored", runs.rows, runs.policy)
+    cases = {"altered": runs.flags("altered", [*LONG, "--load_checkpoint"])}
+    cases["rescored"] = runs.flags("rescored", [*LONG, "--load_checkpoint"], rescored)
+    runs.results |= run_cases(base, cases, folder, **options)
     runs.refused = refused
     return runs
 
@@ -295,12 +306,12 @@ def test_a_run_that_is_stopped_goes_on_to_the_bit(runs):
     code, said = runs.results["continued"]
     assert code == 0 and "continuing from" in said
 
-    def rows(name):
-        return [{k: v for k, v in row.items() if k not in MEASURED} for row in runs.metrics(name)]
+    def rows(name, code=0):
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in runs.metrics(name, code)]
 
-    whole, stopped = rows("uninterrupted"), {row["step"]: row for row in rows("stopped")}
+    whole = rows("uninterrupted")
     assert [row["step"] for row in whole] == list(range(1, 9))
-    assert [stopped[step] for step in range(1, 9)] == whole
+    assert rows("stopped", 143) == whole
     weights = [(runs.folder / name / "model.safetensors").read_bytes() for name in ("uninterrupted", "stopped")]
     assert weights[0] == weights[1]
     assert abs(whole[0]["train/kl"]) < 1e-5 and whole[-1]["train/log_ratio_sd"] > 1e-3
@@ -310,6 +321,8 @@ def test_anchors_of_a_continued_run_are_those_on_disk(runs):
     """Computed again they would be as they were, and nobody would see that one was altered."""
     code, said = runs.results["altered"]
     assert code == 2 and "was made with data_checksum = " in said
+    code, said = runs.results["rescored"]
+    assert code == 2 and "was made with scores_checksum = " in said
     model = get_policy(runs.policy, bf16=False).eval()
     rows = list(map(json.loads, (runs.folder / "stopped" / "anchors" / "train_t.jsonl").read_text().splitlines()))
     with torch.no_grad():
