@@ -24,6 +24,7 @@ if __name__ == "__main__":
     restart_with_cpu_settings()
 
 from general_preference.alignment.policy_arguments import GAPS, RECIPES, PolicyRunArguments, parse_policy_arguments
+from general_preference.alignment.samples import scores_checksum
 from general_preference.cli import exit_code, format_table, quiet_other_libraries
 from general_preference.datasets.tokenization import load_tokenizer
 from general_preference.errors import InputError
@@ -67,16 +68,18 @@ def run(arguments: PolicyRunArguments, engine) -> None:
     sets = {"train": (data.samples, data.scores)}
     if data.evaluates:
         sets["held_out"] = [data.eval_samples], [data.eval_scores] if data.eval_scores else []
-    model, tables = load(arguments, policy, engine.config()), {}
+    model, tables, fixed = load(arguments, policy, engine.config()), {}, {}
     for name, (samples, scores) in sets.items():
         rows, settings = first(functools.partial(training.read_scored, samples, scores))
         if not data.any_policy:
             first(functools.partial(training.check_sampler, samples, policy))
         first(functools.partial(training.check_sizes, rows, model, compared=arguments.loss.loss != "likelihood"))
         tables[name] = make_table(arguments, engine, name, rows, settings.get("tau"))
+        if name == "train" and settings:
+            fixed = {"scores_checksum": scores_checksum(rows), "tau": settings["tau"]}
     model.facts = {"loss": arguments.loss.loss, "target": arguments.loss.target, "judge": Path(_judge(settings)).name}
     tokenizer = first(lambda: load_tokenizer(policy, trust_remote_code=arguments.model.trust_remote_code))
-    fixed = {"preference_model": settings.get("model_files")}
+    fixed |= {"preference_model": settings.get("model_files")}
     objective = PolicyObjective(arguments.loss, model, engine.device, fixed)
     arguments.check_routing(objective.aux_loss_coef)
     train_table = tables.pop("train")
@@ -92,7 +95,7 @@ def run(arguments: PolicyRunArguments, engine) -> None:
         arguments.save(folder, world_size=context.world_size, steps=trainer.steps, versions=versions)
     results = trainer.fit()
     if context.is_main:
-        finish(folder, results)
+        finish(folder, results, pulled=arguments.loss.loss in ("centered", "regression"))
 
 
 def load(arguments: PolicyRunArguments, path: str, deepspeed_config: dict | None = None):
@@ -127,8 +130,9 @@ def make_table(arguments: PolicyRunArguments, engine, name: str, rows: list[dict
     return training.policy_table(targeted, anchors, asked.weights())
 
 
-def finish(folder: Path, results: dict[str, dict]) -> None:
-    """Print the end of the run, write train_report.json, and say if beta had no effect."""
+def finish(folder: Path, results: dict[str, dict], pulled: bool) -> None:
+    """Print the end of the run, write train_report.json, and say if beta had no effect, where log-ratios are `pulled`
+    to targets."""
     from general_preference.trainer.metrics import METRICS_FILE, read_metrics
 
     rows = [row for row in read_metrics(folder / METRICS_FILE) if "train/kl" in row]
@@ -138,7 +142,7 @@ def finish(folder: Path, results: dict[str, dict]) -> None:
     report = {name: last[name] for name in names}
     replace_text(folder / "train_report.json", json.dumps(report | {"held_out": results.get("held_out")}, indent=2))
     print(f"\n{format_table({'train': report} | results, columns=None)}\n\nPolicy, metrics and pictures: {folder}")
-    if 0 < report["regime"] < _REGIME:
+    if pulled and 0 < report["regime"] < _REGIME:
         logger.warning(
             "mean |log-ratio| is %.3g of mean |target|: the loss is far from its minimum, so that beta acts as a "
             "learning rate (raise beta, or train longer, for it to regularize)", report["regime"],

@@ -41,10 +41,13 @@ def launch(processes: int, *command: str, **extra) -> subprocess.CompletedProces
     )
 
 
-def run_cases(base: list[str], cases: dict[str, list[str]], folder: Path) -> dict[str, tuple[int, str]]:
-    """{name: (exit code, terminal)} of the training script with `base` and each case's flags, in one process."""
-    (folder / "job.json").write_text(json.dumps({"base": base, "cases": cases}))
-    done = launch(1, str(ROOT / "tests" / "script_worker.py"), str(folder / "job.json"))
+def run_cases(
+    base: list[str], cases: dict[str, list[str]], folder: Path, processes: int = 1, **more
+) -> dict[str, tuple[int, str]]:
+    """{name: (exit code, terminal)} of a training script with `base` and each case's flags, started once; `more` of
+    the job of script_worker.py."""
+    (folder / "job.json").write_text(json.dumps({"base": base, "cases": cases, **more}))
+    done = launch(processes, str(ROOT / "tests" / "script_worker.py"), str(folder / "job.json"))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -29,7 +29,7 @@ class PolicyObjective:
     """`policy_loss` of samples; see `objectives.Objective`."""
 
     def __init__(self, arguments: PolicyLossArguments, model: PolicyModel, device: torch.device, identity: dict):
-        """identity: more that a continued run must share, such as the checksums of samples and scores."""
+        """identity: more that a continued run must share, such as the checksum of scores."""
         self.arguments, self._identity = arguments, identity
         self.aux_loss_coef = balance_coefficient(model.language_model, arguments.aux_loss_coef)
         self.layout = model.train().layout_on(device)  # the engine will move the model there
@@ -97,7 +97,7 @@ class PolicyObjective:
         }
 
     def identity(self) -> tuple[dict, dict]:
-        """The samples and their targets must stay (they are in the table); the loss may change."""
+        """Samples and anchors must stay (they are in the table), and scores; the loss and its targets may change."""
         return dict(self._identity), vars(self.arguments) | {"aux_loss_coef": self.aux_loss_coef}
 
     def draw(self, folder: Path) -> None:

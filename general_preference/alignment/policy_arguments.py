@@ -38,6 +38,11 @@ class PolicyArguments(BackboneArguments):
     reference: str | None = flag(None, "reference policy of an anchor 'ref'; default --policy")
     # fmt: on
 
+    @property
+    def paths(self) -> list[str | None]:
+        """Models that are read."""
+        return [self.pretrain, self.reference]
+
 
 @dataclass
 class SampleArguments:
@@ -62,7 +67,7 @@ class SampleArguments:
             found = f"--samples has {len(self.samples)} files, --scores {len(self.scores)}"
             raise InputError(f"{found}: give one of each, in the same order")
         if self.eval_scores is not None and self.eval_samples is None:
-            raise InputError("--eval_scores goes with --eval_samples: give both")
+            raise InputError("--eval_samples and --eval_scores go together: give both")
 
     @property
     def evaluates(self) -> bool:
@@ -124,19 +129,23 @@ class PolicyLossArguments:
         return self.loss == "likelihood" and self.select == "all"
 
     def weights(self) -> dict[str, float]:
-        """{"t" or "ref": weight} of the anchors, none for the likelihood. InputError for what is not read so."""
+        """{"t" or "ref": weight} of the anchors, none for the likelihood; rounded ones made to sum to 1, since
+        log-probabilities are in the hundreds. InputError for what is not read so."""
         if self.loss == "likelihood":
             return {}
         found = {}
         for part in self.anchors.split(","):
             name, _, number = part.partition("=")
+            if name in found:
+                raise InputError(f"--anchors {self.anchors}: {name} is given twice")
             try:
                 found[name] = float(number)
             except ValueError as error:
                 raise InputError(f"--anchors {self.anchors}: expected t=1, ref=1 or both with weights") from error
-        if not found.keys() <= {"t", "ref"} or abs(sum(found.values()) - 1) > 1e-3 or min(found.values()) < 0:
+        total = sum(found.values())
+        if not found.keys() <= {"t", "ref"} or not abs(total - 1) <= 1e-3 or min(found.values()) < 0:
             raise InputError(f"--anchors {self.anchors}: the weights of t and ref must be positive and sum to 1")
-        return {name: weight for name, weight in found.items() if weight}
+        return {name: weight / total for name, weight in found.items() if weight}
 
 
 @dataclass
@@ -170,9 +179,11 @@ class PolicyRunArguments(RunArguments):
             raise InputError("--policy names no model: give the policy that wrote the samples")
         if self.model.reference is not None and "ref" not in self.loss.weights():
             raise InputError("--reference is read where --anchors has ref: add it, or drop the reference")
-        if not self.loss.fine_tunes and not (self.data.scores and (self.data.eval_scores or not self.data.evaluates)):
-            raise InputError("--scores is missing: only --loss likelihood with --select all does without")
         super().check()
+        if not self.loss.fine_tunes and not self.data.scores:
+            raise InputError("--scores is missing: only --loss likelihood with --select all does without")
+        if not self.loss.fine_tunes and self.data.evaluates and self.data.eval_scores is None:
+            raise InputError("--eval_samples and --eval_scores go together: give both")
 
 
 def parse_policy_arguments(argv: list[str] | None = None) -> PolicyRunArguments:

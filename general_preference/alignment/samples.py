@@ -73,6 +73,14 @@ def samples_checksum(samples: list[dict]) -> str:
     return digest.hexdigest()
 
 
+def scores_checksum(rows: list[dict]) -> str:
+    """XXH3 of the embeddings and gates of rows, in their order."""
+    digest = xxhash.xxh3_128()
+    for row in rows:
+        digest.update(json.dumps([row["embeddings"], row["gate"]]).encode())
+    return digest.hexdigest()
+
+
 def join(samples: list[dict], scores: tuple[list[dict], dict]) -> list[dict]:
     """Each row of `read_samples` with the `embeddings` and `gate` that `read_scores` has for it, in the samples' order.
 

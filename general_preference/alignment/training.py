@@ -85,11 +85,11 @@ def select_and_target(rows: list[dict], arguments: PolicyLossArguments, temperat
         try:
             if arguments.loss == "likelihood":
                 target = torch.zeros(len(row["response_ids"]))
-            elif arguments.loss == "logistic":  # labels of the pair, in its order
-                hard = arguments.target == "hard"
-                pair = policy_target(embeddings[kept], gate, temperature, **options)
+            elif arguments.loss == "logistic":  # of the pair: among two responses alone a cycle could turn their order
                 target = torch.zeros(len(embeddings))
-                target[kept] = (pair.sign() + 1) / 2 if hard else pair
+                hard = arguments.target == "hard"
+                pair = [1.0, 0.0] if hard else policy_target(embeddings[kept], gate, temperature, **options).tolist()
+                target[kept] = torch.tensor(pair)
             else:
                 target = policy_target(embeddings, gate, temperature, **options)
         except ValueError as error:
@@ -144,7 +144,8 @@ class AnchorStore:
             model_of: loads the `PolicyModel` at `path`, if it is needed. rows: of samples.
 
         Raises:
-            NonFiniteError: on every process; a log-probability is not finite.
+            InputError: on every process; the model cannot read the samples.
+            NonFiniteError: a log-probability is not finite.
         """
         digest = context.broadcast(weights_digest(path) if context.is_main else None)
         settings = {ASKED: {"policy": path}, "policy_digest": digest}
@@ -154,7 +155,9 @@ class AnchorStore:
             finished = context.broadcast(store.finished() if context.is_main else None)
             wanted = [index for index in range(len(rows)) if index not in finished]
             if wanted:
-                self._compute(model_of(), rows, wanted[context.rank :: context.world_size], context, device)
+                model = model_of()
+                check_sizes(rows, model, compared=False)
+                self._compute(model, rows, wanted[context.rank :: context.world_size], context, device)
             context.barrier()
             if context.is_main:
                 store.merge()

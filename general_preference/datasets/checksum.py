@@ -2,7 +2,7 @@
 
 import xxhash
 
-LEARNED = ("prompt_ids", "response_ids", "first", "second", "label", "margin", "group")
+LEARNED = ("prompt_ids", "response_ids", "first", "second", "label", "margin", "group", "anchor")
 ROWS = 2000  # read at a time
 
 

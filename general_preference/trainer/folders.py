@@ -33,10 +33,11 @@ def check_folders(arguments: RunArguments) -> None:
         InputError: an output folder is, contains or lies in what the run reads, or holds files that no run wrote.
     """
     read = [place for place in (arguments.engine.deepspeed_config,) if place]
-    for place in base_chain(arguments.model.pretrain):
-        read.append(place)
-        if not os.path.isdir(place):
-            break
+    for model in filter(None, arguments.model.paths):
+        for place in base_chain(model):
+            read.append(place)
+            if not os.path.isdir(place):
+                break
     folder, checkpoints = Path(arguments.output.save_path), arguments.output.checkpoint_folder
     inner = {folder / name: "save_path" for name in ("best", OWN_BASE)}  # which may be links
     check_outputs(output_folders(arguments) | inner, read, arguments.data.sources)

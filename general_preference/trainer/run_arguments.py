@@ -28,6 +28,11 @@ class BackboneArguments:
     target_modules: list[str] | None = field(default_factory=lambda: ["all-linear"], metadata={"help": "modules that get adapters: names, or all-linear"})
     # fmt: on
 
+    @property
+    def paths(self) -> list[str | None]:
+        """Models that are read."""
+        return [self.pretrain]
+
     def check(self, engine: "EngineArguments") -> None:
         """InputError for values that cannot be used together."""
         if self.flash_attn and self.attn_implementation not in ("auto", "flash_attention_2"):
