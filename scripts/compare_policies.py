@@ -8,7 +8,7 @@ Each policy has answered the same held-out prompts, K >= 2 times each. Writes OU
 
     prompts, start, previous, current, resamples, seed
     policies  {name: {file, settings, length_mean (tokens), unfinished_share, duplicate_share}}
-    kl        of the current policy, as --train_report states it, or null
+    kl        of the current policy from the previous one, as --train_report states it, or null
     model     {path, head, temperature, and what `alignment.report.preference_report` lists}
     judge     the same by --judge, or null
 
@@ -102,7 +102,7 @@ def format_report(report: dict) -> str:
             rows[name] |= {f"{key}{by}": value for key, value in found.items()}
     columns = {role: _column(view) for role, view in views.items()}
     lines = {key: {role: column[key] for role, column in columns.items()} for key in columns["model"]}
-    kl = "" if report["kl"] is None else f", KL {report['kl']:.3f}"
+    kl = "" if report["kl"] is None else f", KL {report['kl']:.3f} from {report['previous']}"
     return "\n\n".join(
         [
             f"{report['prompts']} prompts; win rates with 95 % intervals over prompts",

@@ -328,7 +328,7 @@ def test_the_script_writes_report_and_picture(tmp_path, monkeypatch, saved):
         assert found["win_rate"]["start"]["win_rate"] != 0.5
     assert [plane["name"] for plane in report["judge"]["planes"]] == ["scalar"]
     assert len(report["model"]["planes"]) == 3
-    assert "policy 2, KL 0.700" in done.stdout and "against start (judge)" in done.stdout
+    assert "policy 2, KL 0.700 from 1" in done.stdout and "against start (judge)" in done.stdout
     assert (tmp_path / "report.png").stat().st_size > 50_000
     monkeypatch.chdir(tmp_path)
     assert main(command[2:]) == 0  # it replaces its own report

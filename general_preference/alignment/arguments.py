@@ -96,7 +96,9 @@ class ComparisonReportArguments:
     model: str | None = flag(None, "trained preference model: folder or hub name")
     judge: str | None = flag(None, "a second preference model, that no policy was trained with: the same columns by it")
     output: str = flag("report.json", "file of all numbers; the picture gets its name with .png")
-    train_report: str | None = flag(None, "JSON file of the training with the KL divergence of the current policy")
+    train_report: str | None = flag(
+        None, "JSON file of the training with the KL divergence of the current policy from the previous one"
+    )
     max_length: int | None = flag(None, "tokens of prompt and one response; default what the model was trained with")
     general_preference_tau: float | None = flag(None, "temperature of published weights (0.1)", aliases=["--tau"])
     judge_tau: float | None = flag(None, "the same of the judge")

@@ -28,7 +28,8 @@ def draw_policies(report: dict, path: Path) -> bool:
     _draw_exploitability(axes[0, 2], model["exploitability"]["responses"], names)
     _draw_length(axes[1, 0], model)
     _draw_planes(axes[1, 1], model["planes"], names)
-    _draw_best_of_n(axes[1, 2], views, names[-1], report["kl"])
+    kl = report["kl"] if report["previous"] == names[0] else None  # else it is not from the start
+    _draw_best_of_n(axes[1, 2], views, names[-1], kl)
     with writing(path):
         figure.savefig(path)
     pyplot.close(figure)
