@@ -486,7 +486,7 @@ def test_rounded_weights_of_anchors_sum_to_1():
 
 
 def test_the_label_of_a_pair_follows_mean_scores_where_the_two_alone_would_turn_it():
-    angles = torch.tensor([0.0, 2.6, 2.7, -1.5])  # the first beats two others
+    angles = torch.tensor([-1.2, 1.4, 2.5, 1.1])  # by mean the first is best; the third, the worst, beats it
     embeddings = torch.stack([angles.cos(), angles.sin()], dim=1).tolist()
     row = random_samples(3)[2] | {"embeddings": embeddings, "gate": None}
     arguments = parse_policy_arguments([*FILES, "--recipe", "dpo"]).loss
