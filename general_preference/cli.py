@@ -85,7 +85,7 @@ def _config_flags(path: str, known: set[str], replaced: tuple[str, ...]) -> list
     unknown = sorted(str(key) for key in values if key not in known - {"config", "files", "help"})
     if unknown:
         raise InputError(f"config {path} has unknown keys: {', '.join(unknown)}")
-    return _as_flags({name: value for name, value in values.items() if isinstance(value, list) or name not in replaced})
+    return _as_flags({name: value for name, value in values.items() if name not in replaced})
 
 
 def _as_flags(values: dict) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from general_preference.alignment.policy_arguments import RECIPES, parse_policy_arguments
 from general_preference.alignment.samples import samples_checksum
@@ -104,6 +104,20 @@ def test_log_probs_are_those_of_a_plain_forward(model_folder, family):
     four = policy_log_probs(model, [rows[2]])
     assert len(four) == 4 and four[0] == four[2], "equal responses"
     assert not rows[2]["finished"][1] and rows[2]["response_ids"][1][-1] != 5
+
+
+@torch.no_grad()
+def test_log_probs_of_a_model_whose_prompts_are_not_shared(tmp_path):
+    """ALiBi counts positions by itself, so its responses are separate rows."""
+    torch.manual_seed(0)
+    plain = BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)).eval()
+    for weight in plain.parameters():
+        torch.nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.15)
+    plain.save_pretrained(tmp_path)
+    model, rows = get_policy(str(tmp_path), bf16=False).eval(), random_samples(5)
+    assert not model.layout_on().shared
+    expected = torch.cat([plain_log_probs(plain, row) for row in rows])
+    torch.testing.assert_close(policy_log_probs(model, rows), expected, rtol=1e-5, atol=1e-5)
 
 
 # name: flags of runs with one step over eight prompts
@@ -418,6 +432,15 @@ def test_recipes_set_what_no_flag_sets(recipe):
     assert arguments.optimizer.learning_rate == 3e-4
 
 
+def test_a_recipe_of_the_command_line_wins_over_a_file(tmp_path):
+    first = parse_policy_arguments([*FILES, "--recipe", "inpo", "--max_norm", "0.5"])
+    first.save(tmp_path)
+    again = parse_policy_arguments(["--config", str(tmp_path / "arguments.json")])
+    assert again.to_dict() == first.to_dict()
+    other = parse_policy_arguments(["--config", str(tmp_path / "arguments.json"), "--recipe", "gpo"]).to_dict()
+    assert {name: other[name] for name in RECIPES["gpo"]} == RECIPES["gpo"] and other["max_norm"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -463,7 +486,7 @@ def test_rounded_weights_of_anchors_sum_to_1():
 
 
 def test_the_label_of_a_pair_follows_mean_scores_where_the_two_alone_would_turn_it():
-    angles = torch.tensor([0.0, 2.6, 2.7, -1.5])  # the first beats two others
+    angles = torch.tensor([-1.2, 1.4, 2.5, 1.1])  # by mean the first is best; the third, the worst, beats it
     embeddings = torch.stack([angles.cos(), angles.sin()], dim=1).tolist()
     row = random_samples(3)[2] | {"embeddings": embeddings, "gate": None}
     arguments = parse_policy_arguments([*FILES, "--recipe", "dpo"]).loss

@@ -187,6 +187,10 @@ class PolicyRunArguments(RunArguments):
 
 
 def parse_policy_arguments(argv: list[str] | None = None) -> PolicyRunArguments:
-    """Read the command line; a recipe's values where no flag is given."""
+    """Read the command line; a recipe's values where no flag is given. One named there wins over a --config file."""
     text = "Train a policy on scored samples. Every flag: --help."
-    return parse_run(argv, PolicyRunArguments, text, presets=lambda flags: RECIPES.get(flags.recipe, {}))
+
+    def preset(flags) -> dict:
+        return RECIPES.get(flags.recipe, {})
+
+    return parse_run(argv, PolicyRunArguments, text, presets=preset, replaced=preset)
