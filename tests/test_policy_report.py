@@ -338,6 +338,6 @@ def test_the_script_writes_report_and_picture(tmp_path, monkeypatch, saved):
 def test_the_picture_needs_no_judge_and_no_kl(tmp_path):
     view = preference_report([random_contest(seed, policies=2, dim=1) for seed in range(3)], ["start", "now"])
     report = {"policies": {"start": {}, "now": {}}, "current": "now", "prompts": 3}
-    report |= {"model": view, "judge": None, "kl": None}
+    report |= {"model": view, "judge": None, "kl": None, "previous": "start"}
     assert draw_policies(report, tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 50_000
