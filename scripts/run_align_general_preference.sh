@@ -8,8 +8,7 @@
 #
 # Settings: POLICY, PREFERENCE, JUDGE (a second preference model, for the report alone), PROMPTS (one entry for each
 # iteration; the last is used again), EVAL_PROMPTS, ITERATIONS, SAMPLES (per prompt), TOKENS (of a response), SAVE_PATH,
-# NPROC, RESTARTS, GENERATE_PYTHON (a Python with vLLM), TRAIN_LAUNCHER (starts the training, with its flags behind it;
-# several nodes: docs/alignment.md). Flags of train_policy_general_preference.py may follow and win.
+# NPROC, RESTARTS, GENERATE_PYTHON (a Python with vLLM). Flags of train_policy_general_preference.py may follow and win.
 #
 # Every stage leaves its file complete or not at all and skips what is done: run the same command again to continue.
 set -euo pipefail
