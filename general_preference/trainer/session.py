@@ -29,7 +29,7 @@ def hold_run(arguments: RunArguments, work: Callable[[RunArguments, object], Non
     try:
         with ExitStack() as held:
             for folder, name in output_folders(arguments).items():
-                lock = functools.partial(lock_folder, folder, name)
+                lock = functools.partial(lock_folder, folder, f"--{name}")
                 held.enter_context(context.main_process_first(lock, main_only=True) or nullcontext())
             context.main_process_first(lambda: check_restarts(arguments), main_only=True)
             work(arguments, engine)
