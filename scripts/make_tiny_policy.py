@@ -16,12 +16,14 @@ from pathlib import Path
 
 from general_preference.alignment.samples import summary_path
 from general_preference.cli import exit_code
+from general_preference.datasets.readers import read_records
 from general_preference.datasets.reading import Reading
 from general_preference.datasets.records import parse_record
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
-from general_preference.errors import RunError
+from general_preference.errors import InputError, RunError
 from general_preference.files import read_object, replace_lines, replace_text
 from scripts.make_tiny_model import DATA_DIR, make_tiny_model
+from scripts.train_policy_general_preference import REPORT
 
 DATA = tuple(DATA_DIR / kind / "train.jsonl" for kind in ("mixed", "cyclic"))
 FLAGS = {"loss": "likelihood", "learning_rate": 3e-3, "max_epochs": 10, "micro_train_batch_size": 8, "zero_stage": 0}
@@ -45,7 +47,9 @@ def make_tiny_policy(output: Path, data: list[Path], seed: int) -> None:
     asked = {"seed": seed, "samples": [str(output / "imitated.jsonl")], "pretrain": str(output / "random")} | FLAGS
     policy = output / "policy"
     found = read_object(policy / "arguments.json")
-    if (policy / "config.json").is_file() and all(found.get(name) == value for name, value in asked.items()):
+    imitated = read_object(summary_path(output / "imitated.jsonl")).get("settings")
+    same = imitated == _settings(data) and all(found.get(name) == value for name, value in asked.items())
+    if (policy / REPORT).is_file() and same:
         return
     make_tiny_model(output / "random", seed=seed)
     write_samples(output / "imitated.jsonl", data, load_tokenizer(str(output / "random")))
@@ -60,9 +64,15 @@ def write_samples(path: Path, data: list[Path], tokenizer) -> None:
     """The responses of comparisons as samples of nobody's."""
     encoder, rows = ComparisonTokenizer(tokenizer), []
     for file in data:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            record = json.loads(line)
-            parsed = parse_record(record, Reading())
+        if not file.is_file():
+            raise InputError(f"--data {file} does not exist: check the path")
+        for number, (place, record) in enumerate(read_records(file), 1):
+            if isinstance(record, InputError):
+                raise record
+            try:
+                parsed = parse_record(record, Reading())
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from error
             (row,) = encoder.encode([parsed.prompt], [parsed.responses], [parsed.options])
             texts = [response[-1]["content"] for response in parsed.responses]
             rows.append({
@@ -70,7 +80,11 @@ def write_samples(path: Path, data: list[Path], tokenizer) -> None:
                 "responses": texts, "response_ids": row["response_ids"], "finished": [True] * len(texts),
             })  # fmt: skip
     replace_lines(path, map(json.dumps, rows))
-    replace_text(summary_path(path), json.dumps({"settings": {"data": [str(file) for file in data]}}))
+    replace_text(summary_path(path), json.dumps({"settings": _settings(data)}))
+
+
+def _settings(data: list[Path]) -> dict:
+    return {"data": [str(file) for file in data]}
 
 
 if __name__ == "__main__":

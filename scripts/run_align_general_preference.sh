@@ -58,12 +58,9 @@ for ((t = 1; t <= ITERATIONS; t++)); do
   sample "$current" "${PARTS[$part]}" "$folder/samples.jsonl"
   "${LAUNCH[@]}" "$HERE/score_responses.py" --model "$PREFERENCE" --samples "$folder/samples.jsonl" \
     --output "$folder/scored.jsonl"
-  if [[ ! -f $folder/policy/train_report.json ]]; then
-    train=("$HERE/train_policy_general_preference.py" --policy "$current"
-      --samples "$folder/samples.jsonl" --scores "$folder/scored.jsonl" --save_path "$folder/policy"
-      --iteration "$t" --load_checkpoint "${TRAIN_FLAGS[@]}" "$@")
-    "${LAUNCH[@]}" "${train[@]}"
-  fi
+  "${LAUNCH[@]}" "$HERE/train_policy_general_preference.py" --policy "$current" --samples "$folder/samples.jsonl" \
+    --scores "$folder/scored.jsonl" --save_path "$folder/policy" --iteration "$t" --load_checkpoint --skip_finished \
+    "${TRAIN_FLAGS[@]}" "$@"
   current=$folder/policy
   sample "$current" "$EVAL_PROMPTS" "$folder/held_out.jsonl"
   compared+=("$t=$folder/held_out.jsonl")

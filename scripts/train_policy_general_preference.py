@@ -28,12 +28,14 @@ from general_preference.alignment.samples import scores_checksum
 from general_preference.cli import exit_code, format_table, quiet_other_libraries
 from general_preference.datasets.tokenization import load_tokenizer
 from general_preference.errors import InputError
-from general_preference.files import replace_text
+from general_preference.files import read_object, replace_text
 from general_preference.models.policy import check_policy, get_policy
 from general_preference.trainer.session import hold_run
 
 logger = logging.getLogger("train")
 
+REPORT = "train_report.json"
+_FREE = ("local_rank", "load_checkpoint", "skip_finished", "dist_timeout", "wandb_run_name")  # may differ
 _REGIME = 0.05  # below it the policy has not come near its targets
 
 
@@ -51,7 +53,22 @@ def train(arguments: PolicyRunArguments) -> None:
         logger.info("recipe %s: %s", recipe, ", ".join(f"{name} {value}" for name, value in RECIPES[recipe].items()))
         if recipe in GAPS:
             logger.info("recipe %s: %s", recipe, GAPS[recipe])
-    hold_run(arguments, run)
+    if not is_finished(arguments):
+        hold_run(arguments, run)
+
+
+def is_finished(arguments: PolicyRunArguments) -> bool:
+    """Whether --skip_finished was given and the run is done. InputError if it was done with other flags."""
+    folder = Path(arguments.output.save_path)
+    if not arguments.output.skip_finished or not (folder / REPORT).is_file():
+        return False
+    found, mine = read_object(folder / "arguments.json"), json.loads(json.dumps(arguments.to_dict()))
+    if different := [name for name in sorted(mine) if name not in _FREE and found.get(name) != mine[name]]:
+        name = different[0]
+        was = f"{folder} was trained with {name} {found.get(name)}, now it is {mine[name]}"
+        raise InputError(f"{was}: choose another --save_path, or use the same flags")
+    logger.info("%s is finished", folder)
+    return True
 
 
 def run(arguments: PolicyRunArguments, engine) -> None:
@@ -68,18 +85,21 @@ def run(arguments: PolicyRunArguments, engine) -> None:
     sets = {"train": (data.samples, data.scores)}
     if data.evaluates:
         sets["held_out"] = [data.eval_samples], [data.eval_scores] if data.eval_scores else []
-    model, tables, fixed = load(arguments, policy, engine.config()), {}, {}
+    model, tables, fixed, judge = load(arguments, policy, engine.config()), {}, {}, {}
     for name, (samples, scores) in sets.items():
         rows, settings = first(functools.partial(training.read_scored, samples, scores))
         if not data.any_policy:
             first(functools.partial(training.check_sampler, samples, policy))
         first(functools.partial(training.check_sizes, rows, model, compared=arguments.loss.loss != "likelihood"))
+        judge = settings if name == "train" else judge
+        if settings.get("model_files") != judge.get("model_files"):
+            raise InputError("the scores to train on and those to evaluate on are of different preference models")
         tables[name] = make_table(arguments, engine, name, rows, settings.get("tau"))
         if name == "train" and settings:
             fixed = {"scores_checksum": scores_checksum(rows), "tau": settings["tau"]}
-    model.facts = {"loss": arguments.loss.loss, "target": arguments.loss.target, "judge": Path(_judge(settings)).name}
+    model.facts = {"loss": arguments.loss.loss, "target": arguments.loss.target, "judge": Path(_judge(judge)).name}
     tokenizer = first(lambda: load_tokenizer(policy, trust_remote_code=arguments.model.trust_remote_code))
-    fixed |= {"preference_model": settings.get("model_files")}
+    fixed |= {"preference_model": judge.get("model_files")}
     objective = PolicyObjective(arguments.loss, model, engine.device, fixed)
     arguments.check_routing(objective.aux_loss_coef)
     train_table = tables.pop("train")
@@ -140,7 +160,7 @@ def finish(folder: Path, results: dict[str, dict], pulled: bool) -> None:
     names = ("loss", "kl", "log_ratio_sd", "target_mean", "target_sd", "correlation", "regime", "length")
     names += ("unfinished", "tied")
     report = {name: last[name] for name in names}
-    replace_text(folder / "train_report.json", json.dumps(report | {"held_out": results.get("held_out")}, indent=2))
+    replace_text(folder / REPORT, json.dumps(report | {"held_out": results.get("held_out")}, indent=2))
     print(f"\n{format_table({'train': report} | results, columns=None)}\n\nPolicy, metrics and pictures: {folder}")
     if pulled and 0 < report["regime"] < _REGIME:
         logger.warning(

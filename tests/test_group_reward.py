@@ -13,9 +13,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from general_preference import GPMPipeline
-from general_preference.alignment.targets import plane_advantages
 from general_preference.errors import InputError
 from general_preference.inference import ranking
+from general_preference.models.score import plane_advantages
 from general_preference.serving import AsyncGroupReward, GroupReward
 from general_preference.serving.group_reward import MODES
 

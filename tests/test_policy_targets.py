@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from general_preference.alignment.targets import best_and_worst, plane_advantages, policy_target
-from general_preference.models.score import plane_scores, preference_matrix
+from general_preference.alignment.targets import best_and_worst, policy_target
+from general_preference.models.score import plane_advantages, plane_scores, preference_matrix
 
 TAU = 0.4
 

@@ -155,6 +155,7 @@ class PolicyOutputArguments(OutputArguments):
     # fmt: off
     save_path: str = flag("./checkpoint/policy", "folder of the run: model, metrics, pictures, arguments")
     wandb_project: str = flag("train_policy_general_preference", "wandb project")
+    skip_finished: bool = flag(False, "do nothing where --save_path holds the finished run; one with other flags is refused")
     # fmt: on
 
     def check(self) -> None:

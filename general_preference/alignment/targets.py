@@ -9,12 +9,9 @@ from typing import Literal
 
 import torch
 
-from general_preference.models.score import plane_scores, preference_matrix
+from general_preference.models.score import TIE, plane_advantages, preference_matrix
 
 TargetKind = Literal["score", "probability", "dynamic", "hard", "win_rate", "planes"]
-
-# Mean scores closer than this share of the largest score tie: of a symmetric cycle fp32 leaves rounding, not zeros.
-TIE = 1e-6
 
 
 def policy_target(
@@ -75,26 +72,6 @@ def policy_target(
             scores = (1 + share) * scalar + (1 - share) * cyclic
         target = _mean(torch.sigmoid(scores / temperature) - 0.5, count_self) / beta
     return target if clamp is None else target.clamp(-clamp, clamp)
-
-
-def plane_advantages(embeddings: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-    """(K,) advantage of each response in its group: sum_p gate_p (m_p - mean m_p) / std m_p, over planes p.
-
-    m_p is a response's mean score against the group on plane p, without the gate; an odd D's scalar counts as a plane
-    of weight 1. A plane on which all tie adds nothing. Source: the advantage of GPRL; its drift controller is left out,
-    since no text that was found gives its threshold.
-
-    embeddings: (K, D). gate: (P,), or None for weights of 1.
-    """
-    scores = plane_scores(embeddings[:, None], embeddings[None])  # (K, K, P)
-    weights = scores.new_ones(scores.shape[-1]) if gate is None else gate
-    if embeddings.shape[1] % 2:
-        scores = torch.cat([scores, preference_matrix(embeddings[:, -1:])[..., None]], dim=-1)
-        weights = torch.cat([weights, weights.new_ones(1)])
-    means = scores.mean(dim=1)  # antisymmetric scores: over the group these average to 0
-    spread = means.square().mean(dim=0).sqrt()
-    differ = spread > TIE * scores.abs().amax(dim=(0, 1))
-    return (weights * torch.where(differ, means / spread.where(differ, 1.0), 0.0)).sum(dim=1)
 
 
 def best_and_worst(scores: torch.Tensor) -> tuple[int, int] | None:

@@ -18,6 +18,9 @@ from collections.abc import Iterator
 
 import torch
 
+# Mean scores closer than this share of the largest score tie: of a symmetric cycle fp32 leaves rounding, not zeros.
+TIE = 1e-6
+
 
 def preference_score(first: torch.Tensor, second: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
     """Score of `first` against `second`; positive means `first` is preferred. No unit (a logit before temperature).
@@ -65,6 +68,26 @@ def preference_matrix(embeddings: torch.Tensor, gate: torch.Tensor | None = None
     """
     gate = None if gate is None else gate[..., None, None, :]
     return preference_score(embeddings[..., :, None, :], embeddings[..., None, :, :], gate)
+
+
+def plane_advantages(embeddings: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """(K,) advantage of each response in its group: sum_p gate_p (m_p - mean m_p) / std m_p, over planes p.
+
+    m_p is a response's mean score against the group on plane p, without the gate; an odd D's scalar counts as a plane
+    of weight 1. A plane on which all tie adds nothing. Source: the advantage of GPRL; its drift controller is left out,
+    since no text that was found gives its threshold.
+
+    embeddings: (K, D). gate: (P,), or None for weights of 1.
+    """
+    scores = plane_scores(embeddings[:, None], embeddings[None])  # (K, K, P)
+    weights = scores.new_ones(scores.shape[-1]) if gate is None else gate
+    if embeddings.shape[1] % 2:
+        scores = torch.cat([scores, preference_matrix(embeddings[:, -1:])[..., None]], dim=-1)
+        weights = torch.cat([weights, weights.new_ones(1)])
+    means = scores.mean(dim=1)  # antisymmetric scores: over the group these average to 0
+    spread = means.square().mean(dim=0).sqrt()
+    differ = spread > TIE * scores.abs().amax(dim=(0, 1))
+    return (weights * torch.where(differ, means / spread.where(differ, 1.0), 0.0)).sum(dim=1)
 
 
 def preference_probability(score: torch.Tensor, temperature: float | torch.Tensor = 1.0) -> torch.Tensor:

@@ -14,14 +14,13 @@ from collections.abc import Hashable
 
 import torch
 
-from general_preference.alignment.targets import plane_advantages
 from general_preference.errors import InputError
 from general_preference.inference.embedding import EmbeddedPrompt
 from general_preference.inference.inputs import as_list
 from general_preference.inference.pipeline import GPMPipeline
 from general_preference.inference.ranking import borda, nash
 from general_preference.inference.scorer import PreferenceScorer
-from general_preference.models.score import preference_probability
+from general_preference.models.score import plane_advantages, preference_probability
 
 MODES = ("win_rate", "nash", "score", "reference", "planes")
 GROUP_COLUMNS = ("prompt_id", "uid")  # of the data set, or of the framework: equal for the completions of a group
