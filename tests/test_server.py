@@ -600,7 +600,9 @@ def test_sigterm_answers_what_was_accepted(server, rm):
         waiting = threads.submit(server.post, "/reward", slime("stopped", 0, "a"))
         for _ in range(16):
             threads.submit(ask)
-        time.sleep(1.5)
+        waited = time.monotonic()
+        while len(answers) <= 48 and time.monotonic() < waited + 30:
+            time.sleep(0.05)
         server.process.send_signal(signal.SIGTERM)
         ended = time.monotonic()
         time.sleep(0.1)
