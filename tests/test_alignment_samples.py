@@ -401,6 +401,8 @@ def test_only_scores_of_these_samples_are_joined(made, scored):
         join(samples[1:], scores)
     with pytest.raises(InputError, match="no row with the id 'new'"):
         join([samples[0] | {"id": "new"}, *samples[1:]], scores)
+    with pytest.raises(InputError, match="17 scored prompts have 16 ids"):
+        join(samples, ([scores[0][1], *scores[0][1:]], scores[1]))
     with pytest.raises(InputError, match="3 responses, but 2 were scored"):
         join(samples, ([scores[0][0] | {"embeddings": scores[0][0]["embeddings"][:2]}, *scores[0][1:]], scores[1]))
 
@@ -413,6 +415,12 @@ def test_only_scores_of_these_samples_are_joined(made, scored):
         ({"note": "x"}, "expected samples with id, prompt"),
         ({"finished": None}, "not a list"),
         ({"prompt_ids": []}, "prompt_ids is empty"),
+        ({"prompt_ids": [1, -3]}, "found the token -3, expected whole numbers from 0"),
+        ({"response_ids": [[7], [8, 2.5], [9]]}, "found the token 2.5, expected"),
+        ({"response_ids": [[7], [8], [2**40]]}, "found the token 1099511627776, expected"),
+        ({"response_ids": [[7], 8, [9]]}, "response_ids is no list of list"),
+        ({"responses": ["a", None, "b"]}, "responses is no list of str"),
+        ({"id": 3}, "its id is 3, expected text"),
     ],
 )
 def test_files_that_are_no_samples_are_refused_by_line(made, tmp_path, change, message):

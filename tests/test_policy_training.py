@@ -449,6 +449,11 @@ def test_a_recipe_of_the_command_line_wins_over_a_file(tmp_path):
         (["--beta", "0"], "--beta 0.0 must be above 0"),
         (["--clip", "-1"], "--clip -1.0 must be above 0"),
         (["--length_normalization", "-1"], "--length_normalization -1.0 must be at least 0"),
+        (
+            ["--recipe", "best_of_n", "--length_normalization", "1"],
+            "1.0 is not read by --loss likelihood",
+        ),
+        (["--recipe", "ln_gpo", "--loss", "surrogate"], "is not read by --loss surrogate, which divides by the length"),
         (["--iteration", "0"], "--iteration 0 must be at least 1"),
         (["--loss", "logistic"], "--loss logistic takes --target hard or win_rate, not score"),
         (["--loss", "surrogate", "--target", "dynamic"], "--loss surrogate takes --target planes or"),
