@@ -46,9 +46,18 @@ sample() { # policy, prompts, output
     --max_new_tokens "$TOKENS"
 }
 
-current=$POLICY compared=()
+go_on_from() { # policy, folder for its merged model: vLLM reads no adapters
+  current=$1
+  if [[ -n ${GENERATE_PYTHON:-} && -f $1/adapter_config.json ]]; then
+    python "$HERE/merge_lora.py" "$1" "$2" --skip_finished
+    current=$2
+  fi
+}
+
+compared=()
 mkdir -p "$RUN/start"
-sample "$POLICY" "$EVAL_PROMPTS" "$RUN/start/held_out.jsonl"
+go_on_from "$POLICY" "$RUN/start/merged"
+sample "$current" "$EVAL_PROMPTS" "$RUN/start/held_out.jsonl"
 compared+=("start=$RUN/start/held_out.jsonl")
 for ((t = 1; t <= ITERATIONS; t++)); do
   echo "== iteration $t ==" >&2
@@ -61,12 +70,11 @@ for ((t = 1; t <= ITERATIONS; t++)); do
   "${LAUNCH[@]}" "$HERE/train_policy_general_preference.py" --policy "$current" --samples "$folder/samples.jsonl" \
     --scores "$folder/scored.jsonl" --save_path "$folder/policy" --iteration "$t" --load_checkpoint --skip_finished \
     "${TRAIN_FLAGS[@]}" "$@"
-  current=$folder/policy
+  go_on_from "$folder/policy" "$folder/merged"
   sample "$current" "$EVAL_PROMPTS" "$folder/held_out.jsonl"
   compared+=("$t=$folder/held_out.jsonl")
-  if [[ ! -f $folder/report.json ]]; then
-    python "$HERE/compare_policies.py" --samples "${compared[@]}" --model "$PREFERENCE" ${JUDGE:+--judge "$JUDGE"} \
-      --train_report "$folder/policy/train_report.json" --output "$folder/report.json"
-  fi
+  "${LAUNCH[@]}" "$HERE/compare_policies.py" --samples "${compared[@]}" --model "$PREFERENCE" \
+    ${JUDGE:+--judge "$JUDGE"} --train_report "$folder/policy/train_report.json" --output "$folder/report.json" \
+    --skip_finished
 done
 echo "Policies, samples and reports: $RUN"
