@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="in which the backbone is saved; auto: the base model's own")  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
     parser.add_argument(
-        "--skip_finished", action="store_true", help="do nothing where output was merged from this adapter"
+        "--skip_finished", action="store_true", help="do nothing where output is of this adapter already"
     )
     arguments = parser.parse_args(argv)
     quiet_other_libraries()
@@ -40,7 +40,8 @@ def merge(
 ) -> None:
     """See `merge_into_folder`."""
     adapter, output = os.path.expanduser(adapter), output.expanduser().resolve()
-    if skip_finished and read_object(output / MERGED_FROM).get("weights") == weights_digest(adapter):
+    made_of = read_object(output / MERGED_FROM).get("weights")
+    if skip_finished and made_of is not None and made_of == weights_digest(adapter):
         print(f"{output} is finished")
         return
     base, stored = merge_into_folder(adapter, output, dtype, trust_remote_code)
