@@ -27,9 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                         help="in which the backbone is saved; auto: the base model's own")  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
-    parser.add_argument(
-        "--skip_finished", action="store_true", help="do nothing where output is of this adapter already"
-    )
+    parser.add_argument("--skip_finished", action="store_true", help="do nothing where output is of this adapter")
     arguments = parser.parse_args(argv)
     quiet_other_libraries()
     return exit_code(lambda: merge(**vars(arguments)), kept="the adapter is as it was, and the output was not made")
