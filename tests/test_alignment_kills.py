@@ -1,4 +1,4 @@
-"""kill -9 in the stages of policy alignment behind generation, and the same commands again: the same files to the byte."""
+"""kill -9 in the stages of policy alignment behind generation, and the same commands again: the same files."""
 
 import json
 import os
@@ -26,12 +26,14 @@ def in_forks(folder: Path, job: list) -> list[list]:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Every file of a run: its bytes, of metrics and checkpoints what no clock measured."""
+    """Every file of a run: its bytes, of metrics what no clock measured, of checkpoints, which hold it too, the name."""
     found = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         content = file.read_bytes()
         if file.name == "metrics.jsonl":
             content = [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(file)]
+        elif "checkpoint" in file.parts:
+            content = None
         found[str(file.relative_to(folder))] = content
     return found
 
