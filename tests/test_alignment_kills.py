@@ -26,7 +26,7 @@ def in_forks(folder: Path, job: list) -> list[list]:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Every file of a run: its bytes, of metrics what no clock measured, of checkpoints, which hold it too, the name."""
+    """Every file of a run: its bytes, of metrics what no clock measured, of checkpoints, which hold it too, none."""
     found = {}
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         content = file.read_bytes()
@@ -48,16 +48,8 @@ def chains(model_folder, saved, tmp_path_factory) -> tuple[Path, dict[str, list]
     _, now, *_ = write(folder, "now", turned, policy)
     run = folder / "run"
     train = ["--policy", policy, "--samples", start, "--scores", str(run / "scored.jsonl"), "--load_checkpoint"]
-    train += [
-        "--save_path",
-        str(run / "policy"),
-        "--micro_train_batch_size",
-        "2",
-        "--max_epochs",
-        "3",
-        "--save_steps",
-        "4",
-    ]
+    train += ["--micro_train_batch_size", "2", "--max_epochs", "3", "--save_steps", "4"]
+    train += ["--save_path", str(run / "policy")]
     compare = ["--samples", f"start={start}", f"1={now}", "--output", str(run / "report.json"), "--skip_finished"]
     compare += ["--train_report", str(run / "policy" / "train_report.json"), "--model", judge, "--judge", judge]
     stages = {
