@@ -37,7 +37,7 @@ fi
 [[ -n ${EVAL_PROMPTS:-} ]] || fail "EVAL_PROMPTS names no held-out prompts, on which iterations are compared"
 ITERATIONS=${ITERATIONS:-3} SAMPLES=${SAMPLES:-5} TOKENS=${TOKENS:-1024}
 for name in ITERATIONS SAMPLES TOKENS; do
-  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is no number"
+  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is no number of at least 1"
 done
 IFS=, read -ra PARTS <<< "$PROMPTS"
 

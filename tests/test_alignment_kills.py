@@ -49,7 +49,7 @@ def chains(model_folder, saved, tmp_path_factory) -> tuple[Path, dict[str, list]
     run = folder / "run"
     train = ["--policy", policy, "--samples", start, "--scores", str(run / "scored.jsonl"), "--load_checkpoint"]
     train += ["--micro_train_batch_size", "2", "--max_epochs", "3", "--save_steps", "4"]
-    train += ["--save_path", str(run / "policy")]
+    train += ["--save_path", str(run / "policy"), "--wandb_run_name", "kills"]
     compare = ["--samples", f"start={start}", f"1={now}", "--output", str(run / "report.json"), "--skip_finished"]
     compare += ["--train_report", str(run / "policy" / "train_report.json"), "--model", judge, "--judge", judge]
     stages = {
