@@ -8,7 +8,8 @@
 #
 # Settings: POLICY, PREFERENCE, JUDGE (a second preference model, for the report alone), PROMPTS (one entry for each
 # iteration; the last is used again), EVAL_PROMPTS, ITERATIONS, SAMPLES (per prompt), TOKENS (of a response), SAVE_PATH,
-# NPROC, RESTARTS, GENERATE_PYTHON (a Python with vLLM). Flags of train_policy_general_preference.py may follow and win.
+# NPROC, RESTARTS, GENERATE_PYTHON (a Python with vLLM), GENERATE_FLAGS (more flags of generate_responses.py, such as
+# "--max_prompt_tokens 2048"). Flags of train_policy_general_preference.py may follow and win.
 #
 # Every stage leaves its file complete or not at all and skips what is done: run the same command again to continue.
 set -euo pipefail
@@ -40,10 +41,11 @@ for name in ITERATIONS SAMPLES TOKENS; do
   [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is no number of at least 1"
 done
 IFS=, read -ra PARTS <<< "$PROMPTS"
+read -ra GENERATE_MORE <<< "${GENERATE_FLAGS:-}"
 
 sample() { # policy, prompts, output
   "${LAUNCH[@]}" "$HERE/generate_responses.py" --policy "$1" --prompts "$2" --output "$3" --samples "$SAMPLES" \
-    --max_new_tokens "$TOKENS"
+    --max_new_tokens "$TOKENS" "${GENERATE_MORE[@]}"
 }
 
 go_on_from() { # policy, folder for its merged model: vLLM reads no adapters
