@@ -86,7 +86,8 @@ def load_policy(path: str, dtype: torch.dtype, device: torch.device, trust_remot
 
 def check_tokens(model, prompts: list[Prompt]) -> None:
     """InputError for a prompt with a token that the policy has no embedding for: its tokenizer is another model's."""
-    size = model.get_input_embeddings().num_embeddings
+    embedding = model.get_input_embeddings()
+    size = getattr(embedding, "base_layer", embedding).num_embeddings  # of one that an adapter changes
     for prompt in prompts:
         if (highest := max(prompt.ids)) >= size:
             raise InputError(f"prompt {prompt.id} has the token {highest}, but the policy has {size} embeddings")
