@@ -33,13 +33,13 @@ from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import DEFAULT_TEMPLATE, load_tokenizer, plain_template
 from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
+from general_preference.evaluation.rewardbench import data, report
+from general_preference.evaluation.rewardbench.data import PREF_SETS, REWARDBENCH_1, REWARDBENCH_2, Benchmark
 from general_preference.files import replace_text
 from general_preference.inference.arguments import InferenceArguments
 from general_preference.inference.batch import ResultStore, result_row, run_settings, score_table
 from general_preference.inference.ranking import SCORE_METHODS
 from general_preference.plots import draw_subsets
-from general_preference.rewardbench import data, report
-from general_preference.rewardbench.data import PREF_SETS, REWARDBENCH_1, REWARDBENCH_2, Benchmark
 
 logger = logging.getLogger("rewardbench")
 

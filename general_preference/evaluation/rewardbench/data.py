@@ -16,7 +16,7 @@ import datasets
 from general_preference.datasets.readers import file_format
 from general_preference.datasets.sources import Source, is_record_location, load_source, parse_sources, record_location
 from general_preference.errors import InputError
-from general_preference.rewardbench.scoring import PRIOR_ROWS, ROWS_1, ROWS_2, TIES
+from general_preference.evaluation.rewardbench.scoring import PRIOR_ROWS, ROWS_1, ROWS_2, TIES
 
 logger = logging.getLogger(__name__)
 
