@@ -22,10 +22,13 @@ from general_preference.evaluation.rules import BEST, PAIRS, TIED
 logger = logging.getLogger(__name__)
 
 TABLE = ("rewardbench", "rewardbench_2", "ppe_preference", "ppe_correctness", "rmb", "rm_bench", "judgebench")
+# fmt: off
 LANGUAGES = (
-    "arb_Arab ces_Latn deu_Latn ell_Grek fra_Latn heb_Hebr hin_Deva ind_Latn ita_Latn jpn_Jpan kor_Hang nld_Latn "
-    "pes_Arab pol_Latn por_Latn ron_Latn rus_Cyrl spa_Latn tur_Latn ukr_Cyrl vie_Latn zho_Hans zho_Hant"
-).split()
+    "arb_Arab", "ces_Latn", "deu_Latn", "ell_Grek", "fra_Latn", "heb_Hebr", "hin_Deva", "ind_Latn", "ita_Latn",
+    "jpn_Jpan", "kor_Hang", "nld_Latn", "pes_Arab", "pol_Latn", "por_Latn", "ron_Latn", "rus_Cyrl", "spa_Latn",
+    "tur_Latn", "ukr_Cyrl", "vie_Latn", "zho_Hans", "zho_Hant",
+)
+# fmt: on
 NOTHING_SCORED = "nothing was scored"
 
 
@@ -210,7 +213,8 @@ _M_REWARDBENCH = tuple(
 # fmt: off
 SETS: dict[str, EvaluationSet] = {one.name: one for one in (
     EvaluationSet("rewardbench", "RewardBench", data.REWARDBENCH_1, aggregates.rewardbench_sections, official=2985),
-    EvaluationSet("rewardbench_2", "RewardBench 2", data.REWARDBENCH_2, aggregates.rewardbench_2_mean, None, 1865, None),
+    EvaluationSet("rewardbench_2", "RewardBench 2", data.REWARDBENCH_2, aggregates.rewardbench_2_mean, official=1865,
+                  chance=None),
     EvaluationSet("ppe_preference", "PPE Preference", _PPE_PREFERENCE, aggregates.pooled_accuracy,
                   readers.read_ppe_preference, 16038),
     EvaluationSet("ppe_correctness", "PPE Correctness", _PPE_CORRECTNESS, aggregates.correctness_mean,

@@ -130,10 +130,15 @@ def ties_score(prompts: Iterable[TiesPrompt]) -> TiesScore:
 
 def ties_interval(prompts: Iterable[TiesPrompt], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the score of "Ties": percentiles over pairs of prompts drawn with replacement (bootstrap)."""
+    scores = sorted(ties_draws(prompts, draws, seed))
+    return scores[int(0.025 * draws)], scores[math.ceil(0.975 * draws) - 1]
+
+
+def ties_draws(prompts: Iterable[TiesPrompt], draws: int, seed: int) -> list[float]:
+    """The score of "Ties" of each draw of pairs of prompts with replacement."""
     components = _components(prompts)
     generator = random.Random(seed)
-    scores = sorted(_ties_score(generator.choices(components, k=len(components))).score for _ in range(draws))
-    return scores[int(0.025 * draws)], scores[math.ceil(0.975 * draws) - 1]
+    return [_ties_score(generator.choices(components, k=len(components))).score for _ in range(draws)]
 
 
 def _components(prompts: Iterable[TiesPrompt]) -> list[tuple[float | None, ...]]:
