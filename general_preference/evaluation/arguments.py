@@ -46,7 +46,7 @@ class BenchmarkArguments:
             raise InputError(
                 f"--model_name has {len(self.model_name)} names for {len(self.model or [self.scores])} models"
             )
-        names = list(self.names)
+        names = self._names()
         for name in names:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or not path.name.strip():
@@ -62,8 +62,10 @@ class BenchmarkArguments:
     @property
     def names(self) -> dict[str, str]:
         """{name of the results: path of the model, or of the file of scores}."""
-        paths = self.model or [self.scores]
-        return dict(zip(self.model_name or map(_default_name, paths), paths, strict=True))
+        return dict(zip(self._names(), self.model or [self.scores], strict=True))
+
+    def _names(self) -> list[str]:
+        return self.model_name or list(map(_default_name, self.model or [self.scores]))
 
 
 def _default_name(path: str) -> str:

@@ -22,10 +22,10 @@ def draw_benchmarks(results: Results, path: Path) -> bool:
         shift = 0.7 * ((number + 0.5) / len(results) - 0.5)
         places = {name: place + shift for place, name in enumerate(sets) if name in found}
         look = {"fmt": "o", "ms": 5, "lw": 1.4, "capsize": 2.5, "color": GROUPS[number % len(GROUPS)]}
-        scored = [name for name in places if found[name]["score"] is not None]
+        scored = [name for name in places if found[name]["score"] is not None]  # the others lack a subset
         rows = [[found[name][key] for key in ("score", "score_low", "score_high")] for name in scored]
-        middle, *ends = zip(*([row[0] if value is None else value for value in row] for row in rows), strict=True)
-        spread = [[abs(end - value) for end, value in zip(side, middle, strict=True)] for side in ends]
+        middle = [row[0] for row in rows]
+        spread = [[0.0 if row[end] is None else abs(row[end] - row[0]) for row in rows] for end in (1, 2)]
         axes[0].errorbar(middle, [places[name] for name in scored], xerr=spread, label=model, **look)
         axes[1].plot([found[name]["ece"] for name in places], list(places.values()), "o", ms=5, color=look["color"])
         groups = {name: found[name]["groups"]["cycles"] for name in places if found[name]["groups"]["n"]}

@@ -70,7 +70,8 @@ def write_model_scores(
 def file_settings(path: str, loaded: LoadedSet, scores: list[list], tau: float) -> dict:
     """As `run_settings`, of scores from a file."""
     data = content_fingerprint(record_table(loaded.records))
-    return {ASKED: {"scores": path}, "scores": stable_hash(scores), "data": data, "set": loaded.set.name, "tau": tau}
+    hashes = {"scores_in_file": stable_hash(scores), "data": data}
+    return {ASKED: {"scores": path}, **hashes, "set": loaded.set.name, "tau": tau}
 
 
 def write_file_scores(loaded: LoadedSet, scores: list[list], store: ResultStore) -> None:
@@ -82,7 +83,7 @@ def write_file_scores(loaded: LoadedSet, scores: list[list], store: ResultStore)
     store.merge()
 
 
-def read_scores(path: str, sets: list[LoadedSet]) -> list[list[list]]:
+def read_score_file(path: str, sets: list[LoadedSet]) -> list[list[list]]:
     """The scores of each record of each set, from a file with a line {"id", "scores"} per record.
 
     A file for several sets also has "set", the name of one, in each line.

@@ -53,11 +53,11 @@ class Subset:
         return math.fsum(credits) / math.fsum(weights)
 
     def draws(self, number: str, generator: np.random.Generator) -> np.ndarray | None:
-        """(DRAWS,) means of as many prompts, drawn with replacement; of "Ties", pairs of prompts. None of one prompt."""
+        """(DRAWS,) means of prompts drawn with replacement, of "Ties" pairs of prompts; None of a single prompt."""
         if len(self._sums) < 2:
             return None
         if self._ties and number == ACCURACY:
-            return np.asarray(ties_draws(self._ties, DRAWS, SEED))
+            return np.asarray(ties_draws(sorted(self._ties, key=lambda prompt: prompt.number), DRAWS, SEED))
         # Prompts with the same sums are exchangeable: how often each kind is drawn is multinomial, exactly.
         kinds, counts = np.unique(self.sums(number), axis=0, return_counts=True)
         totals = generator.multinomial(counts.sum(), counts / counts.sum(), size=DRAWS) @ kinds
@@ -82,6 +82,7 @@ def summarize_set(loaded: LoadedSet, scores: Iterable[list], tau: float) -> tupl
     for record, matrix in zip(loaded.records, matrices, strict=True):
         subsets.setdefault(record.subset, Subset()).add(record, matrix)
         pairs[record.subset] = pairs.get(record.subset, 0) + len(record.pairs)
+    subsets = dict(sorted(subsets.items()))  # whatever the order of the records, the same draws
     generator = np.random.default_rng(SEED)
     means = {name: {number: one.mean(number) for number in one.numbers} for name, one in subsets.items()}
     drawn = {name: {n: one.draws(n, generator) for n in one.numbers} for name, one in subsets.items()}

@@ -42,12 +42,12 @@ def seven_columns(results: Results) -> dict[str, dict]:
 def other_sets(results: Results) -> dict[str, dict]:
     """{model: {set that is none of the seven: its number in %}}."""
     names = dict.fromkeys(name for found in results.values() for name in found if name not in TABLE)
-    columns = {name: SETS[name].title for name in names}
-    rows = {model: {columns[name]: found[name]["score"] for name in columns} for model, found in results.items()}
-    for model, found in results.items():
+    rows: dict[str, dict] = {}
+    for model, found in results.items() if names else ():
+        rows[model] = {SETS[name].title: percent(found[name]["score"]) for name in names if name in found}
         if "if_rewardbench" in found:
-            rows[model]["its tau_b"] = found["if_rewardbench"]["averages"]["tau_b"]["value"]
-    return {model: {name: percent(value) for name, value in row.items()} for model, row in rows.items() if row}
+            rows[model]["IF tau_b"] = percent(found["if_rewardbench"]["averages"]["tau_b"]["value"])
+    return rows
 
 
 def every_set(found: dict[str, dict]) -> dict[str, dict]:
