@@ -217,6 +217,11 @@ def test_a_column_may_be_left_out_by_name_and_github_layouts_are_read(tmp_path):
         write_rows(tmp_path, name, [row | {"hint": "it is 7"} for row in rows()])
     for name in ("rm_bench", "judgebench", "if_rewardbench", "m_rewardbench", "ppe_preference"):
         assert load_set(SETS[name], str(tmp_path), ("hint",)).records, name
+    rows = [row | {"hint": "it is 7"} for row in copies.rewardbench()]
+    copies.parquet(tmp_path / "allenai/reward-bench/data/filtered-00000-of-00001.parquet", rows)
+    with pytest.raises(InputError, match="nothing reads the text of column 'hint'"):
+        load_set(SETS["rewardbench"], str(tmp_path))
+    assert len(load_set(SETS["rewardbench"], str(tmp_path), ("hint",)).records) == 46
 
 
 def said(capsys, *flags) -> tuple[int, str]:

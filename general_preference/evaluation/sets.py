@@ -106,7 +106,7 @@ def load_set(chosen: EvaluationSet, folder: str | None, ignore_columns: tuple[st
     if place is not None and not place.is_dir():
         raise InputError(f"there is no folder {show(place)} with copies of the evaluation sets: correct the path")
     if isinstance(chosen.source, data.Benchmark):
-        found = _load_benchmark(chosen, place)
+        found = _load_benchmark(chosen, place, ignore_columns)
     else:
         found = _load_parts(chosen, place, ignore_columns)
     notes = [f"{len(found.records)} records, {sum(len(record.pairs) for record in found.records)} pairs"]
@@ -169,11 +169,11 @@ def _required_copy(folder: Path, repository: str) -> Path:
     return copy
 
 
-def _load_benchmark(chosen: EvaluationSet, folder: Path | None) -> LoadedSet:
+def _load_benchmark(chosen: EvaluationSet, folder: Path | None, ignore_columns: tuple[str, ...]) -> LoadedSet:
     benchmark = chosen.source
     dataset = None if folder is None else str(_required_copy(folder, benchmark.hub))
     records = []
-    for row in data.load_benchmark(benchmark, dataset, allow_empty=True):
+    for row in data.load_benchmark(benchmark, dataset, allow_empty=True, ignore_columns=ignore_columns):
         if row["extras"]:
             raise InputError(f"{chosen.name}, {row['id']}: its messages hold more than role and content")
         ties = benchmark.best_of_n and row["subset"] == scoring.TIES
