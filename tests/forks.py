@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([
     "deepspeed.runtime.zero.muon.muon_optimizer", "peft", "transformers.trainer",
@@ -46,15 +47,21 @@ def _become(command: list[str], environment: dict[str, str], stdout: str, stderr
     runpy.run_path(command[0], run_name="__main__")
 
 
-def run_forks(count: int, command: list[str], environment: dict[str, str]) -> CompletedProcess:
-    """`command` in `count` forks that find each other as under torchrun, ended; the code is the first that is not 0."""
+def fork_group(count: int, command: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> list:
+    """`command` in `count` forks that find each other as under torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [fork(command, environment | rank, stdout, stderr) for rank in ranks]
+
+
+def run_forks(count: int, command: list[str], environment: dict[str, str]) -> CompletedProcess:
+    """`command` in one fork or in a group of them, ended; the code is the first that is not 0."""
     with TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        ranks = [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)] if count > 1 else [{}]
-        processes = [fork(command, environment | rank, out, err) for rank in ranks]
+        start = (command, environment, out, err)
+        processes = fork_group(count, *start) if count > 1 else [fork(*start)]
         for process in processes:
             process.join(550)
             process.kill()
