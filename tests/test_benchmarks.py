@@ -18,25 +18,24 @@ TINY += ["--vocabulary=600", "--global_batch=4", "--steps=2", "--rounds=0", "--m
 
 @pytest.mark.engine
 @pytest.mark.timeout(300)
-def test_training_steps_are_compared_on_equal_terms(tmp_path):
+def test_training_steps_are_compared_on_equal_terms(tmp_path, monkeypatch, capsys):
     output = tmp_path / "result.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "train_throughput.py"), *TINY, "--head=gpm"]
-    command += ["--implementations=this,regularized,padded", f"--output={output}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = ["--head=gpm", "--implementations=this,regularized,padded", f"--output={output}"]
+    code, (said, errors) = main([*TINY, *flags]), capsys.readouterr()
+    assert code == 0, errors[-2000:]
     found = json.loads(output.read_text())
     this, regularized, padded = found["runs"]
     assert found["best"] == {"this": 2, "regularized": 2, "padded": 2}
     assert (this["name"], regularized["name"], padded["name"]) == ("this", "regularized", "padded")
-    assert regularized["losses"][0] > this["losses"][0] + 0.1 and "arithmetic of its logits" in done.stdout
+    assert regularized["losses"][0] > this["losses"][0] + 0.1 and "arithmetic of its logits" in said
     assert 0 < regularized["chosen_tokens"] < this["unique_tokens"]
     assert this["losses"] == pytest.approx(padded["losses"], abs=1e-5) and len(set(this["losses"])) == 3, "every step"
     for run in (this, padded):
         assert run["comparisons"] == 8 and run["unique_tokens"] == this["unique_tokens"] > 100
         assert run["parameters"] == this["parameters"] and run["peak_bytes"] > 10**8
         assert 0 < share_of_limit(run) < 1.5 and speed(run) > 0
-    assert output.with_suffix(".png").stat().st_size > 5000 and "this trainer" in done.stdout
+    assert output.with_suffix(".png").stat().st_size > 5000 and "this trainer" in said
 
 
 @pytest.mark.parametrize(

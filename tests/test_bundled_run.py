@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import ENVIRONMENT, run_forks
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "scripts" / "run_train_rm_general_preference_single.sh"
 EVALUATE = ROOT / "eval" / "batch_inference_rm_general_preference.sh"
@@ -57,6 +59,13 @@ def look(folder, *kinds: str) -> list[list[dict]]:
     return json.loads(run(sys.executable, "-c", LOOK, folder, *files).stdout)
 
 
+def forked(script: Path, *flags) -> str:
+    """What a script prints that runs in a fork (tests/forks.py)."""
+    done = run_forks(1, list(map(str, (script, *flags))), os.environ | ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def looked(trained):
     return look(trained, "cyclic", "transitive")
@@ -86,10 +95,15 @@ def test_held_out_rankings_are_rankings(looked):
         assert max(group["nash"]) > 0.99 and group["nash"].index(max(group["nash"])) == group["rank"]["borda"][0]
 
 
-def test_bradley_terry_has_no_cycles(tmp_path):
-    short = ["--max_epochs", "1", "--eval_steps", "-1", "--max_samples", "200"]
-    run("bash", TRAIN, "--preference_head", "bt", *short, SAVE_PATH=str(tmp_path / "bt"))
-    for group in look(tmp_path / "bt", "cyclic")[0]:
+def test_bradley_terry_has_no_cycles(trained, tmp_path):
+    """On the tiny model that the launcher made, with its preset."""
+    flags = ["--preference_head", "bt", "--pretrain", json.loads((trained / "arguments.json").read_text())["pretrain"]]
+    flags += ["--dataset", ROOT / "data" / "cyclic" / "train.jsonl", "--max_epochs", "1", "--max_samples", "200"]
+    flags += ["--config", ROOT / "scripts" / "presets" / "tiny.yaml", "--save_path", tmp_path / "bt"]
+    forked(ROOT / "scripts" / "train_rm_general_preference.py", *flags, "--micro_train_batch_size", "16")
+    (tmp_path / "look.py").write_text(LOOK)
+    cyclic = ROOT / "data" / "cyclic" / "test.jsonl"
+    for group in json.loads(forked(tmp_path / "look.py", tmp_path / "bt", cyclic).splitlines()[-1])[0]:
         assert group["cyclic_share"] < 1e-9 and group["cycles"] == []
         assert group["rank"]["borda"] == group["rank"]["copeland"] == group["rank"]["nash"]
 
