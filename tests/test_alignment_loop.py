@@ -31,12 +31,12 @@ def given(model_folder, saved, tmp_path_factory) -> dict[str, str]:
     return given | {"ITERATIONS": "1", "SAMPLES": "3", "TOKENS": "8"}
 
 
-def start(given: dict[str, str], *flags: str, **options) -> subprocess.Popen:
+def start(given: dict[str, str]) -> subprocess.Popen:
     """The loop in a process group of its own."""
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS} | given
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(["bash", LOOP, *FLAGS, *flags], env=environment, start_new_session=True, **pipes, **options)
+    return subprocess.Popen(["bash", LOOP, *FLAGS], env=environment, start_new_session=True, **pipes)
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
@@ -105,8 +105,9 @@ def test_a_second_run_does_nothing(killed, given):
 
 
 def test_a_changed_flag_is_refused_by_name(killed, given):
-    before = written(killed[1])
-    code, said = end(start(given, "--beta", "3"))
+    """By the stage that the loop hands its flags to (test_launchers.py), where the stages before it are done."""
+    before, (script, flags, _) = written(killed[1]), stage_by_stage(given)[3]
+    ((code, said),) = in_forks(killed[1].parent, [[script, [*flags, "--beta", "3"], None]])
     assert code == 2 and said.strip().splitlines()[-1].startswith("error: ") and said.count("error: ") == 1
     assert "was trained with beta 10.0, now it is 3.0" in said and written(killed[1]) == before
 

@@ -20,6 +20,7 @@ from general_preference.files import lock_folder
 from general_preference.inference.batch import ResultStore, result_row, summarize_rows
 from general_preference.inference.embedding import EmbeddedPrompt
 from general_preference.models.statistics import wilson_interval
+from tests.forks import ENVIRONMENT, run_forks
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("own_environment")
@@ -322,7 +323,7 @@ def test_wilson_interval():
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_processes_and_a_kill_change_nothing(model, tmp_path):
-    """On two processes under torchrun: the rows of one process; after kill -9 of one, only what was missing."""
+    """On two processes: the rows of one process; after kill -9 of one under torchrun, only what was missing."""
     data, output = tmp_path / "many.jsonl", tmp_path / "r.jsonl"
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 200, (400,), generator=generator).tolist()
@@ -345,7 +346,7 @@ def test_processes_and_a_kill_change_nothing(model, tmp_path):
     kept = {int(line.split(b"\t")[0]) for file in part.parent.glob("part-*.jsonl")
             for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")}  # fmt: skip
     assert 20 <= len(kept) < 400
-    second = subprocess.run([*torchrun, *flags, "--output_path", str(output)], timeout=300, **quiet)
+    second = run_forks(2, [SCRIPT, *flags, "--output_path", str(output)], os.environ | ENVIRONMENT)
     assert second.returncode == 0, second.stderr[-2000:]
     assert f"{len(kept)} done before" in second.stderr and "2 process(es)" in second.stderr
     assert main([*flags, "--output_path", str(tmp_path / "one.jsonl")]) == 0

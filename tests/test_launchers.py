@@ -180,6 +180,8 @@ def test_the_loop_merges_adapters_where_vllm_writes(start, tmp_path):
         loaded = [option(line, "--policy") for line in lines if "--policy" in line]
         last = second.replace("1", "2")
         assert loaded == [first, first, first, second, second, second, last]
+        trained = [line for line in lines if "train_policy" in line]
+        assert len(trained) == 2 and all(line.endswith(" --lora_rank 4") for line in trained)
         merged = [line.split("merge_lora.py ")[1].split()[:2] for line in lines if "merge_lora.py" in line]
         pairs = [["start", first], ["run/iter_1/policy", second], ["run/iter_2/policy", last]]
         assert merged == (pairs if extra["GENERATE_PYTHON"] else [])

@@ -253,7 +253,7 @@ def test_bad_input_ends_with_code_2_and_one_line(base, tmp_path):
 
 
 def test_bad_input_on_two_processes_is_said_once(base, tmp_path):
-    done = launch(2, SCRIPT, *base, "--save_path", str(tmp_path / "run"), "--dataset", "/nowhere/x.jsonl")
+    done = forked(2, SCRIPT, *base, "--save_path", str(tmp_path / "run"), "--dataset", "/nowhere/x.jsonl")
     assert done.returncode == 2
     assert done.stderr.count("error: dataset /nowhere/x.jsonl does not exist") == 1
     assert "Traceback" not in done.stderr
