@@ -29,6 +29,7 @@ from scripts.compare_policies import main
 from tests.forks import ENVIRONMENT, run_forks
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("own_environment")  # or trainers of later tests would join a group
 ANGLES = torch.tensor([0.0, 2 * math.pi / 3, 4 * math.pi / 3], dtype=torch.float64)
 THROWS = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # each beats the one before it with a score of sin 120
 
