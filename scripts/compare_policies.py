@@ -4,9 +4,13 @@
     python scripts/compare_policies.py --model PREFERENCE_MODEL --output RUN/iter_2/report.json \\
         --samples start=RUN/start/eval.jsonl 1=RUN/iter_1/eval.jsonl 2=RUN/iter_2/eval.jsonl [--judge OTHER_MODEL]
 
-Each policy has answered the same held-out prompts, K >= 2 times each. Writes OUTPUT and a picture beside it:
+    python scripts/launch.py --nproc-per-node 8 scripts/compare_policies.py ...              the same on 8 devices
+
+Each policy has answered the same held-out prompts, K >= 2 times each. Writes OUTPUT, a picture beside it, and what the
+preference models read as OUTPUT's name with .model.jsonl and .judge.jsonl, so that it continues after a stop:
 
     prompts, start, previous, current, resamples, seed
+    made_of   what the numbers depend on: checksums of samples and models, and settings
     policies  {name: {file, settings, length_mean (tokens), unfinished_share, duplicate_share}}
     kl        of the current policy from the previous one, as --train_report states it, or null
     model     {path, head, temperature, and what `alignment.report.preference_report` lists}
@@ -15,7 +19,9 @@ Each policy has answered the same held-out prompts, K >= 2 times each. Writes OU
 Exit codes, each with one line: 1 it failed, 2 what was given cannot be used, 130 interrupted.
 """
 
+import dataclasses
 import json
+import logging
 import math
 import sys
 from pathlib import Path
@@ -25,49 +31,85 @@ if __name__ == "__main__":
 
     restart_with_cpu_settings()
 
-from general_preference import GPMPipeline
 from general_preference.alignment.arguments import ComparisonReportArguments
 from general_preference.alignment.pictures import draw_policies
-from general_preference.alignment.policies import Policy, check_same_prompts, read_policy, score_policies
+from general_preference.alignment.policies import Policy, check_same_prompts, make_contests, read_policy, rows_of_all
 from general_preference.alignment.report import RESAMPLES, SEED, preference_report
+from general_preference.alignment.samples import samples_checksum, summary_path
+from general_preference.alignment.scoring import PROMPTS, SampleTable, score_row
 from general_preference.cli import exit_code, format_table, parse_flags, quiet_other_libraries
+from general_preference.datasets.tokenization import stable_hash
+from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
 from general_preference.files import check_outputs, read_object, replace_text
-from general_preference.inference.batch import ResultStore
+from general_preference.inference.arguments import InferenceArguments
+from general_preference.inference.batch import ResultStore, run_settings, score_table
+from general_preference.models.config import checkpoint_identity, load_config
+
+logger = logging.getLogger("compare_policies")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, compare, and turn what can go wrong into one line and an exit code."""
-    (arguments,) = parse_flags((ComparisonReportArguments,), argv, "Compare the policies of an alignment run.")
-    quiet_other_libraries()
-    return exit_code(lambda: run(arguments), kept="nothing was written")
+    groups = (ComparisonReportArguments, InferenceArguments)
+    parsed = parse_flags(groups, argv, "Compare the policies of an alignment run.")
+    return exit_code(lambda: run(*parsed), kept="finished rows are kept: the same command continues")
 
 
-def run(arguments: ComparisonReportArguments) -> None:
+def run(arguments: ComparisonReportArguments, inference: InferenceArguments) -> None:
     """From samples to tables, numbers and a picture."""
     arguments.check()
+    inference.check()
     paths, output = arguments.named_samples(), Path(arguments.output)
-    picture = output.with_suffix(".png")
+    of_judge = dataclasses.replace(inference, general_preference_tau=arguments.judge_tau, is_general_preference=None,
+                                   value_head_dim=None, add_prompt_head=None)  # fmt: skip
+    views = {"model": (arguments.model, inference), "judge": (arguments.judge, of_judge)}
+    views = {role: (path, flags) for role, (path, flags) in views.items() if path}
+    stores = {role: ResultStore(output.with_suffix(f".{role}.jsonl")) for role in views}
+    picture, found = output.with_suffix(".png"), read_object(output)
+    check_places(arguments, paths, {output: "--output", picture: "the picture"}, found, stores)
+    quiet_other_libraries()
+    with DistributedContext.join() as context:
+        policies = context.main_process_first(lambda: read_policies(paths))
+        kl = None if arguments.train_report is None else read_kl(arguments.train_report)
+        made_of = context.main_process_first(lambda: identity(arguments, views, policies)) | {"kl": kl}
+        before = found.get("made_of", {})
+        different = [name for name in made_of | before if made_of.get(name) != before.get(name)]
+        if arguments.skip_finished and not different and picture.is_file():
+            logger.info("%s is finished", output)
+            return
+        if arguments.skip_finished and found:
+            logger.info("%s is made again: of other %s", output, " and ".join(different) or "pictures")
+        names = list(policies)
+        report = {"prompts": len(policies[names[0]].answers), "start": names[0], "previous": names[-2]}
+        report |= {"current": names[-1], "resamples": RESAMPLES, "seed": SEED, "kl": kl, "made_of": made_of}
+        shares = ({"file": one.path, "settings": one.settings} | one.shares() for one in policies.values())
+        report |= {"policies": dict(zip(names, shares, strict=True)), "judge": None}
+        for role, view in views.items():
+            report[role] = judge_policies(stores[role], *view, arguments.max_length, policies, context)
+        if context.is_main:
+            replace_text(output, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False))
+            print(f"\n{format_report(report)}\n\nNumbers: {output}")
+            if draw_policies(report, picture):
+                print(f"Picture: {picture}")
+
+
+def check_places(arguments, paths: dict[str, str], outputs: dict[Path, str], found: dict, stores: dict) -> None:
+    """InputError if the report would replace what is read, or what is no report."""
     read = [name for name in (arguments.model, arguments.judge, arguments.train_report) if name]
-    read += [str(path) for file in paths.values() for path in (file, ResultStore(Path(file)).summary)]
-    check_outputs({output: "--output", picture: "the picture"}, read)
-    ours = {"policies", "current", "judge"} <= read_object(output).keys()
-    if strange := [path for path in (output, picture) if path.exists() and not ours]:
+    read += [str(path) for file in paths.values() for path in (file, summary_path(Path(file)))]
+    check_outputs(outputs, read)
+    for store in stores.values():
+        store.refuse_inputs([], *read)
+    if strange := [path for path in outputs if path.exists() and not {"policies", "current", "judge"} <= found.keys()]:
         raise InputError(f"{strange[0]} is of no report and would be replaced: choose another --output")
+
+
+def read_policies(paths: dict[str, str]) -> dict[str, Policy]:
+    """The samples of all policies, of the same prompts."""
     policies = {name: read_policy(path) for name, path in paths.items()}
     check_same_prompts(policies)
-    kl = None if arguments.train_report is None else read_kl(arguments.train_report)
-    names = list(policies)
-    report = {"prompts": len(policies[names[0]].answers), "start": names[0], "previous": names[-2]}
-    report |= {"current": names[-1], "resamples": RESAMPLES, "seed": SEED, "kl": kl}
-    shares = ({"file": one.path, "settings": one.settings} | one.shares() for one in policies.values())
-    report["policies"] = dict(zip(names, shares, strict=True))
-    report["model"] = judge_policies(arguments, arguments.model, arguments.general_preference_tau, policies)
-    report["judge"] = arguments.judge and judge_policies(arguments, arguments.judge, arguments.judge_tau, policies)
-    replace_text(output, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False))
-    print(f"\n{format_report(report)}\n\nNumbers: {output}")
-    if draw_policies(report, picture):
-        print(f"Picture: {picture}")
+    return policies
 
 
 def read_kl(path: str) -> float:
@@ -78,14 +120,31 @@ def read_kl(path: str) -> float:
     return float(kl)
 
 
+def identity(arguments: ComparisonReportArguments, views: dict, policies: dict[str, Policy]) -> dict:
+    """What the numbers of a report depend on, up to rounding, as JSON holds it. InputError for what is no model."""
+    for path, flags in views.values():
+        load_config(path, flags.trust_remote_code)
+    samples = {name: samples_checksum(list(policy.answers.values())) for name, policy in policies.items()}
+    models = {role: [stable_hash(checkpoint_identity(path)), flags.general_preference_tau, flags.bf16]
+              for role, (path, flags) in views.items()}  # fmt: skip
+    return {"samples": samples, "max_length": arguments.max_length} | models
+
+
 def judge_policies(
-    arguments: ComparisonReportArguments, path: str, tau: float | None, policies: dict[str, Policy]
-) -> dict:
-    """One preference model's view of all policies."""
-    same = ("max_length", "bf16", "attn_implementation", "trust_remote_code", "device", "batch_tokens")
-    rm = GPMPipeline(path, tau=tau, **{name: getattr(arguments, name) for name in same})
+    store: ResultStore, path: str, inference: InferenceArguments, max_length: int | None, policies: dict[str, Policy],
+    context: DistributedContext,
+) -> dict | None:  # fmt: skip
+    """One preference model's view of all policies, on the main process. Collective."""
+    rm = context.main_process_first(lambda: inference.load(path, context.local_rank, max_length=max_length))
+    rows = rows_of_all(policies)
+    settings = run_settings(rm, path, {"model": path}, samples=samples_checksum(rows))
+    with store.open(context, len(rows), settings, overwrite=True):
+        score_table(rm, SampleTable(rm, rows), store, context, score_row, PROMPTS)
+        if not context.is_main:
+            return None
+        store.finish({})
     head = {"path": path, "head": rm.preference.describe(), "temperature": rm.tau}
-    return head | preference_report(score_policies(rm, policies), list(policies))
+    return head | preference_report(make_contests(policies, rows, list(store.rows()), rm.tau), list(policies))
 
 
 def format_report(report: dict) -> str:

@@ -124,6 +124,7 @@ def generate(arguments, context, store, prompts, finished, sampling, settings, d
             )
         elif mine:
             model = generation.load_policy(arguments.policy, dtype, device, arguments.trust_remote_code)
+            generation.check_tokens(model, prompts)
             engine = settings["engine"]
             work = generation.generate_in_batches if engine == "transformers" else generation.generate_continuously
             yield from work(model, prompts, mine, sampling)

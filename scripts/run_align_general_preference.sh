@@ -8,7 +8,8 @@
 #
 # Settings: POLICY, PREFERENCE, JUDGE (a second preference model, for the report alone), PROMPTS (one entry for each
 # iteration; the last is used again), EVAL_PROMPTS, ITERATIONS, SAMPLES (per prompt), TOKENS (of a response), SAVE_PATH,
-# NPROC, RESTARTS, GENERATE_PYTHON (a Python with vLLM). Flags of train_policy_general_preference.py may follow and win.
+# NPROC, RESTARTS, GENERATE_PYTHON (a Python with vLLM), GENERATE_FLAGS (more flags of generate_responses.py, such as
+# "--max_prompt_tokens 2048"). Flags of train_policy_general_preference.py may follow and win.
 #
 # Every stage leaves its file complete or not at all and skips what is done: run the same command again to continue.
 set -euo pipefail
@@ -37,18 +38,28 @@ fi
 [[ -n ${EVAL_PROMPTS:-} ]] || fail "EVAL_PROMPTS names no held-out prompts, on which iterations are compared"
 ITERATIONS=${ITERATIONS:-3} SAMPLES=${SAMPLES:-5} TOKENS=${TOKENS:-1024}
 for name in ITERATIONS SAMPLES TOKENS; do
-  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is no number"
+  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is no number of at least 1"
 done
 IFS=, read -ra PARTS <<< "$PROMPTS"
+read -ra GENERATE_MORE <<< "${GENERATE_FLAGS:-}"
 
 sample() { # policy, prompts, output
   "${LAUNCH[@]}" "$HERE/generate_responses.py" --policy "$1" --prompts "$2" --output "$3" --samples "$SAMPLES" \
-    --max_new_tokens "$TOKENS"
+    --max_new_tokens "$TOKENS" "${GENERATE_MORE[@]}"
 }
 
-current=$POLICY compared=()
+go_on_from() { # policy, folder for its merged model: vLLM reads no adapters
+  current=$1
+  if [[ -n ${GENERATE_PYTHON:-} && -f $1/adapter_config.json ]]; then
+    python "$HERE/merge_lora.py" "$1" "$2" --skip_finished
+    current=$2
+  fi
+}
+
+compared=()
 mkdir -p "$RUN/start"
-sample "$POLICY" "$EVAL_PROMPTS" "$RUN/start/held_out.jsonl"
+go_on_from "$POLICY" "$RUN/start/merged"
+sample "$current" "$EVAL_PROMPTS" "$RUN/start/held_out.jsonl"
 compared+=("start=$RUN/start/held_out.jsonl")
 for ((t = 1; t <= ITERATIONS; t++)); do
   echo "== iteration $t ==" >&2
@@ -61,12 +72,11 @@ for ((t = 1; t <= ITERATIONS; t++)); do
   "${LAUNCH[@]}" "$HERE/train_policy_general_preference.py" --policy "$current" --samples "$folder/samples.jsonl" \
     --scores "$folder/scored.jsonl" --save_path "$folder/policy" --iteration "$t" --load_checkpoint --skip_finished \
     "${TRAIN_FLAGS[@]}" "$@"
-  current=$folder/policy
+  go_on_from "$folder/policy" "$folder/merged"
   sample "$current" "$EVAL_PROMPTS" "$folder/held_out.jsonl"
   compared+=("$t=$folder/held_out.jsonl")
-  if [[ ! -f $folder/report.json ]]; then
-    python "$HERE/compare_policies.py" --samples "${compared[@]}" --model "$PREFERENCE" ${JUDGE:+--judge "$JUDGE"} \
-      --train_report "$folder/policy/train_report.json" --output "$folder/report.json"
-  fi
+  "${LAUNCH[@]}" "$HERE/compare_policies.py" --samples "${compared[@]}" --model "$PREFERENCE" \
+    ${JUDGE:+--judge "$JUDGE"} --train_report "$folder/policy/train_report.json" --output "$folder/report.json" \
+    --skip_finished
 done
 echo "Policies, samples and reports: $RUN"

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from general_preference.alignment.arguments import ScoringArguments
 from general_preference.alignment.samples import read_samples, samples_checksum, summary_path
-from general_preference.alignment.scoring import SampleTable, score_row, summarize_scores
+from general_preference.alignment.scoring import PROMPTS, SampleTable, score_row, summarize_scores
 from general_preference.cli import exit_code, parse_flags, quiet_other_libraries
 from general_preference.datasets.sources import Source
 from general_preference.distributed import DistributedContext
@@ -48,7 +48,7 @@ def run(arguments: ScoringArguments, inference: InferenceArguments) -> None:
         asked = {"model": arguments.model, "samples_file": arguments.samples}
         settings = run_settings(rm, arguments.model, asked, samples=samples_checksum(samples), **head)
         with store.open(context, len(samples), settings, arguments.overwrite):
-            score_table(rm, SampleTable(rm, samples), store, context, score_row, None)
+            score_table(rm, SampleTable(rm, samples), store, context, score_row, PROMPTS)
             if context.is_main:
                 finish(store)
 

@@ -119,11 +119,11 @@ def run(arguments: PolicyRunArguments, engine) -> None:
 
 
 def load(arguments: PolicyRunArguments, path: str, deepspeed_config: dict | None = None):
-    """The policy at `path` as it trains; `deepspeed_config` only of the one that does."""
-    wanted = arguments.model
-    names = ("load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "trust_remote_code")
-    options = {name: getattr(wanted, name) for name in names} if deepspeed_config is not None else {}
-    options |= {"trust_remote_code": wanted.trust_remote_code, "ds_config": deepspeed_config}
+    """The policy at `path` as it trains, or an anchor, which has no `deepspeed_config` and the same quantized weights:
+    log-ratios are of what adapters change."""
+    wanted, names = arguments.model, ("load_in_4bit", "trust_remote_code")
+    names += ("lora_rank", "lora_alpha", "lora_dropout", "target_modules") if deepspeed_config is not None else ()
+    options = {name: getattr(wanted, name) for name in names} | {"ds_config": deepspeed_config}
     options |= {"attn_implementation": "flash_attention_2" if wanted.flash_attn else wanted.attn_implementation}
     return get_policy(path, bf16=arguments.engine.bf16, seed=arguments.optimizer.seed, **options)
 
@@ -140,6 +140,7 @@ def make_table(arguments: PolicyRunArguments, engine, name: str, rows: list[dict
     if left := len(rows) - len(targeted):
         logger.info("%s: %d of %d prompts are left out, whose responses all tie", name, left, len(rows))
     anchors, dtype = {}, "bfloat16" if arguments.engine.bf16 else "float32"
+    dtype = f"{dtype} in 4 bits" if arguments.model.load_in_4bit else dtype
     folder = Path(arguments.output.save_path) / "anchors"
     context.write(folder, lambda: folder.mkdir(parents=True, exist_ok=True), main_only=True)
     for anchor in asked.weights():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -231,6 +232,7 @@ def test_a_batch_that_was_cut_short_is_made_again_as_it_was(policy, data, made, 
         (["--policy", "NO_TEMPLATE"], "has no chat template"),
         (["--policy", "NO_BASE"], "its base model cannot be used"),
         (["--policy", "REWARD"], "head"),
+        (["--policy", "SMALL"], "but the policy has 60 embeddings"),
         (["--prompts", "/nowhere/x.jsonl"], "/nowhere/x.jsonl does not exist"),
         (["--max_new_tokens", "2030"], "prompt p0 has"),
         (["--max_prompt_tokens", "2"], "too_long=17"),
@@ -262,11 +264,31 @@ def test_what_cannot_be_used_is_one_line(policy, data, tmp_path, saved, tokenize
         AutoTokenizer.from_pretrained(policy).save_pretrained(folder("reward"))
         config = json.loads((tmp_path / "reward" / "config.json").read_text()) | {"tie_word_embeddings": False}
         given = ["--policy", folder("reward", config=json.dumps(config))]
+    if "SMALL" in given:
+        small = AutoModelForCausalLM.from_pretrained(policy)
+        small.resize_token_embeddings(60)
+        small.save_pretrained(folder("small"))
+        AutoTokenizer.from_pretrained(policy).save_pretrained(folder("small"))
+        given = ["--policy", folder("small")]
     given = [str(data) if flag == "PROMPTS" else flag for flag in given]
     assert generate(policy, data, tmp_path / "s.jsonl", *given) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_too_little_memory_is_one_line_with_the_cure(policy, data, tmp_path, capsys):
+    """The address space of this process is limited to what it has and 150 MB, of which a batch needs more."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 150_000_000, before[1]))
+    try:
+        code = generate(policy, data, tmp_path / "s.jsonl", "--samples", 20_000, "--max_prompts", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 1 and error.startswith("error: out of memory: 20000 responses, ")
+    assert "set batch_tokens to less" in error and not (tmp_path / "s.jsonl").exists()
 
 
 def test_a_preference_model_and_an_adapter_can_be_policies(saved, policy, data, tmp_path):
@@ -401,6 +423,8 @@ def test_only_scores_of_these_samples_are_joined(made, scored):
         join(samples[1:], scores)
     with pytest.raises(InputError, match="no row with the id 'new'"):
         join([samples[0] | {"id": "new"}, *samples[1:]], scores)
+    with pytest.raises(InputError, match="17 scored prompts have 16 ids"):
+        join(samples, ([scores[0][1], *scores[0][1:]], scores[1]))
     with pytest.raises(InputError, match="3 responses, but 2 were scored"):
         join(samples, ([scores[0][0] | {"embeddings": scores[0][0]["embeddings"][:2]}, *scores[0][1:]], scores[1]))
 
@@ -413,6 +437,12 @@ def test_only_scores_of_these_samples_are_joined(made, scored):
         ({"note": "x"}, "expected samples with id, prompt"),
         ({"finished": None}, "not a list"),
         ({"prompt_ids": []}, "prompt_ids is empty"),
+        ({"prompt_ids": [1, -3]}, "found the token -3, expected whole numbers from 0"),
+        ({"response_ids": [[7], [8, 2.5], [9]]}, "found the token 2.5, expected"),
+        ({"response_ids": [[7], [8], [2**40]]}, "found the token 1099511627776, expected"),
+        ({"response_ids": [[7], 8, [9]]}, "response_ids is no list of list"),
+        ({"responses": ["a", None, "b"]}, "responses is no list of str"),
+        ({"id": 3}, "its id is 3, expected text"),
     ],
 )
 def test_files_that_are_no_samples_are_refused_by_line(made, tmp_path, change, message):

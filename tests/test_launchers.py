@@ -12,6 +12,7 @@ from scripts.make_tiny_model import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 MULTI = ROOT / "scripts" / "run_train_rm_general_preference_multi.sh"
+ALIGN = ROOT / "scripts" / "run_align_general_preference.sh"
 SINGLE = ROOT / "scripts" / "run_train_rm_general_preference_single.sh"
 SET_BY_USERS = """HOSTFILE NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC MICRO_BATCH GLOBAL_BATCH PRETRAIN DATASET
 SAVE_PATH RESTARTS JOIN_TIMEOUT LOCAL_ADDR"""
@@ -149,6 +150,39 @@ def test_a_slurm_allocation_starts_every_node(start):
     for rank, command in enumerate((first, second)):
         assert "--nproc-per-node 8 --max-restarts 0 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint n5:13456" in command
         assert f"is_host={1 - rank}" in command and command.endswith("--seed 7")
+
+
+LEAVES_ADAPTERS = """case $1 in
+-) cat > /dev/null ;;
+-P) echo GPUS=0 ;;
+*)
+  echo "$*"
+  while [[ $# -gt 0 && $1 != --save_path ]]; do shift; done
+  [[ $# -eq 0 ]] || { mkdir -p "$2" && touch "$2/adapter_config.json"; }
+  ;;
+esac"""
+
+
+def test_the_loop_merges_adapters_where_vllm_writes(start, tmp_path):
+    """A fake of python that leaves an adapter where it is told to train: what the next stages are told to load."""
+    (tmp_path / "bin" / "python").write_text(f"#!/usr/bin/env bash\n{LEAVES_ADAPTERS}\n")
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "adapter_config.json").touch()
+    given = {"POLICY": "start", "PREFERENCE": "judge", "PROMPTS": "p.jsonl", "EVAL_PROMPTS": "e.jsonl"}
+    given |= {"SAVE_PATH": "run", "ITERATIONS": "2"}
+    for extra, first, second in (
+        ({"GENERATE_PYTHON": "/vllm"}, "run/start/merged", "run/iter_1/merged"),
+        ({"GENERATE_PYTHON": ""}, "start", "run/iter_1/policy"),
+    ):
+        done = start(ALIGN, "--lora_rank", "4", **given, **extra)
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if ".py " in line]
+        loaded = [option(line, "--policy") for line in lines if "--policy" in line]
+        last = second.replace("1", "2")
+        assert loaded == [first, first, first, second, second, second, last]
+        merged = [line.split("merge_lora.py ")[1].split()[:2] for line in lines if "merge_lora.py" in line]
+        pairs = [["start", first], ["run/iter_1/policy", second], ["run/iter_2/policy", last]]
+        assert merged == (pairs if extra["GENERATE_PYTHON"] else [])
 
 
 def test_the_tiny_model_is_left_alone_when_built_again(tmp_path):

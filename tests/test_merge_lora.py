@@ -81,6 +81,12 @@ def test_a_half_precision_copy_is_a_rounded_one(adapter, tmp_path):
     assert {tensor.dtype for name, tensor in tensors.items() if "head.weight" not in name} == {torch.bfloat16}
     assert tensors["value_head.weight"].dtype == torch.float32
     assert (scores(RewardModel.from_pretrained(str(tmp_path / "half"))) - trained).abs().max() < 0.2
+    before = (tmp_path / "half" / "model.safetensors").stat().st_ino
+    merge(str(folder), tmp_path / "half", skip_finished=True)
+    assert (tmp_path / "half" / "model.safetensors").stat().st_ino == before
+    (tmp_path / "half" / "merged_from.json").write_text('{"weights": "another"}')
+    with pytest.raises(InputError, match="is not empty"):
+        merge(str(folder), tmp_path / "half", skip_finished=True)
 
 
 def test_adapters_on_fused_experts_and_routers_are_folded_too(make_model):

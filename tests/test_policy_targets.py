@@ -7,20 +7,7 @@ import torch
 
 from general_preference.alignment.targets import best_and_worst, policy_target
 from general_preference.models.score import plane_advantages, plane_scores, preference_matrix
-
-TAU = 0.4
-
-
-def numbers(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def embeddings(count=5, dim=6, seed=0):
-    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def same(one, other, tolerance=1e-12):
-    torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+from tests.test_policy_loss import TAU, embeddings, numbers, same
 
 
 def test_targets_by_hand():

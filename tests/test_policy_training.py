@@ -25,8 +25,9 @@ from general_preference.models.attention import RowLayout
 from general_preference.models.config import weights_digest
 from general_preference.models.policy import get_policy
 from general_preference.trainer.metrics import MEASURED, read_metrics
+from scripts.make_tiny_model import make_tiny_model
 from tests.conftest import FAMILIES
-from tests.test_training import run_cases
+from tests.test_training import ROOT, launch, run_cases
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -303,6 +304,26 @@ def test_a_saved_policy_is_a_plain_language_model(runs):
         assert "Aligned policy" in (folder / "README.md").read_text()
 
 
+def test_anchors_of_a_quantized_policy_are_its_own(tmp_path):
+    """The unquantized policy's log-probabilities are a nat away, those of the same weights a rounding."""
+    pytest.importorskip("bitsandbytes")
+    make_tiny_model(tmp_path / "policy", hidden_size=64, vocab_size=300)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    for weight in filter(lambda one: one.dim() > 1, model.parameters()):
+        torch.nn.init.normal_(weight, std=0.15)
+    model.save_pretrained(tmp_path / "policy")
+    rows, run = random_samples(8), tmp_path / "run"
+    flags = ["--policy", str(tmp_path / "policy"), *write(tmp_path, "own", rows, str(tmp_path / "policy")), *STEP]
+    flags += ["--save_path", str(run), "--lora_rank", "2", "--bf16", "--load_in_4bit"]
+    done = launch(1, str(ROOT / "scripts" / "train_policy_general_preference.py"), *flags)
+    if "has no bfloat16 arithmetic" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = [row for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row]
+    assert abs(row["train/kl"]) < 0.1 and row["train/log_ratio_sd"] < 0.1
+    assert "in 4 bits" in (run / "anchors" / "train_t.summary.json").read_text()
+
+
 def test_an_adapter_goes_on_from_where_it_was(runs):
     (row,) = runs.metrics("adapter")
     assert abs(row["train/kl"]) < 1e-5
@@ -449,6 +470,11 @@ def test_a_recipe_of_the_command_line_wins_over_a_file(tmp_path):
         (["--beta", "0"], "--beta 0.0 must be above 0"),
         (["--clip", "-1"], "--clip -1.0 must be above 0"),
         (["--length_normalization", "-1"], "--length_normalization -1.0 must be at least 0"),
+        (
+            ["--recipe", "best_of_n", "--length_normalization", "1"],
+            "1.0 is not read by --loss likelihood",
+        ),
+        (["--recipe", "ln_gpo", "--loss", "surrogate"], "is not read by --loss surrogate, which divides by the length"),
         (["--iteration", "0"], "--iteration 0 must be at least 1"),
         (["--loss", "logistic"], "--loss logistic takes --target hard or win_rate, not score"),
         (["--loss", "surrogate", "--target", "dynamic"], "--loss surrogate takes --target planes or"),

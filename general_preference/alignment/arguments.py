@@ -7,7 +7,6 @@ from pathlib import Path
 from general_preference.cli import check_at_least, flag
 from general_preference.datasets.arguments import ReadingArguments
 from general_preference.errors import InputError
-from general_preference.models.kernels import CHOICES
 
 COMPARED = "name=FILE for each policy, samples of the same prompts: the start first, the current policy last"
 
@@ -100,13 +99,8 @@ class ComparisonReportArguments:
         None, "JSON file of the training with the KL divergence of the current policy from the previous one"
     )
     max_length: int | None = flag(None, "tokens of prompt and one response; default what the model was trained with")
-    general_preference_tau: float | None = flag(None, "temperature of published weights (0.1)", aliases=["--tau"])
-    judge_tau: float | None = flag(None, "the same of the judge")
-    bf16: bool | None = flag(None, "bfloat16 backbone; default on GPUs that compute it fast")
-    attn_implementation: str = flag("auto", "attention kernel; auto: the fastest that is exact here", choices=CHOICES)
-    trust_remote_code: bool = flag(False, "run code that comes with the models")
-    device: str = flag("auto", "auto (a GPU if there is one, else mps or the CPU), cuda:N, mps or cpu")
-    batch_tokens: int | None = flag(None, "tokens in one call at most, padding included; default fits the device")
+    judge_tau: float | None = flag(None, "--tau of the judge")
+    skip_finished: bool = flag(False, "do nothing where --output is the report of the same samples, models and flags")
 
     def check(self) -> None:
         """InputError for what cannot work, before anything is loaded."""
@@ -116,7 +110,7 @@ class ComparisonReportArguments:
             raise InputError(f"--judge_tau {self.judge_tau} is of a --judge, which is not given")
         if not self.output.endswith(".json"):
             raise InputError(f"--output {self.output!r} must end in .json")
-        check_at_least(self, 1, "batch_tokens")
+        check_at_least(self, 8, "max_length")
         self.named_samples()
 
     def named_samples(self) -> dict[str, str]:

@@ -70,8 +70,10 @@ def load_policy(path: str, dtype: torch.dtype, device: torch.device, trust_remot
 
     Raises:
         InputError: no such model, or one without an LM head, as preference models of other tools are.
+        RunError: it does not fit into the device's memory.
     """
-    model = load_backbone(path, dtype, trust_remote_code=trust_remote_code, device=device)
+    with _enough_memory(f"{path} does not fit: use a device with more, or free what other programs hold"):
+        model = load_backbone(path, dtype, trust_remote_code=trust_remote_code, device=device).to(device)
     if model.made_up:
         raise InputError(
             f"{path} has no language-model head ({model.made_up}...), so it cannot write: use another policy"
@@ -79,7 +81,27 @@ def load_policy(path: str, dtype: torch.dtype, device: torch.device, trust_remot
     model = model.get_base_model() if hasattr(model, "peft_config") else model
     # Else what the folder says (top_k, repetition_penalty) would take the place of everything that is not asked for.
     model.generation_config = GenerationConfig()
-    return model.to(device).eval()
+    return model.eval()
+
+
+def check_tokens(model, prompts: list[Prompt]) -> None:
+    """InputError for a prompt with a token that the policy has no embedding for: its tokenizer is another model's."""
+    embedding = model.get_input_embeddings()
+    size = getattr(embedding, "base_layer", embedding).num_embeddings  # of one that an adapter changes
+    for prompt in prompts:
+        if (highest := max(prompt.ids)) >= size:
+            raise InputError(f"prompt {prompt.id} has the token {highest}, but the policy has {size} embeddings")
+
+
+@contextlib.contextmanager
+def _enough_memory(cure: str) -> Iterator[None]:
+    """What the device's memory, or the CPU's under a limit, does not hold becomes a RunError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise RunError(f"out of memory: {cure}") from error
 
 
 def stop_tokens(path: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> tuple[int, ...]:
@@ -166,9 +188,11 @@ def generate_in_batches(model, prompts: list[Prompt], batches: list[list[int]], 
             pad_token_id=sampling.pad_id,
             do_sample=False,
         )
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([draw])
-        )
+        options = {"generation_config": config, "logits_processor": LogitsProcessorList([draw])}
+        tokens = len(rows) * (width + sampling.max_new_tokens)
+        cure = f"{len(rows)} responses, {tokens} tokens, are too much at once: set batch_tokens to less, and overwrite"
+        with _enough_memory(f"{cure}; or ask for fewer samples or max_new_tokens, if this is one prompt alone"):
+            out = model.generate(input_ids=ids, attention_mask=mask, **options)
         found = [_until_stop(row, sampling.stop_ids) for row in out[:, width:].tolist()]
         for place, index in enumerate(batch):
             yield index, found[count * place : count * (place + 1)]

@@ -31,7 +31,9 @@ def draw_policies(report: dict, path: Path) -> bool:
     kl = report["kl"] if report["previous"] == names[0] else None  # else it is not from the start
     _draw_best_of_n(axes[1, 2], views, names[-1], kl)
     with writing(path):
-        figure.savefig(path)
+        temporary = path.with_name(f".{path.name}")
+        figure.savefig(temporary)
+        temporary.replace(path)
     pyplot.close(figure)
     return True
 

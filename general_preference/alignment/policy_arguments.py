@@ -121,6 +121,9 @@ class PolicyLossArguments:
             raise InputError(f"--loss logistic compares pairs: use --select pair, not {self.select}")
         if self.select == "best" and self.loss != "likelihood":
             raise InputError(f"--select best leaves nothing to compare with: use --loss likelihood, not {self.loss}")
+        if self.length_normalization and self.loss in ("surrogate", "likelihood"):
+            found = f"--length_normalization {self.length_normalization} is not read by --loss {self.loss}"
+            raise InputError(f"{found}, which divides by the length anyway: drop it")
         self.weights()
 
     @property

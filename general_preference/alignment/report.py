@@ -2,7 +2,7 @@
 
 Of N prompts, T policies (the first the start, the last the current one) and M responses to a prompt, the margin of
 response i over j is P_ij - 1/2, of policy a over b the mean over their responses. Every mean counts prompts alike.
-`preference_report` puts the functions together; `policies.score_policies` makes its `Contest`s.
+`preference_report` puts the functions together; `policies.make_contests` makes its `Contest`s.
 """
 
 import math

@@ -42,7 +42,20 @@ def read_samples(path: str | Path) -> list[dict]:
             raise InputError(f"{place}: it has no response, expected at least one")
         if not row["prompt_ids"]:
             raise InputError(f"{place}: prompt_ids is empty, expected the prompt's tokens")
+        for name, kind in (("responses", str), ("response_ids", list), ("finished", bool)):
+            if not all(isinstance(one, kind) for one in row[name]):
+                raise InputError(f"{place}: {name} is no list of {kind.__name__}")
+        for ids in (row["prompt_ids"], *row["response_ids"]):
+            _check_ids(place, ids)
     return [row for _, row in rows]
+
+
+def _check_ids(place: str, ids: list) -> None:
+    try:
+        array("I", ids)
+    except (TypeError, OverflowError) as error:
+        wrong = next(one for one in ids if not isinstance(one, int) or not 0 <= one < 2**32)
+        raise InputError(f"{place}: found the token {wrong!r}, expected whole numbers from 0") from error
 
 
 def read_scores(path: str | Path) -> tuple[list[dict], dict]:
@@ -89,6 +102,8 @@ def join(samples: list[dict], scores: tuple[list[dict], dict]) -> list[dict]:
     """
     rows, summary = scores
     by_id = {row["id"]: row for row in rows}
+    if len(by_id) < len(rows):
+        raise InputError(f"{len(rows)} scored prompts have {len(by_id)} ids: make ids unique, then score again")
     if missing := next((row["id"] for row in samples if row["id"] not in by_id), None):
         raise InputError(f"the scores have no row with the id {missing!r}, which the samples have: score these samples")
     if len(rows) != len(samples):
@@ -120,6 +135,8 @@ def _read(path: Path, kind: str, columns: tuple[str, ...], optional: tuple[str, 
         if not isinstance(row, dict) or not set(columns) <= row.keys() <= {*columns, *optional}:
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise InputError(f"{place}: found {found}, expected {kind} with {', '.join(columns)}")
+        if not isinstance(row["id"], str):
+            raise InputError(f"{place}: its id is {row['id']!r}, expected text")
         if wrong := [name for name in columns if name in _LISTS and not isinstance(row[name], list)]:
             raise InputError(f"{place}: {wrong[0]} is not a list, expected {kind} with {', '.join(columns)}")
         rows.append((place, row))

@@ -15,6 +15,8 @@ from general_preference.inference.pipeline import GPMPipeline
 from general_preference.inference.ranking import hodge
 from general_preference.models.score import plane_scores, preference_matrix
 
+PROMPTS = 1  # of one call: with others beside it the rounding of a row would change by what a kill left to do
+
 
 @dataclass
 class SampleTable:

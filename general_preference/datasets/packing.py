@@ -44,7 +44,7 @@ class Batch:
     counted: torch.Tensor | None
 
     def model_inputs(self) -> dict:
-        """The keyword arguments of `RewardModel.forward`."""
+        """The keyword arguments of `PackedBackbone.forward`."""
         names = ("input_ids", "position_ids", "segments", "shared", "sequences", "response_ends", "prompt_ends")
         return {name: getattr(self, name) for name in (*names, "targets", "counted")}
 

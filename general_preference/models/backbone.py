@@ -10,7 +10,7 @@ from general_preference.errors import InputError
 from general_preference.models import attention as rows
 from general_preference.models.config import learned_positions
 from general_preference.models.kernels import choose_kernel
-from general_preference.models.losses import can_fuse, linear_log_probs, token_log_probs
+from general_preference.models.losses import can_fuse, linear_log_probs, load_balancing_loss, token_log_probs
 from general_preference.models.multimodal import text_layers
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,29 @@ class PackedBackbone(nn.Module):
         head, embedding = self.language_model.get_output_embeddings(), self.language_model.get_input_embeddings()
         if not language_model_head and head is not None and head.weight is not embedding.weight:
             head.requires_grad_(False)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: torch.Tensor,
+        shared: bool,
+        response_ends: torch.Tensor,
+        prompt_ends: torch.Tensor,
+        sequences: rows.PackedSequences | None = None,
+        targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        counted: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """One pass over a `packing.Batch`, whose fields the arguments are.
+
+        Returns what the model's `outputs` gives; with `counted` also aux_loss: scalar, see `load_balancing_loss`.
+        """
+        packed = (input_ids, position_ids, segments, shared, sequences)
+        hidden, router_logits = self.hidden_states(*packed, routed=counted is not None)
+        output = self.outputs(hidden, response_ends, prompt_ends, targets)
+        if counted is not None:
+            output["aux_loss"] = load_balancing_loss(router_logits, self.config.num_experts_per_tok, counted)
+        return output
 
     def hidden_states(
         self,

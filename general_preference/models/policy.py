@@ -9,12 +9,10 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from general_preference.errors import InputError
-from general_preference.models.attention import PackedSequences
 from general_preference.models.backbone import PackedBackbone
 from general_preference.models.config import BASE_DIGEST, weights_digest
 from general_preference.models.heads import saved_head
 from general_preference.models.loading import add_lora, load_backbone, partitioned_loading
-from general_preference.models.losses import load_balancing_loss
 from general_preference.models.saving import LIBRARY, CardFacts, hub_name
 
 logger = logging.getLogger(__name__)
@@ -38,29 +36,10 @@ class PolicyModel(PackedBackbone):
         self.card = CardFacts()  # base_model
         self.facts: dict[str, str] = {"loss": "unknown", "target": "unknown", "judge": "unknown"}
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        segments: torch.Tensor,
-        shared: bool,
-        response_ends: torch.Tensor,
-        prompt_ends: torch.Tensor,
-        sequences: PackedSequences | None = None,
-        targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-        counted: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Log-probabilities of every response of a `packing.SampleBatch`, whose fields the arguments are, in one pass.
-
-        Returns log_probs, counts: (N,) summed log-prob in nats and tokens; aux_loss: scalar, only with `counted`.
-        """
-        rows = (input_ids, position_ids, segments, shared, sequences)
-        hidden, router_logits = self.hidden_states(*rows, routed=counted is not None)
+    def outputs(self, hidden, response_ends, prompt_ends, targets) -> dict[str, torch.Tensor]:
+        """log_probs, counts: (N,) summed log-prob in nats and tokens of every response of a `packing.SampleBatch`."""
         log_probs, counts = self.sequence_log_probs(hidden, targets, len(response_ends))
-        output = {"log_probs": log_probs, "counts": counts}
-        if counted is not None:
-            output["aux_loss"] = load_balancing_loss(router_logits, self.config.num_experts_per_tok, counted)
-        return output
+        return {"log_probs": log_probs, "counts": counts}
 
     def save_pretrained(self, path: str, state_dict: dict | None = None) -> None:
         """Write a plain causal LM, or its LoRA adapter. state_dict: the full tensors where the module lacks them."""

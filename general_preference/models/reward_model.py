@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from general_preference.errors import InputError
-from general_preference.models.attention import PackedSequences
 from general_preference.models.backbone import PackedBackbone
 from general_preference.models.config import (
     BASE_DIGEST,
@@ -23,7 +22,6 @@ from general_preference.models.config import (
 )
 from general_preference.models.heads import HEAD_NAMES, read_heads, saved_head, trained_preference
 from general_preference.models.loading import add_lora, load_backbone, partitioned_loading
-from general_preference.models.losses import load_balancing_loss
 from general_preference.models.saving import CardFacts, push_reward_model, read_card_facts, save_reward_model
 from general_preference.models.score import gate_weights, head_embedding
 from general_preference.models.starting import check_reward, head_to_train
@@ -90,28 +88,14 @@ class RewardModel(PackedBackbone):
         for head in filter(None, (self.value_head, self.prompt_head)):
             head.weight.data.copy_(torch.empty(head.weight.shape).normal_(0.0, std, generator=generator))
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        segments: torch.Tensor,
-        shared: bool,
-        response_ends: torch.Tensor,
-        prompt_ends: torch.Tensor,
-        sequences: PackedSequences | None = None,
-        targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-        counted: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Embed every response and gate every prompt of a `packing.Batch`, whose fields the arguments are, in one pass.
+    def outputs(self, hidden, response_ends, prompt_ends, targets) -> dict[str, torch.Tensor]:
+        """Every response of a `packing.Batch` embedded, and every prompt gated.
 
         Returns:
             embeddings: (N, D). temperature: (1,), learned or fixed. prompt_hidden_states: (G, hidden).
             gates: (G, P), only if the model has a gate.
             log_probs, counts: (N + G,) summed log-prob in nats and tokens per sequence, only with `targets`.
-            aux_loss: scalar, see `losses.load_balancing_loss`, only with `counted`.
         """
-        rows = (input_ids, position_ids, segments, shared, sequences)
-        hidden, router_logits = self.hidden_states(*rows, routed=counted is not None)
         finish = self.preference.normalize, self.preference.reward_offset
         embeddings = head_embedding(self.value_head(hidden[response_ends]), *finish)
         output = {"embeddings": embeddings, "prompt_hidden_states": hidden[prompt_ends]}
@@ -122,8 +106,6 @@ class RewardModel(PackedBackbone):
         if targets is not None:
             sums = self.sequence_log_probs(hidden, targets, len(response_ends) + len(prompt_ends))
             output["log_probs"], output["counts"] = sums
-        if counted is not None:
-            output["aux_loss"] = load_balancing_loss(router_logits, self.config.num_experts_per_tok, counted)
         return output
 
     def gate(self, prompt_hidden_state: torch.Tensor) -> torch.Tensor:

@@ -186,7 +186,7 @@ class DeepSpeedEngine:
         self.engine.train(training)
 
     def forward(self, **inputs) -> dict[str, torch.Tensor]:
-        """`RewardModel.forward` through the engine."""
+        """`PackedBackbone.forward` through the engine."""
         return self.engine(**inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
