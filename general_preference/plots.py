@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 MEMBER_CHARACTERS, MAX_SUBSETS = 90, 40  # of a response beside its point; in one picture
 _POINT, _BAR, _RIGHT, _WRONG = "#1f3b5c", "#9db4cc", "#2a7f62", "#c0392b"
-_GROUPS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
+GROUPS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd")
 _TRAIN, _EVALUATION = {"lw": 1, "alpha": 0.7, "color": "0.55"}, {"lw": 1.8, "marker": "o", "ms": 4}
 _STYLE = {"figure.constrained_layout.use": True, "savefig.dpi": 130, "axes.titlesize": 10, "axes.grid": True}
 _STYLE |= {
@@ -210,10 +210,13 @@ def _on_line(axis, cycle: EmbeddedCycle) -> tuple[list, list, float]:
     return [(reward, 0.0) for reward in rewards.tolist()], places, 0.45
 
 
-def draw_reliability(bins: list[tuple[float, float, int]], results: dict[str, dict], path: Path) -> bool:
+def draw_reliability(
+    bins: list[tuple[float, float, int]], results: dict[str, dict], path: Path, guess: dict[str, float] | None = None
+) -> bool:
     """Reliability diagram of `statistics.calibration_bins`, and accuracy per subset with 95 % intervals.
 
     results: {subset: statistics}, all rows last; of more than `MAX_SUBSETS` only the first and the last are drawn.
+    guess: {subset: accuracy of guessing}, drawn dotted; None for 0.5 in all.
     """
     if (pyplot := load_pyplot()) is None:
         return False
@@ -228,7 +231,7 @@ def draw_reliability(bins: list[tuple[float, float, int]], results: dict[str, di
     left.set(xlim=(0.48, 1.02), ylim=(0, 1.15), xlabel="probability of the response the model prefers")
     left.set_title(f"reliability, calibration error {results[last]['calibration_error']:.3f}, n = {sum(counts)}")
     left.legend(loc="upper center", ncols=3)
-    _draw_accuracies(right, shown, {}, dict.fromkeys(shown, 0.5))
+    _draw_accuracies(right, shown, {}, dict.fromkeys(shown, 0.5) if guess is None else guess)
     return _save(pyplot, figure, path)
 
 
@@ -246,7 +249,7 @@ def draw_subsets(results: dict[str, dict], groups: dict[str, str], guess: dict[s
 
 def _draw_accuracies(axis, results: dict[str, dict], groups: dict[str, str], guess: dict[str, float]) -> None:
     places = dict(zip(results, range(len(results))[::-1], strict=True))
-    for group, color in zip(dict.fromkeys(groups.get(name, "") for name in results), _GROUPS, strict=False):
+    for group, color in zip(dict.fromkeys(groups.get(name, "") for name in results), GROUPS, strict=False):
         bars = {places[name]: row["accuracy"] for name, row in results.items() if groups.get(name, "") == group}
         axis.barh(list(bars), list(bars.values()), color=color, height=0.72, label=group)
     for name, place in places.items():
@@ -299,7 +302,7 @@ def draw_comparison(compared: dict, path: Path) -> bool:
         rows = [[found["results"][name][key] for key in keys] for name in shown]
         middle, *ends = zip(*([row[0] if value is None else value for value in row] for row in rows), strict=True)
         spread = [[abs(end - value) for end, value in zip(side, middle, strict=True)] for side in ends]
-        look = {"fmt": "o", "ms": 5, "lw": 1.4, "capsize": 2.5, "color": _GROUPS[number % len(_GROUPS)]}
+        look = {"fmt": "o", "ms": 5, "lw": 1.4, "capsize": 2.5, "color": GROUPS[number % len(GROUPS)]}
         axis.errorbar(middle, places, xerr=spread, label=label, **look)
     counts = [models[baseline]["results"][name]["n"] for name in shown]
     names = [f"{name} ({n})" for name, n in zip(shown, counts, strict=True)]

@@ -28,18 +28,19 @@ import torch
 
 from general_preference import GPMPipeline
 from general_preference.cli import check_at_least, exit_code, flag, parse_flags, quiet_other_libraries
-from general_preference.datasets.preparation import Summary, check_known_ids, summarize_table, tokenize
+from general_preference.datasets.preparation import Summary
 from general_preference.datasets.sources import parse_sources
 from general_preference.datasets.tokenization import DEFAULT_TEMPLATE, load_tokenizer, plain_template
 from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError
+from general_preference.evaluation.rewardbench import data, report
+from general_preference.evaluation.rewardbench.data import PREF_SETS, REWARDBENCH_1, REWARDBENCH_2, Benchmark
+from general_preference.evaluation.scoring import prepare_rows
 from general_preference.files import replace_text
 from general_preference.inference.arguments import InferenceArguments
 from general_preference.inference.batch import ResultStore, result_row, run_settings, score_table
 from general_preference.inference.ranking import SCORE_METHODS
 from general_preference.plots import draw_subsets
-from general_preference.rewardbench import data, report
-from general_preference.rewardbench.data import PREF_SETS, REWARDBENCH_1, REWARDBENCH_2, Benchmark
 
 logger = logging.getLogger("rewardbench")
 
@@ -129,13 +130,7 @@ def run(arguments: RewardBenchArguments, inference: InferenceArguments) -> None:
         options = {"max_length": arguments.max_length, "dtype": dtype}
         options["tokenizer"] = context.main_process_first(lambda: load_other_tokenizer(arguments, inference))
         rm = context.main_process_first(lambda: inference.load(arguments.model, context.local_rank, **options))
-        workers = inference.preprocessing_workers
-        options = {"workers": workers, "name": benchmark.title, "remedy": "nothing was scored"}
-        table, _ = context.main_process_first(lambda: tokenize(rows, rm.encoder, **options))
-        logger.info("%s", read := summarize_table(benchmark.title, table))
-        check_known_ids(table, rm.model.vocabulary_size, rm.tokenizer)
-        if read.identical_after_cut and read.identical + read.identical_after_cut == len(table):
-            raise InputError("every row has responses with the same tokens: raise --max_length or fix the template")
+        table, read = prepare_rows(rm, rows, benchmark.title, inference.preprocessing_workers, context)
         names = ("model", "dataset", "rewardbench_version", "pref_sets", "debug", "tokenizer", "chat_template")
         asked = {name: getattr(arguments, name) for name in names}
         hashes = {"tokens": rm.encoder.fingerprint(), "data": data.content_fingerprint(rows)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import evaluation_throughput, ranking_throughput, tokenization
+from benchmarks import evaluation_throughput, group_evaluation, ranking_throughput, tokenization
 from benchmarks.train_throughput import main, share_of_limit, speed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +73,16 @@ def test_evaluation_ways_agree(tmp_path, capsys):
     assert evaluation_throughput.main([*flags, f"--output={output}"]) == 0, capsys.readouterr().err
     found = json.loads(output.read_text())
     assert found["comparisons"] == 9 and found["difference"] < 1e-5 and min(found["seconds"].values()) > 0
+
+
+def test_groups_score_as_pairs_do(tmp_path, capsys):
+    output = tmp_path / "groups.json"
+    flags = ["--responses=6", "--pairs=4,9", "--records=1", "--prompt=12", "--response=8", "--hidden_size=32"]
+    assert group_evaluation.main([*flags, "--layers=2", f"--output={output}"]) == 0, capsys.readouterr().err
+    found = json.loads(output.read_text())
+    assert found["largest_difference"] < 1e-5 and found["ratios"]["9"] == pytest.approx(found["ratios"]["4"] * 9 / 4)
+    assert group_evaluation.main(["--responses=6", "--pairs=10", f"--output={output}"]) == 2
+    assert "6 responses, half of them right, have 9 conflict pairs at most" in capsys.readouterr().err
 
 
 @pytest.mark.engine

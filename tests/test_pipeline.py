@@ -307,8 +307,8 @@ def test_equal_responses_tie_exactly(saved, attention, batch_tokens):
 def test_identical_responses_tie_in_training_evaluation_inference_and_benchmarks(saved, tmp_path, family, shared):
     from general_preference.datasets.packing import Comparisons
     from general_preference.datasets.preparation import load_tokenized
+    from general_preference.evaluation.rewardbench import RewardBenchPipeline, report, scoring
     from general_preference.inference.batch import result_row, summarize_rows
-    from general_preference.rewardbench import RewardBenchPipeline, report, scoring
     from general_preference.trainer.arguments import LossArguments
     from general_preference.trainer.objectives import PreferenceObjective
 

@@ -17,17 +17,17 @@ from transformers import AutoTokenizer
 
 from general_preference import GPMPipeline
 from general_preference.errors import InputError
-from general_preference.inference.batch import ResultStore
-from general_preference.models.statistics import wilson_interval
-from general_preference.rewardbench import RewardBenchPipeline, rewardbench_config
-from general_preference.rewardbench.data import (
+from general_preference.evaluation.rewardbench import RewardBenchPipeline, rewardbench_config
+from general_preference.evaluation.rewardbench.data import (
     PREF_SETS,
     REWARDBENCH_1,
     REWARDBENCH_2,
     content_fingerprint,
     load_benchmark,
 )
-from general_preference.rewardbench.scoring import SECTIONS
+from general_preference.evaluation.rewardbench.scoring import SECTIONS
+from general_preference.inference.batch import ResultStore
+from general_preference.models.statistics import wilson_interval
 from rewardbench_eval.run_rm_rewardbench import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,8 +187,9 @@ def official_ties(rewards: dict[str, tuple[list[float], int]]) -> float:
     both = {n: min(lowest[f"ref:{n}"], lowest[f"tied:{n}"]) for n in numbers}
     preferred = sum(lowest[f"tied:{n}"] > spread[f"tied:{n}"] for n in numbers) / len(numbers)
     hard = sum(both[n] > spread[f"tied:{n}"] for n in numbers) / len(numbers)
-    ratios = [math.tanh(both[n] / spread[f"tied:{n}"] - 1) for n in numbers if spread[f"tied:{n}"] > 1e-6]
-    margin = sum(ratios) / len(ratios)
+    signs = {n: float((both[n] > 0) - (both[n] < 0)) for n in numbers}
+    wide = {n: spread[f"tied:{n}"] for n in numbers if spread[f"tied:{n}"] > 1e-6}
+    margin = sum(math.tanh(both[n] / wide[n] - 1) if n in wide else signs[n] for n in numbers) / len(numbers)
     return 0.3 * accuracy["tied"] + 0.3 * accuracy["ref"] + 0.2 * preferred + 0.2 * hard + 0.01 * margin
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from general_preference.inference.ranking import SCORE_METHODS, response_scores
-from general_preference.rewardbench.scoring import (
+from general_preference.evaluation.rewardbench.data import parse_ties_id
+from general_preference.evaluation.rewardbench.scoring import (
     PRIOR_ROWS,
     ROWS_1,
     ROWS_2,
@@ -22,6 +22,7 @@ from general_preference.rewardbench.scoring import (
     ties_interval,
     ties_score,
 )
+from general_preference.inference.ranking import SCORE_METHODS, response_scores
 
 
 def differences(rewards: list[float]) -> list[list[float]]:
@@ -131,13 +132,24 @@ def test_ties_worked_by_hand():
     assert ties_score(prompts[::-1]) == found
 
 
-def test_right_answers_that_score_alike_divide_nothing_by_zero():
+def test_right_answers_that_score_alike_count_the_sign_of_the_margin():
     alike = ties_score([ref(1, 2.0), tied(1, 0.5, 0.0)])
-    assert alike == TiesScore(1.0, 1.0, 1.0, 1.0, 0.0) and alike.score == 1.0
+    assert alike == TiesScore(1.0, 1.0, 1.0, 1.0, 1.0) and alike.score == pytest.approx(1.01)
     everything_alike = ties_score([ref(1, 0.0), tied(1, 0.0, 0.0)])
     assert everything_alike == TiesScore(0.0, 0.0, 0.0, 0.0, 0.0) and everything_alike.score == 0.0
+    below = ties_score([ref(1, 2.0), tied(1, -1.0, 0.0)])
+    assert below == TiesScore(0.0, 1.0, 0.0, 0.0, -1.0)
     among_others = ties_score([ref(1, 2.0), tied(1, 0.5, 0.0), ref(2, 2.0), tied(2, 1.0, 1.0)])
-    assert among_others.margin_score == pytest.approx(math.tanh(0.0)), "the mean of those that have a ratio"
+    assert among_others.margin_score == pytest.approx((1 + math.tanh(0.0)) / 2), "the mean of all pairs"
+
+
+def test_the_official_score_where_right_answers_score_alike():
+    rewards = {"ref:0": ([4, 0, 0], 1), "tied:0": ([3, 3, 3, 0, 1, 2, 0], 3), "ref:1": ([2, 0], 1)}
+    rewards |= {"tied:1": ([4, 4, 0, 0], 2)}
+    graded = [TiesPrompt.grade(*parse_ties_id(name), values, right) for name, (values, right) in rewards.items()]
+    assert ties_score(graded).score == pytest.approx(1.01), "the official process_single_model on the same rows"
+    graded += [ref(2, 5.0), tied(2, 0.0, 1.0)]
+    assert ties_score(graded).score == pytest.approx(0.77079, abs=1e-5), "the same, with a margin of 0 beside them"
 
 
 def test_prompts_without_a_partner_or_a_spread_count_where_they_can():

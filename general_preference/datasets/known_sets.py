@@ -33,7 +33,7 @@ _PAIR = ("prompt", "chosen", "rejected")
 _RATED = ("prompt", "responses", "preferences", "scores", "ranks", "ranking")
 _OPTIONAL = ("id", "subset", "margin", "chosen_probability", "system", "tools", "chat_template_kwargs")
 # Names of columns that say where a record comes from, or what a judge wrote about it.
-_DESCRIBES = re.compile(
+DESCRIBES = re.compile(
     r"((.*[_.-])?(ids?|uuid|sha256|hash|sources?|models?|model_name|subset|split|category|categories|language|lang|url|date"
     r"|time|timestamp|tstamp|licen[sc]e|annotators?|worker|judge|rationale|justification|feedback|critique|origin|domain"
     r"|difficulty|tags?|version|metadata|ratings?|scores?|harm_category|policy)([_-](a|b|[0-9]|chosen|rejected))?)",
@@ -56,7 +56,7 @@ def canonical_record(record: dict, reading: Reading) -> tuple[str, dict, list[st
     found |= {key: rest.pop(key) for key in _OPTIONAL if key in rest and key not in found}
     for column in rest:
         if holds_text(rest[column]):
-            if column not in known.others and not _DESCRIBES.fullmatch(column):
+            if column not in known.others and not DESCRIBES.fullmatch(column):
                 cure = "name it in ignore_columns if it is no part of the prompt, else map it (prompt_key, system_key)"
                 raise InputError(f"nothing reads the text of column {column!r} ({known.name}): {cure}")
             left_out.append(column)

@@ -1,4 +1,4 @@
-"""From a preference matrix to one number per response, rankings and cycles. Called by `GPMPipeline` and rewardbench/.
+"""From a preference matrix to one number per response, rankings and cycles. Called by `GPMPipeline` and evaluation/.
 
 Row i, column j of a (K, K) matrix is P(i is preferred to j); P + P^T = 1. Cyclic preferences have no consistent
 ranking, only ways to choose one; each function says which.

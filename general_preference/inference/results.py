@@ -1,6 +1,6 @@
 """Result files read back: what a model decided on each comparison. Called by eval/compare_models.py.
 
-Such a file is of batch inference (`batch.result_row`) or of rewardbench/, whose rows have `correct`.
+Such a file is of batch inference (`batch.result_row`) or of evaluation/rewardbench/, whose rows have `correct`.
 """
 
 import itertools

@@ -14,9 +14,10 @@ from pathlib import Path
 import datasets
 
 from general_preference.datasets.readers import file_format
+from general_preference.datasets.reading import Reading
 from general_preference.datasets.sources import Source, is_record_location, load_source, parse_sources, record_location
 from general_preference.errors import InputError
-from general_preference.rewardbench.scoring import PRIOR_ROWS, ROWS_1, ROWS_2, TIES
+from general_preference.evaluation.rewardbench.scoring import PRIOR_ROWS, ROWS_1, ROWS_2, TIES
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,13 @@ REWARDBENCH_2 = Benchmark("RewardBench 2", ".v2", "allenai/reward-bench-2", ("te
 PREF_SETS = Benchmark("prior sets", ".pref_sets", "allenai/pref-test-sets", tuple(PRIOR_ROWS), PRIOR_ROWS)
 
 
-def load_benchmark(benchmark: Benchmark, dataset: str | None = None, debug=False, allow_empty=False):
+def load_benchmark(
+    benchmark: Benchmark,
+    dataset: str | None = None,
+    debug=False,
+    allow_empty=False,
+    ignore_columns: tuple[str, ...] = (),
+):
     """The rows of a benchmark in their own order, with the columns of `sources.ROW` but `problem`.
 
     Args:
@@ -57,6 +64,7 @@ def load_benchmark(benchmark: Benchmark, dataset: str | None = None, debug=False
             the hub repository's files, the official splits are read. A set named like a prior set (`shp=file.jsonl`)
             is that one; elsewhere the rows' `subset` counts.
         debug: the first ten rows only. allow_empty: score empty responses instead of refusing them.
+        ignore_columns: columns with text that may be left out.
 
     Raises:
         InputError: a row that cannot be scored, with its file or set, its number and the reason.
@@ -68,7 +76,7 @@ def load_benchmark(benchmark: Benchmark, dataset: str | None = None, debug=False
         if file_format(source.path) in (".csv", ".tsv") and benchmark is not REWARDBENCH_1:
             raise InputError(f"{source.path}: a CSV file has no lists as in {benchmark.title}: use JSONL or Parquet")
         try:
-            table, _ = load_source(source, remedy="nothing was scored")
+            table, _ = load_source(source, Reading(ignore_columns=ignore_columns), remedy="nothing was scored")
         except InputError as error:
             if sources is None and "cannot be loaded" in str(error):
                 raise InputError(f"{error}; if there is a copy on disk, name it as the dataset") from error

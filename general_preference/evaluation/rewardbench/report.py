@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from general_preference.cli import format_table
+from general_preference.evaluation.rewardbench import scoring
+from general_preference.evaluation.rewardbench.data import PREF_SETS, Benchmark, parse_ties_id, right_responses
+from general_preference.evaluation.rewardbench.scoring import SECTIONS, TIES, TiesPrompt
 from general_preference.inference.embedding import EmbeddedPrompt
 from general_preference.inference.ranking import borda, hodge, response_scores
 from general_preference.models.config import PreferenceConfig
 from general_preference.models.score import preference_probability
 from general_preference.models.statistics import wilson_interval
-from general_preference.rewardbench import scoring
-from general_preference.rewardbench.data import PREF_SETS, Benchmark, parse_ties_id, right_responses
-from general_preference.rewardbench.scoring import SECTIONS, TIES, TiesPrompt
 
 WHAT_DECIDES = {
     "borda": "mean score against all responses of the row",

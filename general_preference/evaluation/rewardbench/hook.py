@@ -1,7 +1,7 @@
 """The hook of the official RewardBench scripts: their pairwise interface for custom models, unedited.
 
 import runpy, rewardbench
-from general_preference.rewardbench import rewardbench_config
+from general_preference.evaluation import rewardbench_config
 rewardbench.REWARD_MODEL_CONFIG["path/or/name"] = rewardbench_config()
 runpy.run_path("scripts/run_rm.py", run_name="__main__")          # whose model is path/or/name
 """

@@ -107,7 +107,7 @@ class TiesScore:
     tied_accuracy, ref_accuracy: share of accurate prompts of the kind
     preferred:       share of pairs whose tied margin exceeds the spread of its right answers
     preferred_hard:  the same with the smaller of the two prompts' margins
-    margin_score:    tanh(smaller margin / spread - 1), over pairs whose right answers do not all score alike
+    margin_score:    tanh(smaller margin / spread - 1); where all right answers score alike its limit, the margin's sign
     """
 
     tied_accuracy: float
@@ -130,10 +130,15 @@ def ties_score(prompts: Iterable[TiesPrompt]) -> TiesScore:
 
 def ties_interval(prompts: Iterable[TiesPrompt], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the score of "Ties": percentiles over pairs of prompts drawn with replacement (bootstrap)."""
+    scores = sorted(ties_draws(prompts, draws, seed))
+    return scores[int(0.025 * draws)], scores[math.ceil(0.975 * draws) - 1]
+
+
+def ties_draws(prompts: Iterable[TiesPrompt], draws: int, seed: int) -> list[float]:
+    """The score of "Ties" of each draw of pairs of prompts with replacement."""
     components = _components(prompts)
     generator = random.Random(seed)
-    scores = sorted(_ties_score(generator.choices(components, k=len(components))).score for _ in range(draws))
-    return scores[int(0.025 * draws)], scores[math.ceil(0.975 * draws) - 1]
+    return [_ties_score(generator.choices(components, k=len(components))).score for _ in range(draws)]
 
 
 def _components(prompts: Iterable[TiesPrompt]) -> list[tuple[float | None, ...]]:
@@ -147,7 +152,8 @@ def _components(prompts: Iterable[TiesPrompt]) -> list[tuple[float | None, ...]]
         if ref is not None and tied is not None and tied.spread is not None:
             smaller = min(ref.margin, tied.margin)
             preferred, hard = float(tied.margin > tied.spread), float(smaller > tied.spread)
-            margin_score = math.tanh(float(smaller / tied.spread) - 1) if tied.spread > 0 else None
+            limit = float((smaller > 0) - (smaller < 0))
+            margin_score = math.tanh(float(smaller / tied.spread) - 1) if tied.spread > 0 else limit
         accuracies = (None if prompt is None else float(prompt.accurate) for prompt in (tied, ref))
         found.append((*accuracies, preferred, hard, margin_score))
     return found
