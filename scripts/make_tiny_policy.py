@@ -29,7 +29,7 @@ from scripts.make_tiny_model import DATA_DIR, make_tiny_model
 from scripts.train_policy_general_preference import REPORT
 
 DATA = tuple(DATA_DIR / kind / "train.jsonl" for kind in ("mixed", "cyclic"))
-FLAGS = {"loss": "likelihood", "learning_rate": 3e-3, "max_epochs": 2, "micro_train_batch_size": 8, "zero_stage": 0}
+FLAGS = {"loss": "likelihood", "learning_rate": 3e-3, "max_epochs": 3, "micro_train_batch_size": 4, "zero_stage": 0}
 FLAGS |= {"logging_steps": 20, "any_policy": True, "warmup_ratio": 0.03, "lr_schedule": "linear"}
 HIDDEN_SIZE = 96
 COPIES, CHANGED = 5, 0.5  # of each prompt, the first as it is; largest share of a copy's tokens that are changed
