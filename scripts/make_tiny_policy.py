@@ -5,9 +5,9 @@
 
 Every response of the comparisons in --data (default the training sets of `mixed` and `cyclic`) counts as often, good or
 bad, so that there is something to align. Each is imitated several times, behind its prompt with other tokens put in: a
-model that saw each prompt as it is, and nothing else, writes no sentence behind a prompt in other words. The fine-tuning
-is train_policy_general_preference.py with the loss
-`likelihood`. Writes OUTPUT_DIR/policy, and what it is made of beside it; what is finished is left as it is.
+model that saw each prompt as it is, and nothing else, writes no sentence behind a prompt in other words. Fine-tuned by
+train_policy_general_preference.py with the loss `likelihood`. Writes OUTPUT_DIR/policy, and what it is made of beside
+it; what is finished is left as it is.
 """
 
 import argparse
