@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bt", default="checkpoint/quickstart/bt", help="Bradley-Terry model")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--sets", nargs="+", choices=list(ITERATIONS), default=list(ITERATIONS))
+    parser.add_argument("--models", nargs="+", choices=["GPM", "Bradley-Terry"], default=["GPM", "Bradley-Terry"])
     parser.add_argument("--iterations", type=int, help=f"default {ITERATIONS}")
     parser.add_argument("--output", type=Path, default=Path("results/policy_alignment"))
     parser.add_argument("flags", nargs="*", help="after --: flags of train_policy_general_preference.py, which win")
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """All policies, then table, numbers and picture."""
     models = {"GPM": arguments.gpm, "Bradley-Terry": arguments.bt}
+    models = {name: models[name] for name in arguments.models}
     for path in models.values():
         if not Path(path, "config.json").is_file():
             raise InputError(f"{path} is no model: run scripts/run_quickstart.sh, or name another")
