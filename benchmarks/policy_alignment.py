@@ -37,10 +37,10 @@ from general_preference.files import replace_lines, replace_text
 from general_preference.plots import load_pyplot
 
 ROOT = Path(__file__).resolve().parents[1]
-ITERATIONS = {"mixed": 4, "cyclic": 12}
+ITERATIONS = {"mixed": 4, "cyclic": 10}
 MODELS = ("GPM", "mended", "Bradley-Terry")
 TEMPERATURES = (1.0, 1.5, 2.0)  # of the samples that mend: the hotter, the more of them are broken
-REPLIES, SKEW = 4, 1 / 3  # of each prompt that the start imitates; how much rarer each next member of a circle is
+REPLIES, SKEW = 4, 1 / 2  # of each prompt that the start imitates; how much rarer each next member of a circle is
 FLAGS = ["--beta", "2", "--learning_rate", "3e-4", "--max_epochs", "2", "--lr_schedule", "constant"]
 FLAGS += ["--zero_stage", "0", "--logging_steps", "10"]
 
