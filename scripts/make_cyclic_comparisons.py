@@ -121,7 +121,7 @@ def make_set(arguments: CycleArguments, prompts: list[RatedPrompt], criteria: li
         name: {
             "prompts": len(some),
             "comparisons": sum(len(record["preferences"]) for record in some),
-            "ceiling": scalar_ceiling(some) if some else None,
+            "ceiling": scalar_ceiling((len(one["responses"]), one["preferences"]) for one in some) if some else None,
         }
         for name, some in splits.items()
     }

@@ -1,4 +1,4 @@
-"""Cycles from rated responses: found, freed of contradictions, split and counted as by hand; bad ratings in one line."""
+"""Cycles from rated responses: found, freed of contradictions, split and counted as by hand; bad ratings in a line."""
 
 import json
 
@@ -60,12 +60,9 @@ def test_a_comparison_is_never_stated_both_ways():
 
 def test_the_scalar_ceiling_by_hand():
     circle, chain = [[0, 1], [1, 2], [2, 0]], [[0, 1], [1, 2]]
-    responses = ["a", "b", "c"]
-    assert scalar_ceiling([{"responses": responses, "preferences": circle}]) == pytest.approx(2 / 3)
-    both = [{"responses": responses, "preferences": one} for one in (circle, chain)]
-    assert scalar_ceiling(both) == pytest.approx(4 / 5)
-    four = {"responses": [*responses, "d"], "preferences": [*circle, [1, 3], [3, 0]]}  # two circles through 0 > 1
-    assert scalar_ceiling([four]) == pytest.approx(4 / 5)
+    assert scalar_ceiling([(3, circle)]) == pytest.approx(2 / 3)
+    assert scalar_ceiling([(3, circle), (3, chain)]) == pytest.approx(4 / 5)
+    assert scalar_ceiling([(4, [*circle, [1, 3], [3, 0]])]) == pytest.approx(4 / 5)  # two circles through 0 > 1
 
 
 def test_splits_share_no_comparison():

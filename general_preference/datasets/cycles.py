@@ -158,14 +158,13 @@ def split_records(records: list[dict], train_ratio: float, pair_share: float, se
     return splits
 
 
-def scalar_ceiling(records: list[dict]) -> float:
+def scalar_ceiling(groups: Iterable[tuple[int, list]]) -> float:
     """The largest share of the comparisons that one number for each response can get right: exact.
 
-    Over sets of responses, what is best placed last among them; 2^K steps for K responses.
+    groups: (K, [(winner, loser), ...]) of each prompt. Over sets of responses, which of them is placed last: 2^K steps.
     """
     right = total = 0
-    for record in records:
-        count, edges = len(record["responses"]), record["preferences"]
+    for count, edges in groups:
         best = {0: 0}
         for chosen in range(1, 1 << count):
             best[chosen] = max(
