@@ -11,19 +11,20 @@ from general_preference.inference.results import CREDIT, Decision, ModelResults
 from general_preference.models.statistics import wilson_interval
 
 ALL, RESAMPLES, SEED = "all", 10_000, 0
-INTERVAL = (0.025, 0.975)  # 95 %
 
 
-def paired_difference(first: Tensor, other: Tensor, cluster: Tensor) -> dict[str, float | int | None]:
+def paired_difference(
+    first: Tensor, other: Tensor, cluster: Tensor, level: float = 0.95
+) -> dict[str, float | int | None]:
     """How much more credit `other` gets than `first`.
 
     Args:
         first, other: (M,) credit in [0, 1] on the same comparisons. cluster: (M,) integers, equal for comparisons that
-            are resampled together.
+            are resampled together. level: of the interval, 95 %.
 
     Returns:
         difference:  mean of other - first
-        low, high:   its 95 % interval: percentiles of `RESAMPLES` bootstrap means over clusters drawn with replacement
+        low, high:   its interval: percentiles of `RESAMPLES` bootstrap means over clusters drawn with replacement
                      (Efron 1979); None with a single cluster
         better, worse: comparisons on which `other` gets more, and less
         p_value:     two-sided exact sign test of better against worse, for credits 0 and 1 the exact test of McNemar
@@ -40,7 +41,8 @@ def paired_difference(first: Tensor, other: Tensor, cluster: Tensor) -> dict[str
         shares[-1] = 1 - shares[:-1].sum()  # scipy refuses shares whose sum is rounded
         drawn = stats.multinomial(len(sums), shares.numpy()).rvs(RESAMPLES, random_state=SEED)
         totals = torch.from_numpy(drawn).double() @ kinds
-        interval = torch.quantile(totals[:, 0] / totals[:, 1], totals.new_tensor(INTERVAL)).tolist()
+        ends = (1 - level) / 2, (1 + level) / 2
+        interval = torch.quantile(totals[:, 0] / totals[:, 1], totals.new_tensor(ends)).tolist()
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())
     p_value = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
     found = {"difference": gain.mean().item(), "low": interval[0], "high": interval[1]}

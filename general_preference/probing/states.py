@@ -72,6 +72,12 @@ class Placed:
     margin: float
     length: int
 
+    @property
+    def decided(self) -> list[tuple[int, int]]:
+        """(winner, loser) of the preferences that are no ties."""
+        preferences = zip(self.first, self.second, self.label, strict=True)
+        return [(winner, loser) for winner, loser, label in preferences if label > 0.5]
+
     def terms(self, weight: float) -> dict:
         """What `packing.preference_terms` reads."""
         names = ("first", "second", "label", "margin")
