@@ -47,6 +47,7 @@ def load_frozen(path: str, dtype: torch.dtype, attention: str, trust_remote_code
     Raises:
         InputError: no such model, or a kernel that cannot run there.
     """
+    device = torch.device(device)
     model = FrozenBackbone(load_backbone(path, dtype, attention, trust_remote_code, device=device), attention)
     model.to(device).check_sharing()
     model.eval().layout_on(device)
