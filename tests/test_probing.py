@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -140,46 +141,55 @@ def pool(model_folder, tmp_path_factory):
     return states, rows
 
 
-def planted(pool, preference: PreferenceConfig, sharpness: float) -> tuple[np.ndarray, list]:
-    """The comparisons with labels drawn from a model with this head; sharpness: its mean |logit|."""
+def compared(pool, context, preference, names: str, sharpness: float) -> dict:
+    """Heads on labels that are drawn from a model with this head, whose mean |logit| is the sharpness."""
     states, rows = pool
-    centered = states - states.mean(axis=0)  # else the mean of all states decides
     truth = PreferenceHeads(preference, HIDDEN)
     truth.initialize_heads(11)
-    scores = score_rows(truth, centered, rows, "cpu").score
+    scores = score_rows(truth, states, rows, "cpu").score
     chances = torch.sigmoid(sharpness * scores / scores.abs().mean())
     first_wins = torch.rand(len(rows), generator=torch.Generator().manual_seed(2), dtype=torch.float64) < chances
     drawn = [
-        type(row)(**{**vars(row), "first": [0 if wins else 1], "second": [1 if wins else 0], "label": [1.0]})
+        replace(row, first=[0 if wins else 1], second=[1 if wins else 0], label=[1.0])
         for row, wins in zip(rows, first_wins.tolist(), strict=True)
     ]
-    return centered, drawn
-
-
-def compared(pool, context, preference, names: str, sharpness: float = 3.0) -> dict:
-    states, rows = planted(pool, preference, sharpness)
-    parts = {"fit": rows[:1300], "validation": rows[1300:1600]}
-    optimizer = OptimizerArguments(max_epochs=20, micro_train_batch_size=100, seed=1)
-    trials = Trials(context, "cpu", states, parts, optimizer)
+    parts = {"fit": drawn[:1300], "validation": drawn[1300:1600]}
+    trials = Trials(
+        context, "cpu", states, parts, OptimizerArguments(max_epochs=12, micro_train_batch_size=200, seed=1)
+    )
     specs = parse_heads(names, "model", None)
     chosen = trials.choose_rates(specs, [1e-2, 5e-2])
     rates = {name: found["learning_rate"] for name, found in chosen.items()}
-    scored, _ = trials.score_sets(specs, rates, 3, {"test": rows[1600:]})
-    return compare_scores(scored["test"], stated_preferences(rows[1600:]))
+    scored, _ = trials.score_sets(specs, rates, 3, {"test": drawn[1600:]})
+    return compare_scores(scored["test"], stated_preferences(drawn[1600:]))
 
 
-def test_a_planted_plane_is_found_again(pool, context):
-    found = compared(pool, context, PreferenceConfig("gpm", 4), "bt,bt_gate4,gpm2_raw,gpm4_raw")
+def test_planted_planes_are_found_again(pool, context):
+    found = compared(pool, context, PreferenceConfig("gpm", 4), "bt,bt_gate4,gpm2_raw,gpm4_raw", 3.0)
     accuracy = {name: one["accuracy"]["mean"] for name, one in found.items()}
-    print(accuracy, {name: one.get("verdict") for name, one in found.items()})
-    assert accuracy["gpm4_raw"] > accuracy["gpm2_raw"] > accuracy["bt"]
+    assert accuracy["gpm4_raw"] > accuracy["gpm2_raw"] > accuracy["bt"] + 0.05, accuracy
     assert found["gpm4_raw"]["verdict"] == "better" and found["gpm4_raw"]["loss_difference"]["high"] < 0
+    assert found["bt_gate4"]["verdict"] == "no difference"
 
 
 def test_a_planted_scalar_makes_no_head_better(pool, context):
-    found = compared(pool, context, PreferenceConfig("bt"), "bt,bt_gate4,gpm2_raw,gpm4_raw")
-    print({name: (one["accuracy"]["mean"], one.get("difference"), one.get("verdict")) for name, one in found.items()})
-    assert {one.get("verdict") for one in found.values()} == {None, "no difference"}
+    found = compared(pool, context, PreferenceConfig("bt"), "bt,gpm2_raw,hybrid3", 2.0)
+    assert found["bt"]["accuracy"]["mean"] > 0.7
+    assert {name: one.get("verdict") for name, one in found.items()} == {
+        "bt": None, "gpm2_raw": "no difference", "hybrid3": "no difference",
+    }  # fmt: skip
+
+
+def test_among_many_equal_heads_hardly_one_seems_better():
+    """Guessing heads: without simultaneous intervals two of five comparisons would find a difference."""
+    n, alarms = 100, 0
+    stated = Stated(torch.ones(n).double(), torch.arange(n), torch.zeros(n).double())
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        scores = torch.randn(11, n, generator=generator, dtype=torch.float64)
+        found = compare_scores({str(k): [Scored(one, one * 0, 1.0)] for k, one in enumerate(scores)}, stated)
+        alarms += any(one.get("verdict") != "no difference" for name, one in found.items() if name != "0")
+    assert alarms <= 2
 
 
 def test_intervals_and_verdicts_by_hand():
