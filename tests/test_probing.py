@@ -21,7 +21,7 @@ from general_preference.models.config import PreferenceConfig
 from general_preference.models.preference_heads import PreferenceHeads
 from general_preference.models.reward_model import get_reward_model
 from general_preference.probing import states as store_module
-from general_preference.probing.comparing import Stated, compare_scores, mean_interval, stated_preferences
+from general_preference.probing.comparing import Stated, compare_scores, seed_interval, stated_preferences
 from general_preference.probing.fitting import GatedReward, Scored, parse_heads, read_batch, score_rows
 from general_preference.probing.running import Trials, describe_set
 from general_preference.probing.states import StateStore, collate_states, load_frozen, place_states
@@ -193,9 +193,9 @@ def test_among_many_equal_heads_hardly_one_seems_better():
 
 
 def test_intervals_and_verdicts_by_hand():
-    found = mean_interval([1.0, 2.0, 3.0])
+    found = seed_interval([1.0, 2.0, 3.0])
     assert found["mean"] == 2 and found["high"] - 2 == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
-    assert mean_interval([1.0]) == {"mean": 1.0, "low": None, "high": None}
+    assert seed_interval([1.0]) == {"mean": 1.0, "low": None, "high": None}
     n = 200
     stated = Stated(torch.ones(n).double(), torch.arange(n), torch.tensor([1.0, -1.0, 0.0, 1.0] * (n // 4)).double())
 

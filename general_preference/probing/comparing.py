@@ -37,7 +37,7 @@ def stated_preferences(rows: list[Placed]) -> Stated:
     return Stated(torch.tensor(label).double(), torch.tensor(cluster), torch.tensor(longer).double().sign())
 
 
-def mean_interval(values: list[float], level: float = LEVEL) -> dict[str, float | None]:
+def seed_interval(values: list[float], level: float = LEVEL) -> dict[str, float | None]:
     """{mean, low, high} of numbers, one a seed, by Student's t; a single one has no interval."""
     sample = torch.tensor(values, dtype=torch.float64)
     mean = sample.mean().item()
@@ -68,7 +68,7 @@ def compare_scores(scored: dict[str, list[Scored]], stated: Stated) -> dict[str,
     for name, some in scored.items():
         each = [_statistics(one, stated) for one in some]
         rows[name] = {
-            key: mean_interval([one[key] for one in each]) | {"each": [one[key] for one in each]} for key in MEASURES
+            key: seed_interval([one[key] for one in each]) | {"each": [one[key] for one in each]} for key in MEASURES
         }
         rows[name] |= {"n": each[0]["n"], "longer": _longer(some, stated)}
         if name != baseline:
@@ -94,7 +94,7 @@ def _difference(first: torch.Tensor, other: torch.Tensor, stated: Stated, level:
     found = paired_difference(first.mean(dim=0), other.mean(dim=0), stated.cluster, level)
     paired = min(len(first), len(other))
     seeds = (other[:paired] - first[:paired]).mean(dim=1).tolist()
-    return found | {"seeds": mean_interval(seeds, level)}
+    return found | {"seeds": seed_interval(seeds, level)}
 
 
 def _verdict(difference: dict) -> str:
