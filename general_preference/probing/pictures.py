@@ -40,7 +40,7 @@ def draw_heads(results: dict[str, dict], path: Path) -> bool:
         left.set_yticks(places, names, parse_math=False)
         left.set_ylim(len(names) - 0.5, -0.5)
     axes[-1, 0].set_xlabel("accuracy: mean over seeds, its 95 % interval, each seed")
-    axes[-1, 1].set_xlabel(f"difference of accuracies from {names[0]}, over comparisons, 95 % for all heads together")
+    axes[-1, 1].set_xlabel(f"difference from {names[0]}, 95 % for all heads together", parse_math=False)
     with writing(path):
         figure.savefig(path)
     pyplot.close(figure)

@@ -28,7 +28,7 @@ from general_preference.models.loading import load_backbone
 
 logger = logging.getLogger(__name__)
 
-CHUNK_PROMPTS = 64  # computed together and marked as done together
+CHUNK_TOKENS = 16384  # computed together and marked as done together: what a kill costs at most
 _SETTINGS, _STATES, _DONE = "settings.json", "states.npy", "done.npy"
 
 
@@ -133,12 +133,12 @@ class StateStore:
     def __init__(self, folder: Path, prompts: list[dict], hidden_size: int, settings: dict):
         """settings: what the states depend on besides the tokens. Nothing is written before `open`."""
         self.folder, self.prompts, self.starts = folder, prompts, state_rows(prompts)
-        self.order = sorted(range(len(prompts)), key=lambda index: (-_tokens(prompts[index]), index))
+        self.chunks = _chunks(prompts)
         digest = hashlib.blake2b(digest_size=16)
         for ids in (ids for one in prompts for ids in (one["prompt_ids"], *one["response_ids"])):
             digest.update(_key(ids) + b"/")
         self.shape = (self.starts[-1], hidden_size)
-        settings = settings | {"tokens": digest.hexdigest(), "shape": self.shape}
+        settings = settings | {"tokens": digest.hexdigest(), "shape": self.shape, "chunks": len(self.chunks)}
         self.settings = json.loads(json.dumps(settings))
 
     @contextlib.contextmanager
@@ -163,8 +163,7 @@ class StateStore:
             values = f"{name} = {found.get(name)!r}, now {self.settings.get(name)!r}"
             raise InputError(f"{self.folder} holds hidden states made with {values}: choose another folder")
         if not found:  # else settings came last, so all is there
-            chunks = -(-len(self.prompts) // CHUNK_PROMPTS)
-            for name, dtype, shape in ((_STATES, np.float32, self.shape), (_DONE, np.bool_, (chunks,))):
+            for name, dtype, shape in ((_STATES, np.float32, self.shape), (_DONE, np.bool_, (len(self.chunks),))):
                 file = self.folder / name
                 with writing(file):
                     array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
@@ -188,7 +187,7 @@ class StateStore:
         shown = context.is_main
         with tqdm(total=len(mine), desc="hidden states", unit="chunk", disable=not shown, mininterval=1) as bar:
             for chunk in mine:
-                numbers = self.order[chunk * CHUNK_PROMPTS : (chunk + 1) * CHUNK_PROMPTS]
+                numbers = self.chunks[chunk]
                 rows = [self.prompts[number] for number in numbers]
                 for position, found in embed(model, rows, batch_tokens=batch_tokens):
                     start, stop = self.starts[numbers[position] : numbers[position] + 2]
@@ -199,12 +198,20 @@ class StateStore:
                 self.done.flush()
                 bar.update()
         context.barrier()
-        sizes = [min(CHUNK_PROMPTS, len(self.prompts) - chunk * CHUNK_PROMPTS) for chunk in missing]
-        return sum(sizes)
+        return sum(len(self.chunks[chunk]) for chunk in missing)
 
 
-def _tokens(prompt: dict) -> int:
-    return len(prompt["prompt_ids"]) + sum(map(len, prompt["response_ids"]))
+def _chunks(prompts: list[dict]) -> list[list[int]]:
+    """Indices of prompts of similar length, the longest first, each list of about `CHUNK_TOKENS` tokens."""
+    tokens = [len(prompt["prompt_ids"]) + sum(map(len, prompt["response_ids"])) for prompt in prompts]
+    chunks, room = [], 0
+    for index in sorted(range(len(prompts)), key=lambda index: (-tokens[index], index)):
+        if room < tokens[index]:
+            chunks.append([])
+            room = CHUNK_TOKENS
+        chunks[-1].append(index)
+        room -= tokens[index]
+    return chunks
 
 
 @dataclass
