@@ -94,7 +94,6 @@ def test_gradients_are_the_trainers_on_a_frozen_backbone(preference, model_folde
     path, comparisons = model_folder("llama"), random_comparisons(9, 300, seed=1)
     model = get_reward_model(path, bf16=False, preference=preference, seed=3)
     model.backbone.requires_grad_(False)
-    weights = [1 / 9] * 9
     batch = Collator(0, model.train().layout_on())([row | {"weight": 1 / 9} for row in comparisons])
     whole = batch_loss(model(**batch.model_inputs()), batch, LossArguments())
     whole.total.backward()
@@ -102,8 +101,8 @@ def test_gradients_are_the_trainers_on_a_frozen_backbone(preference, model_folde
     states, (rows,) = kept(tmp_path, [tokenized(comparisons)], path, context)
     heads = PreferenceHeads(preference, HIDDEN)
     heads.initialize_heads(3)
-    small = collate_states(states, rows, weights, "cpu")
-    alone = batch_loss(read_batch(heads, small), small, LossArguments())
+    small = collate_states(rows, [1 / 9] * 9, "cpu")
+    alone = batch_loss(read_batch(heads, states, small), small, LossArguments())
     alone.total.backward()
     torch.testing.assert_close(alone.score, whole.score, rtol=1e-5, atol=1e-5)
     trained = dict(model.named_parameters())
@@ -282,6 +281,20 @@ def test_the_saved_head_scores_as_it_did(files, saved, tmp_path, capsys):
     assert "48 prompts" not in capsys.readouterr().err
 
 
+def descendants(pid: int) -> list[int]:
+    """All processes that it started, and that these started."""
+    children = list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return children + [one for child in children for one in descendants(child)]
+
+
+def state(pid: int) -> str:
+    """R, S, Z, ... of a process, empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return ""
+
+
 @pytest.mark.engine
 @pytest.mark.timeout(240)
 @pytest.mark.usefixtures("own_environment")
@@ -298,11 +311,14 @@ def test_killed_while_caching_and_started_again(files, saved, tmp_path, capsys):
             assert run.poll() is None, run.stderr.read().decode()[-2000:]
             time.sleep(0.005)
     finally:
-        os.killpg(run.pid, signal.SIGKILL)
+        killed = [run.pid, *descendants(run.pid)]
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
         run.wait()
+    while any(state(pid) not in ("", "Z") for pid in killed):
+        time.sleep(0.01)
     finished = np.load(done)
     assert 2 < finished.sum() < len(finished), "killed too late or too early"
-    time.sleep(0.5)
     assert main([*flags, "--output", str(output)]) == 0, capsys.readouterr().err
     assert main([*flags, "--output", str(tmp_path / "whole")]) == 0
     both = [(folder / "features" / "states.npy").read_bytes() for folder in (output, tmp_path / "whole")]

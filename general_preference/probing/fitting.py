@@ -96,30 +96,38 @@ def parse_heads(text: str, path: str, saved: SavedHead | None, **asked) -> list[
     return specs
 
 
-def read_batch(head: nn.Module, batch: StateBatch) -> dict[str, torch.Tensor]:
-    """What `batch_loss` takes as a model's output."""
-    gated = isinstance(head, GatedReward)
-    return head(batch.response_states, batch.prompt_states[batch.owner] if gated else batch.prompt_states)
+def read_batch(head: nn.Module, states: np.ndarray, batch: StateBatch) -> dict[str, torch.Tensor]:
+    """What `batch_loss` takes as a model's output; only the states of the batch are read."""
+    responses, prompts = (
+        torch.from_numpy(states[rows]).to(batch.owner.device) for rows in (batch.responses, batch.prompts)
+    )
+    return head(responses, prompts[batch.owner] if isinstance(head, GatedReward) else prompts)
 
 
-def fit_head(
-    spec: HeadSpec, states: np.ndarray, rows: list[Placed], optimizer: OptimizerArguments, device
-) -> nn.Module:
-    """Train a head on comparisons as the trainer would on a frozen backbone; `optimizer.seed` draws weights and order.
+def training_batches(rows: list[Placed], optimizer: OptimizerArguments, device) -> list[StateBatch]:
+    """The steps of a training in the trainer's order, which `optimizer.seed` draws; the same for every head.
 
     optimizer.micro_train_batch_size is the whole batch of a step.
     """
+    sampler = StepSampler([row.length for row in rows], optimizer.micro_train_batch_size, seed=optimizer.seed)
+    steps = sampler.micro_batches(optimizer.max_epochs)
+    return [
+        collate_states([rows[index] for index, _ in step], [weight for _, weight in step], device) for step in steps
+    ]
+
+
+def fit_head(
+    spec: HeadSpec, states: np.ndarray, batches: list[StateBatch], optimizer: OptimizerArguments, device
+) -> nn.Module:
+    """Train a head as the trainer would on a frozen backbone, from the weights that `optimizer.seed` draws."""
     head = spec.make(states.shape[1], optimizer.seed).to(device)
-    batch_size, learned = optimizer.micro_train_batch_size, list(head.parameters())
-    sampler = StepSampler([row.length for row in rows], batch_size, seed=optimizer.seed)
+    learned, losses = list(head.parameters()), LossArguments()
     options = {"lr": optimizer.learning_rate, "betas": tuple(optimizer.adam_betas), "weight_decay": optimizer.l2}
     adam = torch.optim.AdamW(parameter_groups(head), **options)
-    schedule = build_schedule(adam, optimizer, sampler.steps_per_epoch * optimizer.max_epochs)
-    losses = LossArguments()
-    for items in sampler.micro_batches(optimizer.max_epochs):
-        batch = collate_states(states, [rows[index] for index, _ in items], [weight for _, weight in items], device)
+    schedule = build_schedule(adam, optimizer, len(batches))
+    for batch in batches:
         adam.zero_grad()
-        batch_loss(read_batch(head, batch), batch, losses).total.backward()
+        batch_loss(read_batch(head, states, batch), batch, losses).total.backward()
         if optimizer.max_norm:
             nn.utils.clip_grad_norm_(learned, optimizer.max_norm)
         adam.step()
@@ -142,8 +150,8 @@ def score_rows(head: nn.Module, states: np.ndarray, rows: list[Placed], device) 
     scores, losses, temperature = [], [], 1.0
     for start in range(0, len(rows), EVALUATION_ROWS):
         part = rows[start : start + EVALUATION_ROWS]
-        batch = collate_states(states, part, [1.0] * len(part), device)
-        output = read_batch(head, batch)
+        batch = collate_states(part, [1.0] * len(part), device)
+        output = read_batch(head, states, batch)
         gates = output["gates"][batch.comparison_index] if "gates" in output else None
         score = preference_score(output["embeddings"][batch.first], output["embeddings"][batch.second], gates)
         scores.append(score)

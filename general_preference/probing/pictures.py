@@ -33,14 +33,15 @@ def draw_heads(results: dict[str, dict], path: Path) -> bool:
         left.axvline(found["longer_response"], color="0.6", lw=1, ls=":", label="the longer response wins")
         if found["scalar_ceiling"] is not None:
             left.axvline(found["scalar_ceiling"], color="#dd8452", lw=1, ls="--", label="ceiling of one number")
-        left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.1)
-        left.set_title(f"{name}: {found['n']} comparisons of {found['prompts']} prompts", loc="right", parse_math=False)
+        left.set_title(f"{name}: {found['n']} comparisons of {found['prompts']} prompts", parse_math=False)
         right.axvline(0, color="0.3", lw=1, ls="--", zorder=0)
         right.set_title("green better, red worse, blue no difference")
         left.set_yticks(places, names, parse_math=False)
         left.set_ylim(len(names) - 0.5, -0.5)
     axes[-1, 0].set_xlabel("accuracy: mean over seeds, its 95 % interval, each seed")
     axes[-1, 1].set_xlabel(f"difference from {names[0]}, 95 % for all heads together", parse_math=False)
+    lines = {line.get_label(): line for axis in axes[:, 0] for line in axis.lines if line.get_label()[0] != "_"}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=2)
     with writing(path):
         figure.savefig(path)
     pyplot.close(figure)

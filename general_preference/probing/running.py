@@ -6,7 +6,7 @@ Called by scripts/compare_heads.py.
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import datasets
 import numpy as np
@@ -20,8 +20,8 @@ from general_preference.distributed import DistributedContext
 from general_preference.errors import InputError, RunError
 from general_preference.probing.arguments import ProbingArguments
 from general_preference.probing.comparing import compare_scores, longer_accuracy, stated_preferences
-from general_preference.probing.fitting import HeadSpec, Scored, fit_head, score_rows
-from general_preference.probing.states import Placed
+from general_preference.probing.fitting import HeadSpec, Scored, fit_head, score_rows, training_batches
+from general_preference.probing.states import Placed, StateBatch
 from general_preference.trainer.run_arguments import OptimizerArguments
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class Trials:
     states: np.ndarray
     rows: dict[str, list[Placed]]
     optimizer: OptimizerArguments
+    _batches: dict[tuple, list[StateBatch]] = field(default_factory=dict)
 
     def choose_rates(self, specs: list[HeadSpec], rates: list[float]) -> dict[str, dict]:
         """{head: {"learning_rate", "validation_loss", "validation_accuracy", "losses": {rate: loss}}}. Collective.
@@ -99,9 +100,7 @@ class Trials:
 
         def work(job) -> dict:
             spec, rate = job
-            head = fit_head(
-                spec, self.states, self.rows["fit"], replace(self.optimizer, learning_rate=rate), self.device
-            )
+            head = self.fit(spec, ("fit",), replace(self.optimizer, learning_rate=rate))
             scored = score_rows(head, self.states, self.rows["validation"], self.device)
             found = compare_scores({spec.name: [scored]}, stated)[spec.name]
             return {name: found[name]["mean"] for name in ("loss", "accuracy")}
@@ -122,8 +121,15 @@ class Trials:
 
     def train(self, spec: HeadSpec, rate: float, seed: int):
         """A head trained on `fit` and `validation` together."""
-        optimizer = replace(self.optimizer, learning_rate=rate, seed=seed)
-        return fit_head(spec, self.states, self.rows["fit"] + self.rows["validation"], optimizer, self.device)
+        return self.fit(spec, ("fit", "validation"), replace(self.optimizer, learning_rate=rate, seed=seed))
+
+    def fit(self, spec: HeadSpec, parts: tuple[str, ...], optimizer: OptimizerArguments):
+        """A head trained on these parts of the rows; the batches are made once for all heads."""
+        key = (parts, optimizer.seed)
+        if key not in self._batches:
+            rows = [row for part in parts for row in self.rows[part]]
+            self._batches[key] = training_batches(rows, optimizer, self.device)
+        return fit_head(spec, self.states, self._batches[key], optimizer, self.device)
 
     def score_sets(
         self, specs: list[HeadSpec], rates: dict[str, float], seeds: int, sets: dict[str, list[Placed]]

@@ -218,11 +218,11 @@ def _chunks(prompts: list[dict]) -> list[list[int]]:
 class StateBatch:
     """Preferences among states, with the fields that `trainer.objectives.batch_loss` reads of a `PreferenceBatch`.
 
-    response_states: (N, hidden). prompt_states: (G, hidden). owner: (N,) index of each response's prompt.
+    responses: (N,), prompts: (G,) rows of `states.npy`. owner: (N,) index of each response's prompt.
     """
 
-    response_states: torch.Tensor
-    prompt_states: torch.Tensor
+    responses: np.ndarray
+    prompts: np.ndarray
     owner: torch.Tensor
     first: torch.Tensor
     second: torch.Tensor
@@ -233,11 +233,10 @@ class StateBatch:
     targets: None = None
 
 
-def collate_states(states: np.ndarray, rows: list[Placed], weights: list[float], device) -> StateBatch:
-    """A batch of comparisons on `device`; only the states that it needs are read."""
+def collate_states(rows: list[Placed], weights: list[float], device) -> StateBatch:
+    """A batch of comparisons, its tensors on `device`; no state is read."""
     terms = preference_terms([row.terms(weight) for row, weight in zip(rows, weights, strict=True)])
-    responses = [place for row in rows for place in row.responses]
-    owner = torch.tensor([number for number, row in enumerate(rows) for _ in row.responses])
-    read = (torch.from_numpy(states[places]) for places in (responses, [row.prompt for row in rows]))
-    tensors = (tensor.to(device) for tensor in (*read, owner))
-    return StateBatch(*tensors, **{name: tensor.to(device) for name, tensor in terms.items()})
+    responses = np.array([place for row in rows for place in row.responses])
+    terms["owner"] = torch.tensor([number for number, row in enumerate(rows) for _ in row.responses])
+    terms = {name: tensor.to(device) for name, tensor in terms.items()}
+    return StateBatch(responses, np.array([row.prompt for row in rows]), **terms)
