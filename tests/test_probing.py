@@ -202,13 +202,13 @@ def test_intervals_and_verdicts_by_hand():
         return Scored(score, -torch.nn.functional.logsigmoid(score), 1.0)
 
     heads = {"bt": [scored(100), scored(104)], "same": [scored(102)] * 2, "more": [scored(140), scored(142)]}
-    found = compare_scores(heads | {"less": [scored(60), scored(64)]}, stated)
+    found = compare_scores(heads | {"less": [scored(60), scored(61)]}, stated)
     assert found["bt"]["accuracy"]["mean"] == pytest.approx(0.51) and "verdict" not in found["bt"]
     assert found["more"]["difference"]["difference"] == pytest.approx(0.195)
     assert [found[name]["verdict"] for name in ("same", "more", "less")] == ["no difference", "better", "worse"]
-    seeds = found["more"]["difference"]["seeds"]  # (140 - 100) / 200 and (142 - 104) / 200; t at 1 - 0.05 / 3, 1 degree
+    seeds = found["more"]["difference"]["seeds"]  # (140 - 100) / 200 and (142 - 104) / 200; t at 95 %, 1 degree
     assert seeds["mean"] == pytest.approx(0.195) and seeds["mean"] - seeds["low"] == pytest.approx(
-        0.005 * 38.188, rel=1e-3
+        0.005 * 12.706, rel=1e-3
     )
     assert found["bt"]["longer"] == pytest.approx(0.5 + (52 - 26 - 52 + 26) / 300, abs=0.02)
     confident = 1 / (1 + np.exp(-1))

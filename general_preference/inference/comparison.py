@@ -3,6 +3,7 @@
 All statistics are pure functions of numbers per comparison; `compare_models` puts them together.
 """
 
+import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
@@ -11,6 +12,7 @@ from general_preference.inference.results import CREDIT, Decision, ModelResults
 from general_preference.models.statistics import wilson_interval
 
 ALL, RESAMPLES, SEED = "all", 10_000, 0
+DRAWN = 10**7  # numbers at a time: of 10,000 different clusters all resamples would take gigabytes
 
 
 def paired_difference(
@@ -39,10 +41,14 @@ def paired_difference(
     if len(sums) > 1:
         shares = counts.double() / len(sums)
         shares[-1] = 1 - shares[:-1].sum()  # scipy refuses shares whose sum is rounded
-        drawn = stats.multinomial(len(sums), shares.numpy()).rvs(RESAMPLES, random_state=SEED)
-        totals = torch.from_numpy(drawn).double() @ kinds
-        ends = (1 - level) / 2, (1 + level) / 2
-        interval = torch.quantile(totals[:, 0] / totals[:, 1], totals.new_tensor(ends)).tolist()
+        law, random = stats.multinomial(len(sums), shares.numpy()), np.random.RandomState(SEED)
+        portion, means = max(1, DRAWN // len(sums)), []
+        for start in range(0, RESAMPLES, portion):
+            drawn = law.rvs(min(portion, RESAMPLES - start), random_state=random)
+            totals = torch.from_numpy(drawn).double() @ kinds
+            means.append(totals[:, 0] / totals[:, 1])
+        ends = kinds.new_tensor([(1 - level) / 2, (1 + level) / 2])
+        interval = torch.quantile(torch.cat(means), ends).tolist()
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())
     p_value = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
     found = {"difference": gain.mean().item(), "low": interval[0], "high": interval[1]}

@@ -37,13 +37,13 @@ def stated_preferences(rows: list[Placed]) -> Stated:
     return Stated(torch.tensor(label).double(), torch.tensor(cluster), torch.tensor(longer).double().sign())
 
 
-def seed_interval(values: list[float], level: float = LEVEL) -> dict[str, float | None]:
-    """{mean, low, high} of numbers, one a seed, by Student's t; a single one has no interval."""
+def seed_interval(values: list[float]) -> dict[str, float | None]:
+    """{mean, low, high} of numbers, one a seed, 95 % by Student's t; a single one has no interval."""
     sample = torch.tensor(values, dtype=torch.float64)
     mean = sample.mean().item()
     if len(values) < 2:
         return {"mean": mean, "low": None, "high": None}
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * sample.std().item() / len(values) ** 0.5
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * sample.std().item() / len(values) ** 0.5
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
@@ -55,8 +55,8 @@ def compare_scores(scored: dict[str, list[Scored]], stated: Stated) -> dict[str,
         longer:     share of decisions for the longer response, of responses that differ in length
         difference: of accuracies from the first head, seeds with equal numbers paired:
                     {difference, low, high, better, worse, p_value} of the credit averaged over seeds, see
-                    `paired_difference`, resampling prompts; seeds: its {mean, low, high} over seeds. Intervals are
-                    simultaneous: 95 % for all heads together (Bonferroni)
+                    `paired_difference`, resampling prompts, whose intervals are simultaneous: 95 % for all heads
+                    together (Bonferroni); seeds: its {mean, low, high} over seeds, 95 % for each head
         loss_difference: the same of losses
         verdict:    "better" or "worse" if both intervals of the accuracy are on one side of 0, else "no difference"
     """
@@ -94,7 +94,7 @@ def _difference(first: torch.Tensor, other: torch.Tensor, stated: Stated, level:
     found = paired_difference(first.mean(dim=0), other.mean(dim=0), stated.cluster, level)
     paired = min(len(first), len(other))
     seeds = (other[:paired] - first[:paired]).mean(dim=1).tolist()
-    return found | {"seeds": seed_interval(seeds, level)}
+    return found | {"seeds": seed_interval(seeds)}
 
 
 def _verdict(difference: dict) -> str:
