@@ -20,7 +20,13 @@ from general_preference.distributed import DistributedContext
 from general_preference.models.config import PreferenceConfig
 from general_preference.models.preference_heads import PreferenceHeads
 from general_preference.models.reward_model import get_reward_model
-from general_preference.probing.comparing import Stated, compare_scores, seed_interval, stated_preferences
+from general_preference.probing.comparing import (
+    Stated,
+    compare_scores,
+    expanded_level,
+    seed_interval,
+    stated_preferences,
+)
 from general_preference.probing.fitting import GatedReward, Scored, parse_heads, read_batch, score_rows
 from general_preference.probing.running import Trials, describe_set
 from general_preference.probing.states import StateStore, collate_states, load_frozen, place_states
@@ -178,16 +184,23 @@ def test_a_planted_scalar_makes_no_head_better(pool, context):
     }  # fmt: skip
 
 
-def test_among_many_equal_heads_hardly_one_seems_better():
-    """Guessing heads: without simultaneous intervals two of five comparisons would find a difference."""
-    n, alarms = 100, 0
-    stated = Stated(torch.ones(n).double(), torch.arange(n), torch.zeros(n).double())
+@pytest.mark.parametrize("prompts", [100, 15])
+def test_among_many_equal_heads_hardly_one_seems_better(prompts):
+    """Guessing heads: with plain 95 % intervals two of five comparisons, or more, would find a difference."""
+    n, alarms = 8 * prompts, 0
+    stated = Stated(torch.ones(n).double(), torch.arange(n) % prompts, torch.zeros(n).double())
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         scores = torch.randn(11, n, generator=generator, dtype=torch.float64)
         found = compare_scores({str(k): [Scored(one, one * 0, 1.0)] for k, one in enumerate(scores)}, stated)
         alarms += any(one.get("verdict") != "no difference" for name, one in found.items() if name != "0")
     assert alarms <= 2
+
+
+def test_few_prompts_widen_an_interval():
+    assert expanded_level(0.95, 10**6) == pytest.approx(0.95, abs=1e-5)
+    # sqrt(11 / 10) * 2.228139 = 2.336898 deviations, of which a normal has 0.980556 inside
+    assert expanded_level(0.95, 11) == pytest.approx(0.980556, abs=1e-5) and expanded_level(0.95, 1) == 0.95
 
 
 def test_intervals_and_verdicts_by_hand():
@@ -211,6 +224,8 @@ def test_intervals_and_verdicts_by_hand():
         0.005 * 12.706, rel=1e-3
     )
     assert found["bt"]["longer"] == pytest.approx(0.5 + (52 - 26 - 52 + 26) / 300, abs=0.02)
+    few = replace(stated, cluster=torch.arange(n) % 14)
+    assert {one.get("verdict") for one in compare_scores(heads, few).values()} == {None, "too few prompts"}
     confident = 1 / (1 + np.exp(-1))
     assert found["same"]["calibration_error"]["mean"] == pytest.approx(confident - 0.51)
 
@@ -261,7 +276,7 @@ def test_the_saved_head_scores_as_it_did(files, saved, tmp_path, capsys):
     assert found["comparisons"] == {"fit": 41, "validation": 7, "held_out": 12} and test["n"] == 36
     assert test["scalar_ceiling"] == 24 / 36 and "a scalar gets at most 0.6667" in printed
     assert test["heads"]["bt"]["accuracy"]["mean"] <= 24 / 36 and len(test["heads"]["bt"]["accuracy"]["each"]) == 2
-    assert re.search(r"gpm4_gate +192 .* (no difference|better|worse)", printed)
+    assert re.search(r"gpm4_gate +192 .* too few prompts", printed)
     assert (output / "heads.png").stat().st_size > 5000
     states = torch.from_numpy(np.load(output / "features" / "states.npy"))
     assert states.shape == (60 * 4, HIDDEN)

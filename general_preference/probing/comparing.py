@@ -14,6 +14,9 @@ from general_preference.probing.fitting import Scored
 from general_preference.probing.states import Placed
 
 LEVEL = 0.95
+# Of fewer no verdict is given: of heads that guess, ten at once, one seemed different in 5 % of 80 simulated comparisons
+# with 15 prompts, in 10 % with 10.
+MIN_PROMPTS = 15
 MEASURES = ("accuracy", "loss", "calibration_error")
 
 
@@ -47,6 +50,18 @@ def seed_interval(values: list[float]) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def expanded_level(level: float, count: int) -> float:
+    """The level at which percentiles of a bootstrap over `count` units cover about `level`.
+
+    Plain percentiles are too narrow for few units: by sqrt((n - 1) / n), and as a normal is beside Student's t.
+    Source: Hesterberg, arXiv 1411.5279, section 4.1 (the expanded percentile interval).
+    """
+    if count < 2:
+        return level
+    deviations = (count / (count - 1)) ** 0.5 * stats.t.ppf((1 + level) / 2, count - 1)
+    return float(1 - 2 * stats.norm.sf(deviations))
+
+
 def compare_scores(scored: dict[str, list[Scored]], stated: Stated) -> dict[str, dict]:
     """{head: numbers} from each head's scores, one `Scored` a seed; the others are compared with the first head.
 
@@ -56,12 +71,13 @@ def compare_scores(scored: dict[str, list[Scored]], stated: Stated) -> dict[str,
         difference: of accuracies from the first head, seeds with equal numbers paired:
                     {difference, low, high, better, worse, p_value} of the credit averaged over seeds, see
                     `paired_difference`, resampling prompts, whose intervals are simultaneous: 95 % for all heads
-                    together (Bonferroni); seeds: its {mean, low, high} over seeds, 95 % for each head
+                    together (Bonferroni), see `expanded_level`; seeds: its {mean, low, high}, 95 % for each head
         loss_difference: the same of losses
-        verdict:    "better" or "worse" if both intervals of the accuracy are on one side of 0, else "no difference"
+        verdict:    "better" or "worse" if both intervals of the accuracy are on one side of 0, else "no difference";
+                    below `MIN_PROMPTS` "too few prompts"
     """
-    (baseline, *_), rows = scored, {}
-    level = 1 - (1 - LEVEL) / max(1, len(scored) - 1)
+    (baseline, *_), rows, prompts = scored, {}, len(stated.cluster.unique())
+    level = expanded_level(1 - (1 - LEVEL) / max(1, len(scored) - 1), prompts)
     credits = {name: torch.stack([preference_credit(one.score, stated.label) for one in some])
                for name, some in scored.items()}  # fmt: skip
     losses = {name: torch.stack([one.loss for one in some]) for name, some in scored.items()}
@@ -74,7 +90,7 @@ def compare_scores(scored: dict[str, list[Scored]], stated: Stated) -> dict[str,
         if name != baseline:
             rows[name]["difference"] = found = _difference(credits[baseline], credits[name], stated, level)
             rows[name]["loss_difference"] = _difference(losses[baseline], losses[name], stated, level)
-            rows[name]["verdict"] = _verdict(found)
+            rows[name]["verdict"] = _verdict(found) if prompts >= MIN_PROMPTS else "too few prompts"
     return rows
 
 

@@ -6,7 +6,13 @@ from general_preference.files import writing
 from general_preference.plots import load_pyplot
 
 MAX_SETS = 6
-_COLORS = {"better": "#2a7f62", "worse": "#c0392b", "no difference": "#1f3b5c", None: "#1f3b5c"}
+_COLORS = {
+    "better": "#2a7f62",
+    "worse": "#c0392b",
+    "no difference": "#1f3b5c",
+    None: "#1f3b5c",
+    "too few prompts": "0.6",
+}
 
 
 def draw_heads(results: dict[str, dict], path: Path) -> bool:
@@ -35,7 +41,7 @@ def draw_heads(results: dict[str, dict], path: Path) -> bool:
             left.axvline(found["scalar_ceiling"], color="#dd8452", lw=1, ls="--", label="ceiling of one number")
         left.set_title(f"{name}: {found['n']} comparisons of {found['prompts']} prompts", parse_math=False)
         right.axvline(0, color="0.3", lw=1, ls="--", zorder=0)
-        right.set_title("green better, red worse, blue no difference")
+        right.set_title("green better, red worse, blue no difference, gray too few prompts")
         left.set_yticks(places, names, parse_math=False)
         left.set_ylim(len(names) - 0.5, -0.5)
     axes[-1, 0].set_xlabel("accuracy: mean over seeds, its 95 % interval, each seed")
