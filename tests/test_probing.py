@@ -187,7 +187,7 @@ def test_a_planted_scalar_makes_no_head_better(pool, context):
 @pytest.mark.parametrize("prompts", [100, 15])
 def test_among_many_equal_heads_hardly_one_seems_better(prompts):
     """Guessing heads: with plain 95 % intervals two of five comparisons, or more, would find a difference."""
-    n, alarms = 8 * prompts, 0
+    n, alarms = max(90, 2 * prompts), 0
     stated = Stated(torch.ones(n).double(), torch.arange(n) % prompts, torch.zeros(n).double())
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):

@@ -14,8 +14,8 @@ from general_preference.probing.fitting import Scored
 from general_preference.probing.states import Placed
 
 LEVEL = 0.95
-# Of fewer no verdict is given: of heads that guess, ten at once, one seemed different in 5 % of 80 simulated comparisons
-# with 15 prompts, in 10 % with 10.
+# Of fewer no verdict is given: among ten heads that guess one seemed different in 5 % of 80 simulated comparisons with
+# 15 prompts, in 10 % with 10.
 MIN_PROMPTS = 15
 MEASURES = ("accuracy", "loss", "calibration_error")
 
