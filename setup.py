@@ -28,6 +28,7 @@ setup(
         "protobuf>=5.29.1",
         "safetensors>=0.7.0",
         "pyyaml>=6.0.2",
+        "numpy>=2.1.0",
         "datasets>=4.5.0",
         "pyarrow>=21.0.0",
         "pandas>=2.2.3",
