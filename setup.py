@@ -32,7 +32,6 @@ setup(
         "datasets>=4.5.0",
         "pyarrow>=21.0.0",
         "pandas>=2.2.3",
-        "numpy>=2.0.2",
         "scipy>=1.14.1",
         "networkx>=3.4.2",
         "xxhash>=3.5.0",
