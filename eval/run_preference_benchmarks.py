@@ -117,7 +117,8 @@ def score_by_model(arguments, inference, path: str, loaded: list[LoadedSet], sto
 def score_from_file(arguments, inference, loaded: list[LoadedSet], stores, context) -> list[dict | None]:
     """The numbers of a file of scores on each set, on the main process."""
     tau = inference.general_preference_tau or 1.0
-    scores = context.main_process_first(lambda: read_score_file(arguments.scores, loaded))
+    columns = tuple(arguments.ignore_columns)
+    scores = context.main_process_first(lambda: read_score_file(arguments.scores, loaded, columns))
     found = []
     for one, own, store in zip(loaded, scores, stores, strict=True):
         settings = file_settings(arguments.scores, one, own, tau)
