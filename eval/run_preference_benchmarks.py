@@ -40,6 +40,7 @@ from general_preference.evaluation.tables import Results, format_results
 from general_preference.files import check_outputs, read_object, replace_text
 from general_preference.inference.arguments import InferenceArguments
 from general_preference.inference.batch import ResultStore
+from general_preference.models.config import load_config
 from general_preference.models.statistics import wilson_interval
 from general_preference.plots import draw_reliability
 
@@ -73,6 +74,8 @@ def run(arguments: BenchmarkArguments, inference: InferenceArguments) -> None:
     quiet_other_libraries()
     results: Results = {name: {} for name in arguments.names}
     with DistributedContext.join() as context:
+        for path in arguments.model:  # before sets are fetched and the models before it score
+            context.main_process_first(lambda path=path: load_config(path, inference.trust_remote_code))
         columns = tuple(arguments.ignore_columns)
         loaded = [context.main_process_first(lambda one=one: load_set(one, arguments.data, columns)) for one in sets]
         for name, path in arguments.names.items():

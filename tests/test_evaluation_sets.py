@@ -170,7 +170,10 @@ BAD = {
         ({"scores": [float("nan")] * 32}, "has scores nan and nan, which say of neither that it is better"),
         ({"scores": None}, "no column 'scores', found question_id, prompt, model_name, category, response_1"),
     ],
-    "judgebench": [({"label": "A"}, "column 'label' is 'A', expected one of A>B, B>A")],
+    "judgebench": [
+        ({"label": "A"}, "column 'label' is 'A', expected one of A>B, B>A"),
+        ({"response_A": "x \ud800"}, "it is not valid Unicode (half of a surrogate pair)"),
+    ],
     "m_rewardbench": [({"source": "chat"}, "column 'source' is 'chat', expected one of alpacaeval-easy")],
     "if_rewardbench": [
         ({"preference_graph": [{"chosen": 1}]}, "an edge is an object {'chosen': 1}, expected {'chosen'"),
@@ -341,6 +344,11 @@ def test_what_cannot_be_used_is_one_line(folder, tmp_path, capsys):
     assert "--model M [M ...] or --scores FILE is needed" in said(capsys, *out)[1]
     assert "is no file" in said(capsys, "--scores", tmp_path / "none", *out)[1]
     assert "two models are called 'a'" in said(capsys, "--model", "x/a", "y/a", "--model_name", "a", "a", *out)[1]
+    models = ["--model", tmp_path, tmp_path / "none", "--sets", "rm_bench", "--data", folder, *out]
+    assert f"{tmp_path} is not a model folder" in said(capsys, *models)[1]
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # a model as far as is seen before it is loaded
+    code, line = said(capsys, *models)
+    assert code == 2 and f"model folder {tmp_path / 'none'} does not exist" in line, "before the first one scores"
     inside = said(capsys, "--scores", scores, "--sets", "rm_bench", "--data", folder, "--output_dir", folder)[1]
     assert "would be written into" in inside and not list(folder.glob("*.json*"))
     (tmp_path / "out").mkdir()

@@ -70,6 +70,10 @@ class Row:
             raise InputError(f"nothing reads the text of column {unread[0]!r}: {cure}")
         messages = _bare(parse_prompt(prompt))
         answers = [[{"role": "assistant", "content": text}] for text in responses]
+        try:
+            "".join([name, language, *(message["content"] for message in messages), *responses]).encode()
+        except UnicodeEncodeError as error:
+            raise InputError("it is not valid Unicode (half of a surrogate pair)") from error
         return Record(name, self.set, subset, language, messages, answers, pairs, rule)
 
 
