@@ -137,15 +137,16 @@ def score_from_file(arguments, inference, loaded: list[LoadedSet], stores, conte
 def finish(loaded: LoadedSet, store: ResultStore, tau: float, notes: dict) -> dict:
     """Sum up the scores of a set, draw their reliability, write both; returns the numbers."""
     numbers, bins = summarize_set(loaded, (row["scores"] for row in store.rows()), tau)
+    numbers |= notes
     rows = {}
     for name, row in numbers["subsets"].items():
         ends = (row["accuracy"] if row[end] is None else row[end] for end in ("accuracy_low", "accuracy_high"))
-        rows[name] = row | {"n": row["pairs"]} | dict(zip(("accuracy_low", "accuracy_high"), ends, strict=True))
+        rows[name] = row | dict(zip(("accuracy_low", "accuracy_high"), ends, strict=True))
     total = {"accuracy": numbers["pair_accuracy"], "calibration_error": numbers["ece"], "n": numbers["n"]}
     total["accuracy_low"], total["accuracy_high"] = wilson_interval(numbers["pair_accuracy"], numbers["n"])
     guess = {ALL_PAIRS: 0.5} | ({} if loaded.set.chance is None else dict.fromkeys(rows, loaded.set.chance))
     draw_reliability(bins, rows | {ALL_PAIRS: total}, store.beside(PICTURE), guess)
-    store.finish({"tau": tau, **numbers, **notes, "reliability": bins})
+    store.finish({"tau": tau, **numbers, "reliability": bins})
     return numbers
 
 

@@ -255,6 +255,7 @@ def test_a_file_of_scores_is_summed_up_without_a_model(folder, sets, tmp_path, c
     assert main(list(map(str, flags))) == 0
     expected, _ = summarize_set(sets["rm_bench"], [row["scores"] for row in scores_of(sets["rm_bench"])], 1.0)
     summary = json.loads((out / "mine.rm_bench.summary.json").read_text())
+    assert summary["subsets"]["safety"]["n"] == 4 and summary["subsets"]["safety"]["pairs"] == 36
     assert summary["score"] == expected["score"] and summary["averages"] == expected["averages"]
     assert [json.loads(line) for line in (out / "mine.rm_bench.jsonl").read_text().splitlines()] == [
         {"id": row["id"], "scores": row["scores"]} for row in scores_of(sets["rm_bench"])
