@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from general_preference.trainer.metrics import MEASURED, read_metrics
+from tests.forks import ENVIRONMENT, run_forks
 from tests.test_policy_training import random_samples, write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,9 +17,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 def in_forks(folder: Path, job: list) -> list[list]:
     """[[exit code, terminal], ...] of kill_worker.py."""
     (folder / "job.json").write_text(json.dumps(job))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(ROOT / "tests" / "kill_worker.py"), str(folder / "job.json")]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    command = [str(ROOT / "tests" / "kill_worker.py"), str(folder / "job.json")]
+    done = run_forks(1, command, os.environ | ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from general_preference.errors import InputError
 from general_preference.inference.batch import ResultStore
 from general_preference.inference.embedding import EmbeddedPrompt
 from scripts import generate_responses, score_responses
+from tests.forks import ENVIRONMENT, fork_group, run_forks
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("own_environment")
@@ -183,20 +183,17 @@ def test_a_second_run_generates_nothing_and_other_settings_are_refused(policy, d
 @pytest.mark.timeout(300)
 def test_two_processes_and_a_kill_give_the_bytes_of_one(policy, data, made, tmp_path):
     output, part = tmp_path / "s.jsonl", tmp_path / "s.jsonl.parts"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": environment, "text": True}
-    launch = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--standalone", "--nproc_per_node", "2", SCRIPT]
-    first = subprocess.Popen([*launch, *flags(policy, data, output)], **quiet)
-    while first.poll() is None and not any(file.read_bytes() for file in part.glob("part-*.jsonl")):
+    command, log = [SCRIPT, *flags(policy, data, output)], tmp_path / "log"
+    workers = fork_group(2, command, os.environ | ENVIRONMENT, log, log)
+    while all(worker.is_alive() for worker in workers) and not any(map(Path.read_bytes, part.glob("part-*.jsonl"))):
         time.sleep(0.002)
-    workers = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True).stdout.split()
     for worker in workers:
-        os.kill(int(worker), signal.SIGKILL)
-    first.communicate(timeout=60)
-    assert first.returncode != 0 and not output.exists()
+        worker.kill()
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [-9, -9] and not output.exists()
     with (part / "part-0.jsonl").open("a") as file:
         file.write('3\t{"id": "p3", "pro')  # as a kill in the middle of a line leaves it
-    second = subprocess.run([*launch, *flags(policy, data, output)], timeout=120, **quiet)
+    second = run_forks(2, command, os.environ | ENVIRONMENT)
     assert second.returncode == 0, second.stderr[-2000:]
     assert "2 process(es)" in second.stderr
     assert output.read_bytes() == made.read_bytes()

@@ -23,6 +23,7 @@ from general_preference import GPMPipeline, get_reward_model
 from general_preference.errors import InputError
 from general_preference.inference.export import FORMATS, export_model
 from general_preference.models.config import PreferenceConfig, tensor_files
+from scripts.export_model import main
 from tests.conftest import COMMON, HIDDEN
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "scripts" / "export_model.py")
@@ -206,7 +207,7 @@ def test_rewards_of_others_keep_their_scale_and_padding(model_folder, tmp_path):
     assert "without its constant -0.25" in read(tmp_path / "out", "README.md")
 
 
-def test_an_adapter_is_merged_in_a_real_process(make_model, tokenizer, tmp_path):
+def test_an_adapter_is_merged_in_a_real_process(make_model, tokenizer, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     model = make_model("llama", lora_rank=2)
     for name, parameter in model.named_parameters():
@@ -214,14 +215,14 @@ def test_an_adapter_is_merged_in_a_real_process(make_model, tokenizer, tmp_path)
             torch.nn.init.normal_(parameter.data, std=0.1)
     model.save_pretrained(str(tmp_path / "adapter"))
     tokenizer.save_pretrained(tmp_path / "adapter")
-    command = [sys.executable, SCRIPT, "adapter", "out", "--format", "sequence_classification"]
-    first, second = (
-        subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300) for _ in range(2)
-    )
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.strip().endswith("(sequence_classification, LlamaForSequenceClassification)")
-    assert second.returncode == 2 and second.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "exists and is not empty" in second.stderr
+    flags = ["adapter", "out", "--format", "sequence_classification"]
+    done = subprocess.run([sys.executable, SCRIPT, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("(sequence_classification, LlamaForSequenceClassification)")
+    monkeypatch.chdir(tmp_path)
+    assert main(flags) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and "exists and is not empty" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
     assert not any("adapter" in path.name or "merged" in path.name for path in (tmp_path / "out").rglob("*"))
     rm, adapter = GPMPipeline(tmp_path / "out"), GPMPipeline(tmp_path / "adapter")

@@ -13,7 +13,7 @@ import torch
 from general_preference import RewardModel, preference_score
 from general_preference.datasets.packing import Collator
 from tests.conftest import random_comparisons
-from tests.test_training import GPM, ROOT, launch
+from tests.test_training import GPM, ROOT, forked
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -76,7 +76,7 @@ def gradient_job(folder: Path, pretrain: str, sparse: str, world_size: int) -> d
         comparison["length"] = len(comparison["prompt_ids"]) + sum(map(len, comparison["response_ids"]))
     job = {"pretrain": pretrain, "output": str(folder), "runs": runs, "comparisons": comparisons}
     (folder / "job.json").write_text(json.dumps(job))
-    done = launch(world_size, str(ROOT / "tests" / "engine_worker.py"), str(folder / "job.json"))
+    done = forked(world_size, str(ROOT / "tests" / "engine_worker.py"), str(folder / "job.json"))
     assert done.returncode == 0, done.stderr[-3000:]
     results = torch.load(folder / "results.pt")
     return {name: result | {"folder": str(folder / "adapter")} for name, result in results.items()}

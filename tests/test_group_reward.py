@@ -2,9 +2,8 @@
 
 import asyncio
 import json
+import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from general_preference.inference import ranking
 from general_preference.models.score import plane_advantages
 from general_preference.serving import AsyncGroupReward, GroupReward
 from general_preference.serving.group_reward import MODES
+from tests.forks import ENVIRONMENT, run_forks
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["Which throw wins?", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name one."}]]
@@ -223,15 +223,12 @@ def test_the_documented_run(model, model_folder, tmp_path, monkeypatch):
 @pytest.mark.timeout(300)
 def test_two_processes(model, model_folder, tmp_path):
     """Whole groups on each of two processes; split ones are refused by both, and so is a size that is not named."""
-    worker = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29471"]
-    for settings, said in (
-        ({"batch": 4, "size": 4}, "REWARDS [0.5"),
-        ({"batch": 2, "size": 4}, "a group has 4 completions, but this call has 2 with the same prompt of 2 in all"),
-        ({"batch": 4, "size": None}, "with 2 processes a group that is split over them cannot be seen"),
-    ):
-        argument = json.dumps(settings | {"model": model, "policy": model_folder("llama"), "folder": str(tmp_path)})
-        done = subprocess.run(
-            [*worker, str(ROOT / "tests" / "grpo_worker.py"), argument], capture_output=True, text=True, cwd=ROOT
-        )
-        assert said in done.stdout + done.stderr, done.stderr[-2000:]
-        assert (done.returncode == 0) == said.startswith("REWARDS")
+    runs = [(4, 4), (2, 4), (4, None)]  # completions on a process, size of a group
+    job = {"model": model, "policy": model_folder("llama"), "folder": str(tmp_path), "runs": runs}
+    done = run_forks(2, [str(ROOT / "tests" / "grpo_worker.py"), json.dumps(job)], os.environ | ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in range(2):
+        whole, split, unnamed = json.loads((tmp_path / f"found_{rank}.json").read_text())
+        assert whole == [0.5, 0.5]
+        assert "a group has 4 completions, but this call has 2 with the same prompt of 2 in all" in split
+        assert "with 2 processes a group that is split over them cannot be seen" in unnamed

@@ -27,7 +27,7 @@ from general_preference.models.policy import get_policy
 from general_preference.trainer.metrics import MEASURED, read_metrics
 from scripts.make_tiny_model import make_tiny_model
 from tests.conftest import FAMILIES
-from tests.test_training import ROOT, launch, run_cases
+from tests.test_training import ROOT, forked, run_cases
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -315,7 +315,7 @@ def test_anchors_of_a_quantized_policy_are_its_own(tmp_path):
     rows, run = random_samples(8), tmp_path / "run"
     flags = ["--policy", str(tmp_path / "policy"), *write(tmp_path, "own", rows, str(tmp_path / "policy")), *STEP]
     flags += ["--save_path", str(run), "--lora_rank", "2", "--bf16", "--load_in_4bit"]
-    done = launch(1, str(ROOT / "scripts" / "train_policy_general_preference.py"), *flags)
+    done = forked(1, str(ROOT / "scripts" / "train_policy_general_preference.py"), *flags)
     if "has no bfloat16 arithmetic" in done.stderr:
         pytest.skip(done.stderr.splitlines()[-1])
     assert done.returncode == 0, done.stderr[-3000:]

@@ -16,7 +16,8 @@ import torch
 from general_preference.trainer import checkpoint
 from general_preference.trainer.metrics import MEASURED, read_metrics
 from tests.conftest import random_comparisons
-from tests.test_training import GPM, ROOT, SCRIPT, environment, launch, run_cases
+from tests.forks import fork
+from tests.test_training import GPM, ROOT, SCRIPT, environment, forked, launch, run_cases
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -35,7 +36,7 @@ def moved(model_folder, tmp_path_factory):
         content["output"] = str(output)
         path = output.with_suffix(".json")
         path.write_text(json.dumps(content))
-        done = launch(world, str(ROOT / "tests" / "checkpoint_worker.py"), str(path))
+        done = forked(world, str(ROOT / "tests" / "checkpoint_worker.py"), str(path))
         assert done.returncode == 0, done.stderr[-3000:]
         return torch.load(output)
 
@@ -250,19 +251,15 @@ def test_a_signal_ends_a_run_that_can_be_continued(model_folder, tmp_path, numbe
     flags = [*short_run(model_folder("llama")), "--max_epochs", "8", "--eval_steps", "20", "--logging_steps", "7"]
     if number == signal.SIGINT:
         flags += ["--save_minutes", "0.0001"]
-    log = (tmp_path / "log").open("w+")
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *flags, "--save_path", str(tmp_path / "run")],
-        env=environment(), cwd=ROOT, stdout=log, stderr=log,
-    )  # fmt: skip
+    log = tmp_path / "log"
+    process = fork([SCRIPT, *flags, "--save_path", str(tmp_path / "run")], environment(), log, log)
     wanted = 7 if number == signal.SIGINT else 1  # saving ends a log window, and it saves after every step
-    while process.poll() is None and len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < wanted:
+    while process.is_alive() and len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < wanted:
         time.sleep(0.01)
-    process.send_signal(number)
-    process.wait(timeout=120)
-    log.seek(0)
-    said = log.read()
-    assert process.returncode == 128 + number, said
+    os.kill(process.pid, number)
+    process.join(120)
+    said = log.read_text()
+    assert process.exitcode == 128 + number, said
     assert "saved at step" in said and "Traceback" not in said
     step = int((tmp_path / "run" / "checkpoint" / "latest").read_text().strip().removeprefix("step_"))
     if number == signal.SIGINT:
@@ -270,7 +267,7 @@ def test_a_signal_ends_a_run_that_can_be_continued(model_folder, tmp_path, numbe
             "--save_minutes wrote more than the last"
         )
         return
-    done = launch(1, SCRIPT, *flags, "--save_path", str(tmp_path / "run"), "--load_checkpoint")
+    done = forked(1, SCRIPT, *flags, "--save_path", str(tmp_path / "run"), "--load_checkpoint")
     assert done.returncode == 0 and f"continuing from {tmp_path / 'run'}/checkpoint/step_{step}" in done.stderr
     found = [row["step"] for row in rows(tmp_path / "run") if "train/loss" in row]
     assert found == sorted({*range(7, 48, 7), 48, step}), "saving ends a log window"
@@ -284,12 +281,12 @@ def test_a_disk_that_refuses_a_checkpoint_leaves_the_last_one(whole, model_folde
     shutil.rmtree(folder / "checkpoint" / "step_6")
     before = (folder / "checkpoint" / "step_4" / WEIGHTS).read_bytes()
     limit = len(before) // 2
-    code = (
-        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
-        f"sys.argv = [{SCRIPT!r}] + sys.argv[1:]; runpy.run_path({SCRIPT!r}, run_name='__main__')"
+    (tmp_path / "limited.py").write_text(
+        f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        f"runpy.run_path({SCRIPT!r}, run_name='__main__')"
     )
     flags = [*short_run(model_folder("llama")), "--save_path", str(folder), "--save_steps", "2", "--load_checkpoint"]
-    done = launch(1, "-c", code, *flags)
+    done = forked(1, str(tmp_path / "limited.py"), *flags)
     assert done.returncode == 1, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in done.stderr
@@ -328,7 +325,7 @@ def test_a_group_that_lost_a_process_restarts_and_ends_as_if_it_had_not(model_fo
     flags = [*short_run(model_folder("llama")), "--max_epochs", "4", "--logging_steps", "1"]
     for name in ("whole", "restarted"):
         (tmp_path / name).mkdir()
-    done = launch(2, SCRIPT, *flags, "--micro_train_batch_size", "1", "--save_steps", "2",
+    done = forked(2, SCRIPT, *flags, "--micro_train_batch_size", "1", "--save_steps", "2",
                   "--save_path", str(tmp_path / "whole" / "run"))  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     launcher = lose_a_process(flags, tmp_path / "restarted", 1, "--max-restarts", "1")

@@ -4,9 +4,6 @@ import json
 import math
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,6 +26,7 @@ from general_preference.evaluation.rewardbench.scoring import SECTIONS
 from general_preference.inference.batch import ResultStore
 from general_preference.models.statistics import wilson_interval
 from rewardbench_eval.run_rm_rewardbench import main
+from tests.forks import ENVIRONMENT, fork_group
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "rewardbench_eval" / "run_rm_rewardbench.py")
@@ -613,27 +611,23 @@ def test_the_hook_says_once_what_it_cuts(saved, caplog):
 @pytest.mark.engine
 @pytest.mark.timeout(300)
 def test_a_killed_run_on_two_processes_continues(saved, tmp_path):
-    """kill -9 after half the rows, under torchrun; one process finishes what is missing."""
+    """kill -9 after half the rows, one process finishes what is missing."""
     data = write(tmp_path / "rows.jsonl", pairs(12))
-    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2", SCRIPT]
-    command += ["--model", saved(*HEADS["gpm"]), "--dataset", str(data), "--batch_size", "1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    first = subprocess.Popen(
-        [*command, "--output_dir", str(tmp_path / "out"), "--model_name", "m"],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = [SCRIPT, "--model", saved(*HEADS["gpm"]), "--dataset", str(data), "--batch_size", "1"]
+    command += ["--output_dir", str(tmp_path / "out"), "--model_name", "m"]
+    log = tmp_path / "log"
+    workers = fork_group(2, command, os.environ | ENVIRONMENT, log, log)
     parts = [tmp_path / "out" / "m.jsonl.parts" / f"part-{rank}.jsonl" for rank in (0, 1)]
 
     def kept() -> int:
         return sum(part.read_bytes().count(b"\n") for part in parts if part.exists())
 
-    while first.poll() is None and kept() < 138:
+    while all(worker.is_alive() for worker in workers) and kept() < 138:
         time.sleep(0.005)
-    assert first.poll() is None, first.stderr.read()[-2000:]
-    workers = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True).stdout.split()
-    for process in (first.pid, *map(int, workers)):
-        os.kill(process, signal.SIGKILL)
-    first.communicate(timeout=60)
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [-9, -9], log.read_text()[-2000:]
     assert 138 <= kept() < 276 and all(part.read_bytes() for part in parts) and not (tmp_path / "out/m.jsonl").exists()
     assert run(saved(*HEADS["gpm"]), tmp_path / "out", "--dataset", data) == 0
     assert run(saved(*HEADS["gpm"]), tmp_path / "whole", "--dataset", data) == 0

@@ -1,7 +1,6 @@
 """Training through the real engine: DeepSpeed on CPU, real processes, real files.
 
-Starting processes costs many seconds, so a few starts serve many checks: two for gradients (one process, two
-processes), one for all bad input, and a handful of short runs of the training script.
+Starting Python costs many seconds, so a few runs serve many checks, and most of them are forks (tests/forks.py).
 """
 
 import json
@@ -19,6 +18,7 @@ from general_preference import RewardModel
 from general_preference.datasets.packing import Collator
 from general_preference.models.attention import RowLayout
 from general_preference.trainer.metrics import read_metrics
+from tests.forks import fork, run_forks
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "scripts" / "train_rm_general_preference.py")
@@ -41,13 +41,18 @@ def launch(processes: int, *command: str, **extra) -> subprocess.CompletedProces
     )
 
 
+def forked(processes: int, *command: str) -> subprocess.CompletedProcess:
+    """As `launch`, without a start of Python and without the launcher."""
+    return run_forks(processes, list(command), environment())
+
+
 def run_cases(
     base: list[str], cases: dict[str, list[str]], folder: Path, processes: int = 1, **more
 ) -> dict[str, tuple[int, str]]:
     """{name: (exit code, terminal)} of a training script with `base` and each case's flags, started once; `more` of
     the job of script_worker.py."""
     (folder / "job.json").write_text(json.dumps({"base": base, "cases": cases, **more}))
-    done = launch(processes, str(ROOT / "tests" / "script_worker.py"), str(folder / "job.json"))
+    done = forked(processes, str(ROOT / "tests" / "script_worker.py"), str(folder / "job.json"))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -64,8 +69,8 @@ def base(model_folder):
     ]  # fmt: skip
 
 
-def train(base, folder, *flags, processes=1, **extra):
-    done = launch(processes, SCRIPT, *base, "--save_path", str(folder), *flags, **extra)
+def train(base, folder, *flags, processes=1, start=forked):
+    done = start(processes, SCRIPT, *base, "--save_path", str(folder), *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -75,7 +80,7 @@ def finished(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "model"
     flags = ["--save_steps", "2", "--save_best_model", "2", "--max_ckpt_num", "2", "--add_pretrain_loss"]
     flags += ["--return_prompt_length", "--use_wandb", "offline"]
-    return folder, train(base, folder, *flags)
+    return folder, train(base, folder, *flags, start=launch)
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -184,15 +189,13 @@ def test_the_best_of_all_evaluations_stay_under_zero3(partitioned):
 def test_a_killed_run_continues_where_it_was(finished, base, tmp_path):
     flags = ["--save_steps", "2", "--add_pretrain_loss", "--load_checkpoint"]
     folder = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *base, "--save_path", str(folder), *flags], env=environment(), cwd=ROOT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while not (folder / "checkpoint" / "latest").is_file() and process.poll() is None:
+    log = tmp_path / "log"
+    process = fork([SCRIPT, *base, "--save_path", str(folder), *flags], environment(), log, log)
+    while not (folder / "checkpoint" / "latest").is_file() and process.is_alive():
         time.sleep(0.01)
     process.kill()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "it was still running"
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it was still running"
     done = train(base, folder, *flags)
     assert "continuing from" in done.stderr
     whole, resumed = (
@@ -259,11 +262,12 @@ def test_bad_input_on_two_processes_is_said_once(base, tmp_path):
 def test_two_runs_cannot_share_a_folder_and_nan_stops_a_run(base, tmp_path, model_folder):
     """A learning rate that explodes; meanwhile a second run tries the same folder."""
     folder = tmp_path / "run"
-    command = [sys.executable, SCRIPT, *base, "--save_path", str(folder), "--learning_rate", "1e30", "--max_norm", "0"]
-    first = subprocess.Popen(
-        command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    command, log = (
+        [SCRIPT, *base, "--save_path", str(folder), "--learning_rate", "1e30", "--max_norm", "0"],
+        tmp_path / "log",
     )
-    while not (folder / ".lock").is_file() and first.poll() is None:
+    first = fork(command, environment(), log, log)
+    while not (folder / ".lock").is_file() and first.is_alive():
         time.sleep(0.01)
     import fcntl
 
@@ -273,8 +277,9 @@ def test_two_runs_cannot_share_a_folder_and_nan_stops_a_run(base, tmp_path, mode
     time.sleep(0.2)
     with pytest.raises(InputError, match="being written by another run"):
         lock_folder(folder, "--save_path")
-    said = first.communicate(timeout=300)[1]
-    assert first.returncode == 1
+    first.join(300)
+    said = log.read_text()
+    assert first.exitcode == 1
     line = next(line for line in said.splitlines() if line.startswith("error: "))
     assert "not finite at step" in line and "/train.jsonl, line " in line
     assert "Traceback" not in said and not (folder / "config.json").exists()
