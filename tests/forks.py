@@ -31,18 +31,18 @@ def fork(command: list[str], environment: dict[str, str], stdout: Path, stderr: 
     """Start the script command[0] with its flags in the checkout; what it prints is added to the two files."""
     with mock.patch.dict(os.environ, environment):
         forkserver.ensure_running()
-    process = CONTEXT.Process(target=_become, args=(command, dict(environment), str(stdout), str(stderr)))
+    process = CONTEXT.Process(target=_become, args=(command, dict(environment), os.getcwd(), str(stdout), str(stderr)))
     process.start()
     return process
 
 
-def _become(command: list[str], environment: dict[str, str], stdout: str, stderr: str) -> None:
+def _become(command: list[str], environment: dict[str, str], folder: str, stdout: str, stderr: str) -> None:
     """In the fork: what a start of Python with `command` would be."""
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(folder)
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 

@@ -26,7 +26,6 @@ from general_preference.alignment.report import (
 from general_preference.errors import InputError
 from general_preference.models.score import preference_score
 from scripts.compare_policies import main
-from tests.forks import ENVIRONMENT, run_forks
 
 ROOT = Path(__file__).resolve().parents[1]
 ANGLES = torch.tensor([0.0, 2 * math.pi / 3, 4 * math.pi / 3], dtype=torch.float64)
@@ -327,11 +326,13 @@ def test_the_script_writes_report_and_picture(tmp_path, monkeypatch, saved):
     assert len(report["model"]["planes"]) == 3
     assert "policy 2, KL 0.700 from 1" in done.stdout and "against start (judge)" in done.stdout
     assert (tmp_path / "report.png").stat().st_size > 50_000
-    monkeypatch.chdir(tmp_path)
-    done = run_forks(2, [*command[1:], "--output", "two.json"], os.environ | ENVIRONMENT)
+    two = [command[0], str(ROOT / "scripts/launch.py"), "--standalone", "--nproc_per_node", "2", *command[1:]]
+    done = subprocess.run([*two, "--output", "two.json"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
     assert done.returncode == 0 and "2 process(es)" in done.stderr, done.stderr
     for ending in (".json", ".png", ".model.jsonl", ".judge.jsonl", ".model.summary.json"):
         assert (tmp_path / f"two{ending}").read_bytes() == (tmp_path / f"report{ending}").read_bytes(), ending
+    monkeypatch.chdir(tmp_path)
     assert main(command[2:]) == 0  # it replaces its own report
     assert json.loads((tmp_path / "report.json").read_text()) == report
 

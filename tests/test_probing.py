@@ -40,6 +40,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "scripts" / "compare_heads.py")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """What is computed here and by one of several processes is the same to the bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tokenized(comparisons: list[dict]) -> list[dict]:
     """Rows with all columns that a tokenized table has."""
     others = {"subset": ""}
