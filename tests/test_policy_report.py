@@ -309,7 +309,7 @@ def test_the_script_writes_report_and_picture(tmp_path, monkeypatch, saved):
     command = [sys.executable, str(ROOT / "scripts/compare_policies.py"), "--model", saved(head="hybrid", dim=5)]
     command += ["--judge", saved(head="bt", dim=1, gate=False), "--train_report", "train.json", "--device", "cpu"]
     command += ["--samples", "start=start.jsonl", "1=same.jsonl", "2=now.jsonl"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # the threads of two processes here
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
@@ -333,7 +333,12 @@ def test_the_script_writes_report_and_picture(tmp_path, monkeypatch, saved):
     for ending in (".json", ".png", ".model.jsonl", ".judge.jsonl", ".model.summary.json"):
         assert (tmp_path / f"two{ending}").read_bytes() == (tmp_path / f"report{ending}").read_bytes(), ending
     monkeypatch.chdir(tmp_path)
-    assert main(command[2:]) == 0  # it replaces its own report
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main(command[2:]) == 0  # it replaces its own report
+    finally:
+        torch.set_num_threads(threads)
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
