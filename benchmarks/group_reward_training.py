@@ -14,7 +14,6 @@ two idle cores, most of it sampling.
 import argparse
 import json
 import os
-import re
 import sys
 import time
 import warnings
@@ -28,8 +27,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from benchmarks.game_rules import beats, rank
 from benchmarks.machine import describe_machine
-from data.make_data import GAMES
 from general_preference import GPMPipeline
 from general_preference.cli import exit_code, format_table
 from general_preference.errors import InputError
@@ -176,28 +175,10 @@ def measure(model, folder: Path, prompts: list[str], start: list[list[str]], jud
         found[f"win rate by {name}"] = torch.stack(wins).mean().item()
     ranks = [[[rank(prompt, reply) for reply in some] for some in pair]
              for prompt, *pair in zip(prompts, replies, start, strict=True)]  # fmt: skip
-    outcomes = [beats(new, old) for news, olds in ranks for new in news for old in olds]
+    outcomes = [beats("mixed", 4, new, old) for news, olds in ranks for new in news for old in olds]
     found["win rate by the rules"] = sum(outcomes) / len(outcomes)
     flat = [new for news, _ in ranks for new in news]
     return found | {"best reply": flat.count(0) / len(flat), "invalid": flat.count(None) / len(flat)}
-
-
-def rank(prompt: str, reply: str) -> int | None:
-    """Which member of the prompt's game a reply names: 0 is the one that beats all. None if it is not exactly one."""
-    game = next(game for game in GAMES["mixed"] if game.name in prompt)
-    named = [index for index, member in enumerate(game.members) if re.search(rf"\b{member}\b", reply)]
-    return named[0] if len(named) == 1 else None
-
-
-def beats(new: int | None, old: int | None) -> float:
-    """1 if `new` beats `old` by the rules of `mixed`, 0 if it loses, else one half; valid replies beat invalid ones."""
-    if new == old:
-        return 0.5
-    if new is None or old is None:
-        return float(old is None)
-    if 0 in (new, old):
-        return float(new == 0)
-    return float((old - new) % 3 == 1)  # of 1, 2, 3, each beats the next
 
 
 def draw(found: dict, path: Path) -> bool:

@@ -2,6 +2,7 @@
 """One training step, side by side: this trainer, a padded two-sequence step, and TRL's RewardTrainer.
 
     python benchmarks/train_throughput.py [--dataset FILE] [--output RESULT.json] [--micro_batches 2,8,32]
+    python benchmarks/train_throughput.py --responses 8 --global_batch 8 --micro_batches 1,4,8 --peer_micro_batches 4,16
 
 All train the same random Llama on the same comparisons in the same order, a global batch per optimizer step, each in
 processes of its own and at its own best micro-batch, by default all in the environment of this project's launchers
@@ -10,11 +11,17 @@ them, the others would cut them. Printed for each: comparisons and unique tokens
 of the arithmetic limit, 6 * non-embedding parameters * unique tokens (each prompt once) at the rate of large matrix
 products that its own process shows before and after. Writes RESULT.json and a picture beside it.
 
+With --responses K every prompt has K responses, of which all K (K - 1) / 2 pairs are compared: groups for this trainer,
+that many pairs for the others. Prompts that have fewer are filled up with responses to other prompts, and the order of
+the responses decides. --global_batch then counts prompts, and so does a micro-batch of this trainer; of the others it
+counts pairs.
+
 `regularized` is this trainer with --add_pretrain_loss; what it takes more is compared with its logits' arithmetic,
 6 * hidden size * vocabulary per regularized token.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -31,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fo
 import torch
 
 from benchmarks.machine import describe_machine, numbers
-from benchmarks.training_steps import run_one
+from benchmarks.training_steps import pairs_of_prompt, run_one
 from general_preference.cli import exit_code, format_table
 from general_preference.cpu_settings import CPU_SETTINGS
 from general_preference.errors import InputError
@@ -56,7 +63,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--implementations", default="this,padded,trl", help=f"of {', '.join(TITLES)}")
     parser.add_argument("--micro_batches", default="2,8,32", help="tried for each; the fastest one is reported")
     parser.add_argument("--peer_micro_batches", help="tried for padded and trl; default --micro_batches")
-    parser.add_argument("--global_batch", type=int, default=32, help="comparisons per optimizer step")
+    parser.add_argument("--global_batch", type=int, default=32, help="comparisons (--responses: prompts) per step")
+    parser.add_argument(
+        "--responses", type=int, help="K responses a prompt, all pairs compared; default the data's pairs"
+    )
     parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps of a run")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each at its best micro-batch, taking turns")
     parser.add_argument("--max_len", type=int, default=512)
@@ -99,18 +109,24 @@ def measure(arguments: argparse.Namespace) -> None:
     own = numbers("micro_batches", arguments.micro_batches)
     peers = numbers("peer_micro_batches", arguments.peer_micro_batches or arguments.micro_batches)
     sizes = {name: own if name in ("this", "regularized") else peers for name in names}
-    if any(arguments.global_batch % size for some in sizes.values() for size in some):
-        raise InputError(f"--global_batch {arguments.global_batch} must be a multiple of every micro-batch")
+    if arguments.responses is not None and arguments.responses < 2:
+        raise InputError(f"--responses {arguments.responses} leaves nothing to compare: use at least 2")
+    for name, some in sizes.items():
+        batch, what = step_size(arguments, name)
+        if any(batch % size for size in some):
+            raise InputError(
+                f"a step of {TITLES[name]} has {batch} {what}, which must be a multiple of its micro-batches"
+            )
     if arguments.steps < 1:
         raise InputError(f"--steps {arguments.steps} must be at least 1")
     print(describe_machine())
     with tempfile.TemporaryDirectory() as folder:
         arguments.backbone = Path(folder) / "backbone"
-        pairs = Path(folder) / "pairs.jsonl"
-        write_pairs(arguments.dataset, pairs)
-        arguments.dataset = str(pairs)
+        groups = Path(folder) / "groups.jsonl"
+        write_groups(arguments.dataset, groups, arguments.responses)
+        arguments.dataset = str(groups)
         make_backbone(arguments)
-        leave_out_long(pairs, arguments)
+        leave_out_long(groups, arguments)
         runs = []
         best: dict[str, int] = {}
         for name in names:
@@ -127,33 +143,49 @@ def measure(arguments: argparse.Namespace) -> None:
     report(arguments, names, best, runs)
 
 
-def write_pairs(dataset: str, file: Path) -> None:
-    """The comparisons as pairs of conversations, the shape that all implementations know; groups become several."""
+def write_groups(dataset: str, file: Path, count: int | None) -> None:
+    """The comparisons as groups: of one pair each, or of `count` responses of which all pairs are compared."""
     from general_preference.datasets.sources import load_source, parse_sources
 
-    pairs = []
-    for source in parse_sources(dataset):
-        for row in load_source(source)[0]:
-            for first, second in zip(row["first"], row["second"], strict=True):
-                chosen, rejected = (row["prompt"] + row["responses"][side] for side in (first, second))
-                pairs.append(json.dumps({"chosen": chosen, "rejected": rejected}))
-    replace_lines(file, pairs)
+    rows = [row for source in parse_sources(dataset) for row in load_source(source)[0]]
+    groups = []
+    if count is None:
+        for row in rows:
+            pairs = zip(row["first"], row["second"], strict=True)
+            groups += [(row["prompt"], [row["responses"][side] for side in pair], [[0, 1]]) for pair in pairs]
+    else:
+        everything, start = [response for row in rows for response in row["responses"]], 0
+        for row in rows:
+            whole = row["responses"] + list(itertools.islice(itertools.cycle(everything), start, start + 2 * count))
+            start = (start + len(row["responses"])) % len(everything)
+            responses = [one for number, one in enumerate(whole) if one not in whole[:number]]
+            groups.append((row["prompt"], responses[:count], list(itertools.combinations(range(count), 2))))
+    lines = (dict(zip(("prompt", "responses", "preferences"), group, strict=True)) for group in groups)
+    replace_lines(file, map(json.dumps, lines))
+
+
+def step_size(arguments: argparse.Namespace, name: str) -> tuple[int, str]:
+    """How many of what, prompts or pairs, an implementation has in a step."""
+    if name in ("this", "regularized"):
+        return arguments.global_batch, "comparisons" if arguments.responses is None else "prompts"
+    return arguments.global_batch * pairs_of_prompt(arguments), "pairs"
 
 
 def leave_out_long(file: Path, arguments: argparse.Namespace) -> None:
-    """Keep the pairs of which nothing would be cut, with a token to spare for other renderings of the template."""
+    """Keep the groups of which nothing would be cut, with a token to spare for other renderings of the template."""
     from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 
     encoder = ComparisonTokenizer(load_tokenizer(str(arguments.backbone)), arguments.max_len - 1)
     lines = file.read_text(encoding="utf-8").splitlines()
     kept = []
     for line in lines:
-        pair = json.loads(line)
-        row = encoder.encode([pair["chosen"][:-1]], [[pair["chosen"][-1:], pair["rejected"][-1:]]])[0]
+        group = json.loads(line)
+        row = encoder.encode([group["prompt"]], [group["responses"]])[0]
         if not (row["prompt_cut"] or row["response_cut"]):
             kept.append(line)
     replace_lines(file, kept)
-    print(f"{len(kept)} pairs; {len(lines) - len(kept)} longer than {arguments.max_len} tokens left out")
+    what = "pairs" if arguments.responses is None else f"prompts with {arguments.responses} responses"
+    print(f"{len(kept)} {what}; {len(lines) - len(kept)} longer than {arguments.max_len} tokens left out")
 
 
 def make_backbone(arguments: argparse.Namespace) -> None:
@@ -265,14 +297,14 @@ def draw(runs: list[dict], rate: float, path: Path) -> bool:
         return False
     figure, axis = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
     for name in dict.fromkeys(run["name"] for run in runs):
-        sizes = sorted({run["micro_batch"] for run in runs if run["name"] == name})
-        found = [[speed(run) for run in runs if (run["name"], run["micro_batch"]) == (name, size)] for size in sizes]
+        sizes = sorted({run["pairs_at_once"] for run in runs if run["name"] == name})
+        found = [[speed(run) for run in runs if (run["name"], run["pairs_at_once"]) == (name, size)] for size in sizes]
         axis.plot(sizes, [statistics.median(some) for some in found], "o-", label=TITLES[name])
     one = runs[0]
     limit = rate * one["comparisons"] / (6 * one["parameters"] * one["unique_tokens"])
     axis.axhline(limit, color="0.4", ls="--", lw=1, label="arithmetic limit")
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="micro-batch (comparisons)", ylabel="comparisons per second", ylim=(0, 1.1 * limit))
+    axis.set(xlabel="comparisons in a micro-batch", ylabel="comparisons per second", ylim=(0, 1.1 * limit))
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
     figure.savefig(path, dpi=130)

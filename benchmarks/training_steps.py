@@ -26,7 +26,9 @@ def run_one(arguments: argparse.Namespace) -> None:
     found |= {
         "name": arguments.run,
         "micro_batch": arguments.micro_batch,
-        "comparisons": len(timed),
+        "pairs_at_once": arguments.micro_batch
+        * (pairs_of_prompt(arguments) if arguments.run in ("this", "regularized") else 1),
+        "comparisons": len(timed) * pairs_of_prompt(arguments),
         "unique_tokens": sum(lengths[index] for index in timed),
         "chosen_tokens": sum(predicted_tokens(table[index]) for index in timed),
         "parameters": non_embedding_parameters(model),
@@ -46,8 +48,18 @@ def non_embedding_parameters(model) -> int:
 
 
 def predicted_tokens(row: dict) -> int:
-    """Tokens of the prompt and the chosen response of a pair, but for the first, which nothing predicts."""
-    return len(row["prompt_ids"]) + len(row["response_ids"][row["first"][0]]) - 1
+    """Tokens of the prompt and of the responses that are chosen over others, but for the first: nothing predicts it."""
+    return len(row["prompt_ids"]) + sum(len(row["response_ids"][index]) for index in set(row["first"])) - 1
+
+
+def pairs_of_prompt(arguments: argparse.Namespace) -> int:
+    """Comparisons that a prompt has."""
+    return 1 if arguments.responses is None else arguments.responses * (arguments.responses - 1) // 2
+
+
+def pairs_of(row: dict) -> list[tuple[int, int]]:
+    """(preferred, other) of each comparison of a row."""
+    return list(zip(row["first"], row["second"], strict=True))
 
 
 def trainer_arguments(arguments: argparse.Namespace):
@@ -83,7 +95,8 @@ def load_table(arguments: argparse.Namespace):
     steps = WARM_UP + arguments.steps
     order = StepSampler(table["length"][:], micro_batch_size=arguments.global_batch, seed=flags.optimizer.seed).order(0)
     if len(order) < steps * arguments.global_batch:
-        raise InputError(f"--dataset has {len(order)} pairs, {steps} steps need more: lower --steps or --global_batch")
+        what = "pairs" if arguments.responses is None else "prompts"
+        raise InputError(f"--dataset has {len(order)} {what}, {steps} steps need more: lower --steps or --global_batch")
     return table, order[: steps * arguments.global_batch]
 
 
@@ -132,23 +145,24 @@ def run_padded(arguments: argparse.Namespace) -> dict:
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
     backbone, size = model.language_model.base_model, arguments.micro_batch
-    accumulation = arguments.global_batch // size
+    pairs_in_step = arguments.global_batch * pairs_of_prompt(arguments)
     losses, began = [], 0.0
     for step in range(WARM_UP + arguments.steps):
         if step == WARM_UP:
             began = time.perf_counter()
         total = 0.0
         batch = order[step * arguments.global_batch : (step + 1) * arguments.global_batch]
-        for start in range(0, arguments.global_batch, size):
-            rows = [table[index] for index in batch[start : start + size]]
-            ids = [row["prompt_ids"] + row["response_ids"][side] for side in (0, 1) for row in rows]
+        pairs = [(row, pair) for row in map(table.__getitem__, batch) for pair in pairs_of(row)]
+        for start in range(0, pairs_in_step, size):
+            part = pairs[start : start + size]
+            ids = [row["prompt_ids"] + row["response_ids"][pair[side]] for side in (0, 1) for row, pair in part]
             input_ids, mask = left_padded(ids, device)
             hidden = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
             embeddings = model.value_head(hidden[:, -1])
             if preference.normalize:
                 embeddings = normalize_embedding(embeddings)
             score = preference_score(embeddings[:size], embeddings[size:])
-            loss = preference_loss(score, temperature=preference.temperature).mean() / accumulation
+            loss = preference_loss(score, temperature=preference.temperature).mean() * size / pairs_in_step
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -179,8 +193,12 @@ def run_trl(arguments: argparse.Namespace) -> dict:
     source, _ = load_source(parse_sources(arguments.dataset)[0])
     records = [source[index] for index in order]
     rows = [
-        {"chosen": record["prompt"] + record["responses"][0], "rejected": record["prompt"] + record["responses"][1]}
+        {
+            side: record["prompt"] + record["responses"][one]
+            for side, one in zip(("chosen", "rejected"), pair, strict=True)
+        }
         for record in records
+        for pair in pairs_of(record)
     ]
     clock: dict[int, float] = {}
 
@@ -196,7 +214,7 @@ def run_trl(arguments: argparse.Namespace) -> dict:
         config = RewardConfig(
             output_dir=folder,
             per_device_train_batch_size=arguments.micro_batch,
-            gradient_accumulation_steps=arguments.global_batch // arguments.micro_batch,
+            gradient_accumulation_steps=arguments.global_batch * pairs_of_prompt(arguments) // arguments.micro_batch,
             max_length=arguments.max_len,
             learning_rate=1e-4,
             num_train_epochs=1,

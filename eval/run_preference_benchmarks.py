@@ -40,6 +40,7 @@ from general_preference.evaluation.tables import Results, format_results
 from general_preference.files import check_outputs, read_object, replace_text
 from general_preference.inference.arguments import InferenceArguments
 from general_preference.inference.batch import ResultStore
+from general_preference.models.config import load_config
 from general_preference.models.statistics import wilson_interval
 from general_preference.plots import draw_reliability
 
@@ -73,6 +74,8 @@ def run(arguments: BenchmarkArguments, inference: InferenceArguments) -> None:
     quiet_other_libraries()
     results: Results = {name: {} for name in arguments.names}
     with DistributedContext.join() as context:
+        for path in arguments.model:  # before sets are fetched and the models before it score
+            context.main_process_first(lambda path=path: load_config(path, inference.trust_remote_code))
         columns = tuple(arguments.ignore_columns)
         loaded = [context.main_process_first(lambda one=one: load_set(one, arguments.data, columns)) for one in sets]
         for name, path in arguments.names.items():
@@ -117,7 +120,8 @@ def score_by_model(arguments, inference, path: str, loaded: list[LoadedSet], sto
 def score_from_file(arguments, inference, loaded: list[LoadedSet], stores, context) -> list[dict | None]:
     """The numbers of a file of scores on each set, on the main process."""
     tau = inference.general_preference_tau or 1.0
-    scores = context.main_process_first(lambda: read_score_file(arguments.scores, loaded))
+    columns = tuple(arguments.ignore_columns)
+    scores = context.main_process_first(lambda: read_score_file(arguments.scores, loaded, columns))
     found = []
     for one, own, store in zip(loaded, scores, stores, strict=True):
         settings = file_settings(arguments.scores, one, own, tau)
@@ -133,15 +137,16 @@ def score_from_file(arguments, inference, loaded: list[LoadedSet], stores, conte
 def finish(loaded: LoadedSet, store: ResultStore, tau: float, notes: dict) -> dict:
     """Sum up the scores of a set, draw their reliability, write both; returns the numbers."""
     numbers, bins = summarize_set(loaded, (row["scores"] for row in store.rows()), tau)
+    numbers |= notes
     rows = {}
     for name, row in numbers["subsets"].items():
         ends = (row["accuracy"] if row[end] is None else row[end] for end in ("accuracy_low", "accuracy_high"))
-        rows[name] = row | {"n": row["pairs"]} | dict(zip(("accuracy_low", "accuracy_high"), ends, strict=True))
+        rows[name] = row | dict(zip(("accuracy_low", "accuracy_high"), ends, strict=True))
     total = {"accuracy": numbers["pair_accuracy"], "calibration_error": numbers["ece"], "n": numbers["n"]}
     total["accuracy_low"], total["accuracy_high"] = wilson_interval(numbers["pair_accuracy"], numbers["n"])
     guess = {ALL_PAIRS: 0.5} | ({} if loaded.set.chance is None else dict.fromkeys(rows, loaded.set.chance))
     draw_reliability(bins, rows | {ALL_PAIRS: total}, store.beside(PICTURE), guess)
-    store.finish({"tau": tau, **numbers, **notes, "reliability": bins})
+    store.finish({"tau": tau, **numbers, "reliability": bins})
     return numbers
 
 

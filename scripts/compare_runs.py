@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Several training runs side by side: held-out accuracy as a table and a bar chart, and one cycle as each sees it."""
+"""Several training runs side by side: held-out accuracy as a table and a bar chart, and one cycle as each sees it.
+
+Runs with the same head are seeds: their mean is shown, with its 95 % interval over seeds (Student's t).
+"""
 
 import argparse
 import json
@@ -13,6 +16,7 @@ from general_preference.datasets.packing import Collator, Comparisons
 from general_preference.datasets.preparation import load_tokenized
 from general_preference.datasets.sources import Source
 from general_preference.plots import EmbeddedCycle, draw_cycles, draw_runs, embedded_cycle
+from general_preference.probing.comparing import seed_interval
 
 HEAD_NAMES = {"bt": "Bradley-Terry", "gpm": "GPM", "hybrid": "hybrid"}
 
@@ -48,19 +52,32 @@ def main() -> int:
     except (OSError, KeyError, ValueError) as error:
         print(f"error: not a finished run with an evaluation: {error}", file=sys.stderr)
         return 2
-    sets, width = list(runs[0][1]), max(len(name) for name, _ in runs)
-    print(f"\n| {'accuracy':<{width}} | {' | '.join(sets)} |")
-    print(f"|{'-' * (width + 2)}|{'|'.join('-' * (len(name) + 1) + ':' for name in sets)}|")
+    seeds: dict[str, list[dict[str, float]]] = {}
     for name, found in runs:
-        print(f"| {name:<{width}} | {' | '.join(f'{found[key]:.3f}'.rjust(len(key)) for key in sets)} |")
-    drawn = [arguments.output] if draw_runs(runs, arguments.output) else []
+        seeds.setdefault(name, []).append(found)
+    sets = list(runs[0][1])
+    means = {n: {key: seed_interval([one[key] for one in some]) for key in sets} for n, some in seeds.items()}
+    cells = {name: {key: _cell(row[key]) for key in sets} for name, row in means.items()}
+    width = max(map(len, cells))
+    widths = {key: max(len(key), *(len(row[key]) for row in cells.values())) for key in sets}
+    print(f"\n| {'accuracy':<{width}} | {' | '.join(key.rjust(widths[key]) for key in sets)} |")
+    print(f"|{'-' * (width + 2)}|{'|'.join('-' * (widths[key] + 1) + ':' for key in sets)}|")
+    for name, row in cells.items():
+        print(f"| {name:<{width}} | {' | '.join(row[key].rjust(widths[key]) for key in sets)} |")
+    shown = [(name, {key: one["mean"] for key, one in row.items()}) for name, row in means.items()]
+    drawn = [arguments.output] if draw_runs(shown, arguments.output) else []
     if arguments.cycle is not None:
-        named = zip(arguments.runs, runs, strict=True)
-        cycles = [first_cycle(folder, name, arguments.cycle) for folder, (name, _) in named]
+        first = {name: folder for folder, (name, _) in reversed(list(zip(arguments.runs, runs, strict=True)))}
+        cycles = [first_cycle(first[name], name, arguments.cycle) for name in cells]
         picture = arguments.output.with_name("cycle.png")
         drawn += [picture] if draw_cycles(list(filter(None, cycles)), picture) else []
     print("", *(f"Picture: {path}" for path in drawn), sep="\n")
     return 0
+
+
+def _cell(interval: dict[str, float | None]) -> str:
+    spread = "" if interval["low"] is None else f" +-{interval['high'] - interval['mean']:.3f}"
+    return f"{interval['mean']:.3f}{spread}"
 
 
 if __name__ == "__main__":

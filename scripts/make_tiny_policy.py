@@ -4,12 +4,15 @@
     python scripts/make_tiny_policy.py OUTPUT_DIR [--data FILE ...] [--seed N]
 
 Every response of the comparisons in --data (default the training sets of `mixed` and `cyclic`) counts as often, good or
-bad, so that there is something to align. The fine-tuning is train_policy_general_preference.py with the loss
-`likelihood`. Writes OUTPUT_DIR/policy, and what it is made of beside it; what is finished is left as it is.
+bad, so that there is something to align. Each is imitated several times, behind its prompt with other tokens put in: a
+model that saw each prompt as it is, and nothing else, writes no sentence behind a prompt in other words. Fine-tuned by
+train_policy_general_preference.py with the loss `likelihood`. Writes OUTPUT_DIR/policy, and what it is made of beside
+it; what is finished is left as it is.
 """
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +29,10 @@ from scripts.make_tiny_model import DATA_DIR, make_tiny_model
 from scripts.train_policy_general_preference import REPORT
 
 DATA = tuple(DATA_DIR / kind / "train.jsonl" for kind in ("mixed", "cyclic"))
-FLAGS = {"loss": "likelihood", "learning_rate": 3e-3, "max_epochs": 10, "micro_train_batch_size": 8, "zero_stage": 0}
-FLAGS |= {"logging_steps": 20, "any_policy": True, "warmup_ratio": 0.03}
+FLAGS = {"loss": "likelihood", "learning_rate": 3e-3, "max_epochs": 3, "micro_train_batch_size": 4, "zero_stage": 0}
+FLAGS |= {"logging_steps": 20, "any_policy": True, "warmup_ratio": 0.03, "lr_schedule": "linear"}
+HIDDEN_SIZE = 96
+COPIES, CHANGED = 5, 0.5  # of each prompt, the first as it is; largest share of a copy's tokens that are changed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,8 +56,8 @@ def make_tiny_policy(output: Path, data: list[Path], seed: int) -> None:
     same = imitated == _settings(data) and all(found.get(name) == value for name, value in asked.items())
     if (policy / REPORT).is_file() and same:
         return
-    make_tiny_model(output / "random", seed=seed)
-    write_samples(output / "imitated.jsonl", data, load_tokenizer(str(output / "random")))
+    make_tiny_model(output / "random", hidden_size=HIDDEN_SIZE, seed=seed)
+    write_samples(output / "imitated.jsonl", data, load_tokenizer(str(output / "random")), seed)
     script = Path(__file__).with_name("train_policy_general_preference.py")
     flags = [f"--{name}={value}" for name, value in asked.items() if name != "samples"]
     command = [sys.executable, script, "--save_path", policy, "--samples", *asked["samples"], *flags]
@@ -60,9 +65,10 @@ def make_tiny_policy(output: Path, data: list[Path], seed: int) -> None:
         raise RunError(f"fine-tuning ended with code {code}")
 
 
-def write_samples(path: Path, data: list[Path], tokenizer) -> None:
+def write_samples(path: Path, data: list[Path], tokenizer, seed: int) -> None:
     """The responses of comparisons as samples of nobody's."""
-    encoder, rows = ComparisonTokenizer(tokenizer), []
+    encoder, rows, rng = ComparisonTokenizer(tokenizer), [], random.Random(seed)
+    words = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     for file in data:
         if not file.is_file():
             raise InputError(f"--data {file} does not exist: check the path")
@@ -75,12 +81,23 @@ def write_samples(path: Path, data: list[Path], tokenizer) -> None:
                 raise InputError(f"{place}: {error}") from error
             (row,) = encoder.encode([parsed.prompt], [parsed.responses], [parsed.options])
             texts = [response[-1]["content"] for response in parsed.responses]
-            rows.append({
-                "id": f"{file.parent.name}-{number}", "prompt": record["prompt"], "prompt_ids": row["prompt_ids"],
-                "responses": texts, "response_ids": row["response_ids"], "finished": [True] * len(texts),
-            })  # fmt: skip
+            for copy in range(COPIES):
+                ids = changed(row["prompt_ids"], words, rng.uniform(0, CHANGED), rng) if copy else row["prompt_ids"]
+                rows.append({
+                    "id": f"{file.parent.name}-{number}-{copy}", "prompt": record["prompt"], "prompt_ids": ids,
+                    "responses": texts, "response_ids": row["response_ids"], "finished": [True] * len(texts),
+                })  # fmt: skip
     replace_lines(path, map(json.dumps, rows))
     replace_text(summary_path(path), json.dumps({"settings": _settings(data)}))
+
+
+def changed(ids: list[int], words: list[int], share: float, rng: random.Random) -> list[int]:
+    """`ids` with about this share of tokens replaced, left out, or followed by another; special tokens stay."""
+    found, ordinary = [], set(words)
+    for token in ids:
+        kept = [[rng.choice(words)], [], [token, rng.choice(words)]]
+        found += rng.choice(kept) if token in ordinary and rng.random() < share else [token]
+    return found
 
 
 def _settings(data: list[Path]) -> dict:

@@ -7,9 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import evaluation_throughput, group_evaluation, ranking_throughput, tokenization
-from benchmarks.train_throughput import main, share_of_limit, speed
+from benchmarks.train_throughput import main, make_backbone, parse, share_of_limit, speed, step_size, write_groups
+from benchmarks.training_steps import run_padded, trainer_arguments
+from general_preference.datasets.packing import Collator
+from general_preference.models.reward_model import get_reward_model
+from general_preference.trainer.arguments import LossArguments
+from general_preference.trainer.objectives import batch_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--hidden_size=32", "--intermediate_size=64", "--layers=2", "--heads=4", "--key_value_heads=2"]
@@ -38,6 +44,27 @@ def test_training_steps_are_compared_on_equal_terms(tmp_path, monkeypatch, capsy
     assert output.with_suffix(".png").stat().st_size > 5000 and "this trainer" in said
 
 
+def test_all_pairs_of_a_group_are_the_trainers_loss(tmp_path):
+    """The padded step, which runs every pair alone, has the loss of groups that share their prompts and responses."""
+    flags = [*TINY, "--head=gpm", "--responses=4", "--global_batch=3", "--micro_batch=9", "--run=padded"]
+    arguments = parse([*flags, f"--backbone={tmp_path / 'backbone'}"])
+    write_groups(arguments.dataset, tmp_path / "groups.jsonl", 4)
+    arguments.dataset = str(tmp_path / "groups.jsonl")
+    groups = [json.loads(line) for line in Path(arguments.dataset).read_text().splitlines()]
+    assert all(len(group["responses"]) == 4 and len(group["preferences"]) == 6 for group in groups)
+    assert all(group["responses"][0] not in group["responses"][1:] for group in groups)
+    assert (step_size(arguments, "this"), step_size(arguments, "trl")) == ((3, "prompts"), (18, "pairs"))
+    make_backbone(arguments)
+    found = run_padded(arguments)
+    preference = trainer_arguments(arguments).model.preference(arguments.max_len)
+    model = get_reward_model(str(arguments.backbone), bf16=False, preference=preference)
+    collate = Collator(0, model.train().layout_on())
+    batch = collate([found["table"][index] | {"weight": 1 / 3} for index in found["order"][:3]])
+    with torch.no_grad():
+        whole = batch_loss(model(**batch.model_inputs()), batch, LossArguments())
+    assert len(whole.score) == 18 and found["losses"][0] == pytest.approx(whole.total.item(), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -46,6 +73,8 @@ def test_training_steps_are_compared_on_equal_terms(tmp_path, monkeypatch, capsy
         (["--micro_batches", "a"], "is no list"),
         (["--micro_batches", "0"], "every number must be at least 1"),
         (["--steps", "0"], "at least 1"),
+        (["--responses", "1"], "leaves nothing to compare"),
+        (["--responses", "4", "--peer_micro_batches", "5"], "a step of padded pairs, eager has 24 pairs"),
         (["--dataset", "/nowhere/x.jsonl"], "/nowhere/x.jsonl does not exist"),
     ],
 )

@@ -29,6 +29,16 @@ def test_runs_are_compared_in_a_table_and_two_pictures(make_model, model_folder,
         assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 5000 and str(file) in printed
 
 
+def test_runs_of_one_head_are_seeds(make_model, tmp_path, monkeypatch, capsys):
+    for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
+        make_model("llama", "bt", 1, False).save_pretrained(tmp_path / str(seed))
+        (tmp_path / str(seed) / "eval_metrics.json").write_text(json.dumps({"cyclic": {"accuracy": accuracy}}))
+    runs = [str(tmp_path / str(seed)) for seed in range(3)]
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", *runs, "--output", str(tmp_path / "new.png")])
+    assert main() == 0
+    assert capsys.readouterr().out.count("| Bradley-Terry | 0.600 +-0.248 |") == 1  # 4.303 * 0.1 / sqrt(3)
+
+
 def test_a_run_without_an_evaluation_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare_runs.py", str(tmp_path)])
     assert main() == 2 and capsys.readouterr().err.startswith("error: not a finished run")

@@ -214,6 +214,10 @@ def test_markdown_and_text_hold_the_same_numbers():
     text, markdown = (format_results({"m": {"ppe_preference": numbers}}, form) for form in (False, True))
     for form in (text, markdown):
         assert "75.0" in form and "PPE Preference: 4 of 16038 rows: not comparable with published numbers" in form
+        assert "cut" not in form
+    cut = {"ppe_preference": numbers | {"cut": {"prompts": 3, "responses": 1}}}
+    line = "m on PPE Preference: records longer than max_length are cut, 3 in the prompt, 1 in a response"
+    assert line in format_results({"m": cut})
     assert markdown.startswith("| model | RewardBench |") and "| m | - | - | 75.0 |" in markdown
 
 

@@ -1,5 +1,6 @@
 """Evaluation sets from tiny copies in their hub layouts: what is read and refused, and scorers with known results."""
 
+import gzip
 import json
 from collections import Counter
 from dataclasses import replace
@@ -163,9 +164,16 @@ BAD = {
     "ppe_correctness": [
         ({"sampled_conflict_pairs": [[0, 32]]}, "a conflict pair is a list [0, 32], expected two indices below 32"),
         ({"scores": [1.0] * 31}, "expected a number for each of 32 responses"),
-        ({"scores": [1.0] * 32}, "has equal scores, which say of neither that it is better"),
+        ({"sampled_conflict_pairs": [3]}, "a conflict pair is int 3, expected two indices below 32"),
+        ({"sampled_conflict_pairs": [[True, False]]}, "a list [True, False], expected two indices below 32"),
+        ({"scores": [1.0] * 32}, "has scores 1.0 and 1.0, which say of neither that it is better"),
+        ({"scores": [float("nan")] * 32}, "has scores nan and nan, which say of neither that it is better"),
+        ({"scores": None}, "no column 'scores', found question_id, prompt, model_name, category, response_1"),
     ],
-    "judgebench": [({"label": "A"}, "column 'label' is 'A', expected one of A>B, B>A")],
+    "judgebench": [
+        ({"label": "A"}, "column 'label' is 'A', expected one of A>B, B>A"),
+        ({"response_A": "x \ud800"}, "it is not valid Unicode (half of a surrogate pair)"),
+    ],
     "m_rewardbench": [({"source": "chat"}, "column 'source' is 'chat', expected one of alpacaeval-easy")],
     "if_rewardbench": [
         ({"preference_graph": [{"chosen": 1}]}, "an edge is an object {'chosen': 1}, expected {'chosen'"),
@@ -247,6 +255,7 @@ def test_a_file_of_scores_is_summed_up_without_a_model(folder, sets, tmp_path, c
     assert main(list(map(str, flags))) == 0
     expected, _ = summarize_set(sets["rm_bench"], [row["scores"] for row in scores_of(sets["rm_bench"])], 1.0)
     summary = json.loads((out / "mine.rm_bench.summary.json").read_text())
+    assert summary["subsets"]["safety"]["n"] == 4 and summary["subsets"]["safety"]["pairs"] == 36
     assert summary["score"] == expected["score"] and summary["averages"] == expected["averages"]
     assert [json.loads(line) for line in (out / "mine.rm_bench.jsonl").read_text().splitlines()] == [
         {"id": row["id"], "scores": row["scores"]} for row in scores_of(sets["rm_bench"])
@@ -276,7 +285,17 @@ def test_a_file_of_scores_is_summed_up_without_a_model(folder, sets, tmp_path, c
         (lambda rows: [rows[0] | {"scores": [1, 2]}], "has scores a list [1, 2], expected 6 numbers, or 6 rows of 6"),
         (lambda rows: [rows[0] | {"scores": np.ones((6, 6)).tolist()}], "with scores[i][j] = -scores[j][i]"),
         (lambda rows: [rows[0] | {"scores": [float("nan")] * 6}], "has scores a list [nan"),
-        (lambda rows: [{"id": 3}], "record '3' is none of rm_bench"),
+        (lambda rows: [rows[0] | {"scores": [1e308, -1e308, 1, 2, 3, 4]}], "has scores a list [1e+308, -1e+308"),
+        (lambda rows: [rows[0] | {"scores": [10**400, 1, 2, 3, 4, 5]}], "has scores a list [1000"),
+        (lambda rows: [rows[0] | {"scores": ["1"] * 6}], "has scores a list ['1'"),
+        (lambda rows: [rows[0] | {"scores": [[1, 2], [3]]}], "has scores a list [[1, 2], [3]]"),
+        (
+            lambda rows: [rows[0] | {"reward": 1}],
+            "nothing reads the column 'reward': name it in ignore_columns",
+        ),
+        (lambda rows: [rows[0] | {"set": ["rm_bench"]}], "line 1: its set is ['rm_bench'], expected one of rm_bench"),
+        (lambda rows: [rows[0] | {"id": "\ud800"}], "is none of rm_bench"),
+        (lambda rows: [{"id": 3, "scores": [1]}], "record '3' is none of rm_bench"),
         (lambda rows: [{"scores": [1]}], "line 1 is no object with id and scores"),
         (lambda rows: [rows[0] | {"set": "rmb"}], "its set is 'rmb', expected one of rm_bench"),
     ],
@@ -286,6 +305,22 @@ def test_a_file_of_scores_that_does_not_fit_is_refused(folder, sets, tmp_path, c
     flags = ["--scores", file, "--sets", "rm_bench", "--data", folder, "--output_dir", tmp_path / "out"]
     code, line = said(capsys, *flags)
     assert code == 2 and reason in line and not list(tmp_path.glob("out/*.json*"))
+
+
+def test_files_of_scores_are_read_as_other_json_is(folder, sets, tmp_path, capsys):
+    rows, flags = (
+        scores_of(sets["rm_bench"]),
+        ["--sets", "rm_bench", "--data", folder, "--output_dir", tmp_path / "out"],
+    )
+    lines = "\n\n".join(json.dumps(row | {"reward": 1}) for row in rows)  # blank lines, and a column to leave out
+    (tmp_path / "mine.jsonl.gz").write_bytes(gzip.compress(lines.encode("utf-8-sig")))
+    assert main([*map(str, ["--scores", tmp_path / "mine.jsonl.gz", *flags]), "--ignore_columns", "reward"]) == 0
+    (file := tmp_path / "mine.jsonl").write_bytes(b"\xff\xfe\x00abc")
+    assert "mine.jsonl, line 1: not JSON in UTF-8" in said(capsys, "--scores", file, *flags)[1]
+    line = said(capsys, "--scores", file.rename(tmp_path / "mine.txt"), *flags)[1]
+    assert "mine.txt is no file of JSON lines by its name: call it .jsonl" in line
+    code, line = said(capsys, "--scores", write_lines(file, rows), *flags, "--general_preference_tau", 0)
+    assert code == 2 and "--general_preference_tau 0.0 must be a number above 0" in line
 
 
 def test_what_cannot_be_used_is_one_line(folder, tmp_path, capsys):
@@ -310,6 +345,11 @@ def test_what_cannot_be_used_is_one_line(folder, tmp_path, capsys):
     assert "--model M [M ...] or --scores FILE is needed" in said(capsys, *out)[1]
     assert "is no file" in said(capsys, "--scores", tmp_path / "none", *out)[1]
     assert "two models are called 'a'" in said(capsys, "--model", "x/a", "y/a", "--model_name", "a", "a", *out)[1]
+    models = ["--model", tmp_path, tmp_path / "none", "--sets", "rm_bench", "--data", folder, *out]
+    assert f"{tmp_path} is not a model folder" in said(capsys, *models)[1]
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # a model as far as is seen before it is loaded
+    code, line = said(capsys, *models)
+    assert code == 2 and f"model folder {tmp_path / 'none'} does not exist" in line, "before the first one scores"
     inside = said(capsys, "--scores", scores, "--sets", "rm_bench", "--data", folder, "--output_dir", folder)[1]
     assert "would be written into" in inside and not list(folder.glob("*.json*"))
     (tmp_path / "out").mkdir()

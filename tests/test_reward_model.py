@@ -13,7 +13,7 @@ from general_preference.datasets.packing import Collator
 from general_preference.errors import InputError
 from general_preference.models.config import HEADS_FILE, PreferenceConfig
 from general_preference.models.heads import saved_preference
-from general_preference.models.reward_model import Fp32Linear
+from general_preference.models.preference_heads import Fp32Linear
 from tests.conftest import MAIN_FAMILIES, random_comparisons
 
 HEADS = [("bt", 1, False), ("gpm", 2, False), ("gpm", 6, True), ("hybrid", 3, True), ("hybrid", 5, False)]

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from general_preference.evaluation.rewardbench.data import parse_ties_id
@@ -86,6 +86,7 @@ def test_credit_of_the_best(values, credit):
 rewards = st.lists(st.integers(-12, 12).map(lambda value: value / 4), min_size=2, max_size=7)
 
 
+@settings(deadline=None)
 @given(rewards, st.sampled_from([winner for winner in SCORE_METHODS if winner != "nash"]))
 def test_bradley_terry_scores_credit_what_rewards_credit(values, winner):
     assert best_of_n_credit(response_scores(differences(values), winner)) == best_of_n_credit(values)
@@ -96,6 +97,7 @@ def test_the_von_neumann_winner_of_rewards_is_the_largest(values):
     assert best_of_n_credit(response_scores(differences(values), "nash")) == best_of_n_credit(values)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(rewards, rewards, st.data()), min_size=1, max_size=4))
 def test_ties_of_bradley_terry_scores_are_those_of_the_rewards(pairs):
     by_score, by_reward = [], []

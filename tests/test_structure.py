@@ -17,7 +17,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "general_preference"
 # A module imports its own floor and those below; `models` and modules of the root may import each other.
-FLOORS = {"models": 0, "datasets": 1, "trainer": 2, "inference": 2, "evaluation": 3, "alignment": 3, "serving": 3}
+FLOORS = {"models": 0, "datasets": 1, "trainer": 2, "inference": 2}
+FLOORS |= dict.fromkeys(("evaluation", "alignment", "serving", "probing"), 3)
 SEPARATE = {("trainer", "inference"), ("inference", "trainer")}
 ABOVE = ("scripts", "eval", "rewardbench_eval", "benchmarks", "tests", "data")
 OPTIONAL = {"deepspeed", "wandb", "peft", "flash_attn", "matplotlib", "datasets", "accelerate", "scipy", "pandas"}

@@ -32,6 +32,7 @@ class KnownSet:
 _PAIR = ("prompt", "chosen", "rejected")
 _RATED = ("prompt", "responses", "preferences", "scores", "ranks", "ranking")
 _OPTIONAL = ("id", "subset", "margin", "chosen_probability", "system", "tools", "chat_template_kwargs")
+_NUMBER = re.compile(r"-?\d{1,9}(\.\d+)?")
 # Names of columns that say where a record comes from, or what a judge wrote about it.
 DESCRIBES = re.compile(
     r"((.*[_.-])?(ids?|uuid|sha256|hash|sources?|models?|model_name|subset|split|category|categories|language|lang|url|date"
@@ -161,15 +162,20 @@ def _read_completions(columns: dict, reading: Reading) -> dict:
     return {"prompt": _take(columns, "instruction"), "responses": responses, "scores": scores}
 
 
-def _rating(completion: dict, criterion: str | None, name: str) -> float:
-    """The rating by a criterion, or the mean of all that were given ("N/A" is none)."""
+def stated_ratings(completion: dict, name: str) -> dict[str, float | str]:
+    """{criterion: number, or the text in its place such as "N/A"} of a completion in UltraFeedback's layout."""
     annotations = completion.get("annotations") or {}
     if not isinstance(annotations, dict):
         raise InputError(f"the annotations of {name} are {described(annotations)}, expected an object")
-    stated = {key: one.get("Rating") for key, one in annotations.items() if isinstance(one, dict)}
-    if criterion in ("overall_score", "fine-grained_score"):
-        stated[criterion] = completion.get(criterion)
-    ratings = {key: float(value) for key, value in stated.items() if re.fullmatch(r"-?\d{1,9}(\.\d+)?", str(value))}
+    stated = {key: str(one.get("Rating")) for key, one in annotations.items() if isinstance(one, dict)}
+    return {key: float(value) if _NUMBER.fullmatch(value) else value for key, value in stated.items()}
+
+
+def _rating(completion: dict, criterion: str | None, name: str) -> float:
+    """The rating by a criterion, or the mean of all that were given ("N/A" is none)."""
+    ratings = {key: value for key, value in stated_ratings(completion, name).items() if isinstance(value, float)}
+    if criterion in ("overall_score", "fine-grained_score") and _NUMBER.fullmatch(str(completion.get(criterion))):
+        ratings[criterion] = float(completion[criterion])
     if criterion is not None and criterion not in ratings:
         raise InputError(f"{name} has no rating {criterion!r}, found {', '.join(ratings) or 'none'}")
     if not ratings:

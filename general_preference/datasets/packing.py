@@ -147,7 +147,7 @@ class Collator:
         )
 
     def _batch(self, comparisons: list[dict], **layout) -> Batch:
-        return PreferenceBatch(**layout, **_preferences(comparisons))
+        return PreferenceBatch(**layout, **preference_terms(comparisons))
 
     def _lay_out(self, rows: list[list[Block]], length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ids = torch.full((len(rows), length), self.pad_id)
@@ -248,7 +248,7 @@ def _ends(rows: list[list[Block]], length: int) -> tuple[list[int], list[int]]:
     return prompts, responses
 
 
-def _preferences(comparisons: list[dict]) -> dict[str, torch.Tensor]:
+def preference_terms(comparisons: list[dict]) -> dict[str, torch.Tensor]:
     """Who is compared with whom, as flat tensors over the M preferences of the batch."""
     first, second, comparison_index, label, margin, weight, offset = [], [], [], [], [], [], 0
     for index, comparison in enumerate(comparisons):

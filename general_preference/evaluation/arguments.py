@@ -72,4 +72,5 @@ def _default_name(path: str) -> str:
     place = Path(path).expanduser()
     if place.is_file():
         return place.stem
-    return str(PurePosixPath(place.resolve().name if place.is_dir() else path))
+    on_disk = place.is_dir() or place.is_absolute() or ".." in place.parts  # if it is there is said when it is loaded
+    return place.resolve().name if on_disk else str(PurePosixPath(path))

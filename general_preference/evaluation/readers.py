@@ -1,6 +1,6 @@
 """A row of each evaluation set -> a `Record`. Every column is read, known to describe the row, or refused by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from general_preference.datasets.known_sets import DESCRIBES
 from general_preference.datasets.messages import Message, parse_prompt
@@ -24,17 +24,19 @@ TIES = ("tie", "tie (bothbad)", "both_bad")
 
 @dataclass
 class Row:
-    """The columns of a row that nothing has read yet; `part` is the name of the file or configuration it stands in."""
+    """The columns of a row, and which of them were `read`; `part` is the file or configuration it stands in."""
 
     set: str
     part: str
     columns: dict
+    read: set[str] = field(default_factory=set)
 
     def take(self, name: str, kind: type, expected: str):
         """A column's value, which must be a `kind`."""
         if name not in self.columns:
             raise InputError(f"no column {name!r}, found {', '.join(map(str, self.columns)) or 'none'}")
-        value = self.columns.pop(name)
+        self.read.add(name)
+        value = self.columns[name]
         if not isinstance(value, kind):
             raise InputError(f"column {name!r} is {described(value)}, expected {expected}")
         return value
@@ -62,12 +64,16 @@ class Row:
 
     def record(self, name: str, subset: str, prompt, responses: list[str], pairs, rule: str, language="") -> Record:
         """The record, once every column is accounted for."""
-        unread = [c for c, value in self.columns.items() if holds_text(value) and not DESCRIBES.fullmatch(c)]
-        if unread:
+        rest = {name: value for name, value in self.columns.items() if name not in self.read}
+        if unread := [c for c, value in rest.items() if holds_text(value) and not DESCRIBES.fullmatch(c)]:
             cure = "name it in ignore_columns if no response or prompt is lost by it"
             raise InputError(f"nothing reads the text of column {unread[0]!r}: {cure}")
         messages = _bare(parse_prompt(prompt))
         answers = [[{"role": "assistant", "content": text}] for text in responses]
+        try:
+            "".join([name, language, *(message["content"] for message in messages), *responses]).encode()
+        except UnicodeEncodeError as error:
+            raise InputError("it is not valid Unicode (half of a surrogate pair)") from error
         return Record(name, self.set, subset, language, messages, answers, pairs, rule)
 
 
@@ -81,13 +87,19 @@ def _bare(prompt: list[Message]) -> list[Message]:
     return [{"role": message["role"], "content": message["content"]} for message in prompt]
 
 
+def _are_indices(pair: object, count: int) -> bool:
+    """Whether these are two different indices below `count`; true and false are none."""
+    two = isinstance(pair, list | tuple) and len(pair) == 2 and pair[0] != pair[1]
+    return two and all(type(index) is int and 0 <= index < count for index in pair)
+
+
 def read_ppe_preference(row: Row) -> Record | None:
     """A vote between two responses; None for a tie, which is left out."""
     winner = row.text("winner")
     row.known(winner, "winner", ("model_a", "model_b", *TIES))
     responses = [row.text("response_1"), row.text("response_2")]
     name, prompt, language = row.name("question_id"), row.text("prompt"), row.text("language")
-    row.columns.pop("conv_metadata", None)  # counts of turns and tokens, an object
+    row.read.add("conv_metadata")  # counts of turns and tokens, an object
     pairs = [(0, 1)] if winner == "model_a" else [(1, 0)]
     record = row.record(name, ALL_ROWS, prompt, responses, pairs, PAIRS, language)
     return None if winner in TIES else record
@@ -102,11 +114,13 @@ def read_ppe_correctness(row: Row) -> Record | None:
         raise InputError(f"column 'scores' is {described(scores)}, expected a number for each of {count} responses")
     pairs = []
     for pair in row.take("sampled_conflict_pairs", list, "a list of pairs of responses"):
-        if len(pair) != 2 or not all(isinstance(index, int) and 0 <= index < count for index in pair):
+        if not _are_indices(pair, count):
             raise InputError(f"a conflict pair is {described(pair)}, expected two indices below {count}")
-        if scores[pair[0]] == scores[pair[1]]:
-            raise InputError(f"the conflict pair {pair} has equal scores, which say of neither that it is better")
-        pairs.append(tuple(pair) if scores[pair[0]] > scores[pair[1]] else tuple(reversed(pair)))
+        one, other = pair
+        if not (scores[one] > scores[other] or scores[one] < scores[other]):  # NaN is neither
+            both = f"{scores[one]} and {scores[other]}"
+            raise InputError(f"the conflict pair {pair} has scores {both}, which say of neither that it is better")
+        pairs.append((one, other) if scores[one] > scores[other] else (other, one))
     name = f"{row.part}:{row.name('question_id')}:{row.text('model_name')}"
     subset = row.known(row.part, "repository", CORRECTNESS)
     record = row.record(name, subset, row.text("prompt"), responses, pairs, PAIRS)
@@ -174,7 +188,7 @@ def read_if_rewardbench(row: Row) -> Record:
         except (TypeError, KeyError) as error:
             message = "expected {'chosen': {'response_id'}, 'rejected': {'response_id'}}"
             raise InputError(f"an edge is {described(edge)}, {message}") from error
-        if not all(isinstance(index, int) and 0 <= index < len(responses) for index in pair) or pair[0] == pair[1]:
+        if not _are_indices(pair, len(responses)):
             raise InputError(f"an edge joins responses {pair}, expected two indices below {len(responses)}")
         pairs.append(pair)
     if not pairs:

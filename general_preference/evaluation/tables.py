@@ -100,6 +100,11 @@ def remarks(results: Results) -> list[str]:
             notes.append(f"{numbers['title']}: not in the copy: {', '.join(numbers['missing'])}")
         if numbers["left_out"]:
             notes.append(f"{numbers['title']}: {numbers['left_out']} rows that state no decided pair are left out")
+    for model, one in results.items():
+        for numbers in one.values():
+            if any((cut := numbers.get("cut", {})).values()):  # scores from a file have none
+                where = f"{cut['prompts']} in the prompt, {cut['responses']} in a response"
+                notes.append(f"{model} on {numbers['title']}: records longer than max_length are cut, {where}")
     macros = [f"{model} {percent(one['judgebench']['averages']['macro']['value'])}" for model, one in results.items()
               if "judgebench" in one]  # fmt: skip
     if macros:

@@ -1,5 +1,6 @@
 """The flags with which a script names the model it runs, and the pipeline they make."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ class InferenceArguments:
     def check(self) -> None:
         """InputError for what cannot work, before anything is loaded."""
         check_at_least(self, 1, "batch_tokens", "preprocessing_workers")
+        if (tau := self.general_preference_tau) is not None and not 0 < tau < math.inf:
+            raise InputError(f"--general_preference_tau {tau} must be a number above 0")
         if self.flash_attn and self.attn_implementation not in ("auto", "flash_attention_2"):
             raise InputError(f"--flash_attn and --attn_implementation {self.attn_implementation} disagree: drop one")
 

@@ -69,7 +69,7 @@ def embed(
     Raises:
         NonFiniteError: the model gives NaN or infinity for a comparison, which the message names.
     """
-    device = model.value_head.weight.device
+    device = model.device
     limit = batch_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
     layout = model.layout_on()
     collate = Collator(0, layout)

@@ -4,11 +4,9 @@
 """
 
 import logging
-import math
 import os
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from general_preference.errors import InputError
@@ -22,45 +20,14 @@ from general_preference.models.config import (
 )
 from general_preference.models.heads import HEAD_NAMES, read_heads, saved_head, trained_preference
 from general_preference.models.loading import add_lora, load_backbone, partitioned_loading
+from general_preference.models.preference_heads import HeadsMixin
 from general_preference.models.saving import CardFacts, push_reward_model, read_card_facts, save_reward_model
-from general_preference.models.score import gate_weights, head_embedding
 from general_preference.models.starting import check_reward, head_to_train
 
 logger = logging.getLogger(__name__)
 
 
-class Fp32Linear(nn.Linear):
-    """A bias-free linear layer that computes in fp32 (or better) whatever dtype its weight is stored in."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) of any float dtype -> (..., out_features) in fp32 or better."""
-        dtype = torch.promote_types(input.dtype, torch.float32)
-        return F.linear(input.to(dtype), self.weight.to(dtype))
-
-
-class ValueHead(Fp32Linear):
-    """Embeds in D numbers. The scalar of an odd D is computed by itself: to the bit as a Bradley-Terry head does."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) of any float dtype -> (..., D) in fp32 or better."""
-        dtype, scalar = torch.promote_types(input.dtype, torch.float32), self.out_features % 2
-        parts = self.weight.to(dtype).split([size for size in (self.out_features - scalar, scalar) if size])
-        return torch.cat([F.linear(input.to(dtype), part) for part in parts], dim=-1)
-
-
-class Temperature(nn.Module):
-    """A learnable tau > 0, stored as its logarithm."""
-
-    def __init__(self, value: float):
-        super().__init__()
-        self.log_value = nn.Parameter(torch.tensor([math.log(value)], dtype=torch.float32))
-
-    def forward(self) -> torch.Tensor:
-        """(1,) the temperature."""
-        return self.log_value.float().exp()
-
-
-class RewardModel(PackedBackbone):
+class RewardModel(HeadsMixin, PackedBackbone):
     """Causal LM `backbone` + embedding head + prompt gate, both in fp32 whatever the backbone's dtype.
 
     `preference` is saved with the weights; `card` is what the saved README.md says besides.
@@ -68,12 +35,8 @@ class RewardModel(PackedBackbone):
 
     def __init__(self, backbone: nn.Module, preference: PreferenceConfig, attention: str = "auto"):
         super().__init__(backbone, attention)
-        self.preference = preference
         self.card = CardFacts()
-        hidden = self.config.hidden_size
-        self.value_head = ValueHead(hidden, preference.dim, bias=False)
-        self.prompt_head = Fp32Linear(hidden, preference.planes, bias=False) if preference.prompt_gate else None
-        self.temperature = Temperature(preference.temperature) if preference.learnable_temperature else None
+        self.add_heads(preference, self.config.hidden_size)
 
     @classmethod
     def from_pretrained(cls, path: str, **options) -> "RewardModel":
@@ -82,36 +45,18 @@ class RewardModel(PackedBackbone):
 
     save_pretrained, push_to_hub = save_reward_model, push_reward_model
 
-    def initialize_heads(self, seed: int) -> None:
-        """Fill the heads with N(0, 1 / hidden), the same values for the same seed on every process and ZeRO stage."""
-        generator, std = torch.Generator().manual_seed(seed), 1 / math.sqrt(self.config.hidden_size)
-        for head in filter(None, (self.value_head, self.prompt_head)):
-            head.weight.data.copy_(torch.empty(head.weight.shape).normal_(0.0, std, generator=generator))
-
     def outputs(self, hidden, response_ends, prompt_ends, targets) -> dict[str, torch.Tensor]:
         """Every response of a `packing.Batch` embedded, and every prompt gated.
 
         Returns:
-            embeddings: (N, D). temperature: (1,), learned or fixed. prompt_hidden_states: (G, hidden).
-            gates: (G, P), only if the model has a gate.
+            What `read_states` makes of the last tokens' hidden states, and
             log_probs, counts: (N + G,) summed log-prob in nats and tokens per sequence, only with `targets`.
         """
-        finish = self.preference.normalize, self.preference.reward_offset
-        embeddings = head_embedding(self.value_head(hidden[response_ends]), *finish)
-        output = {"embeddings": embeddings, "prompt_hidden_states": hidden[prompt_ends]}
-        fixed = torch.full((1,), self.preference.temperature, device=hidden.device)
-        output["temperature"] = fixed if self.temperature is None else self.temperature()
-        if self.prompt_head is not None:
-            output["gates"] = self.gate(output["prompt_hidden_states"])
+        output = self.read_states(hidden[response_ends], hidden[prompt_ends])
         if targets is not None:
             sums = self.sequence_log_probs(hidden, targets, len(response_ends) + len(prompt_ends))
             output["log_probs"], output["counts"] = sums
         return output
-
-    def gate(self, prompt_hidden_state: torch.Tensor) -> torch.Tensor:
-        """Weights of the planes (..., P), >= 0, from the hidden state (..., hidden) of the prompt's last token."""
-        logits = self.prompt_head(prompt_hidden_state)
-        return gate_weights(logits, self.preference.gate, prompt_hidden_state.shape[-1])
 
 
 def get_reward_model(
