@@ -127,17 +127,22 @@ def mend(folder: Path, gpm: str) -> Path:
     replace_lines(folder / "labeled.jsonl", [json.dumps(row) for row in labeled if row["preferences"]])
     if not (folder / "mended/metrics.jsonl").is_file():
         call("bash", ROOT / "scripts/run_train_rm_general_preference_single.sh",
-             "--config", ROOT / "scripts/presets/tiny.yaml", "--learning_rate", 2e-3, "--max_epochs", 3,
+             "--config", ROOT / "scripts/presets/tiny.yaml", "--learning_rate", 1e-3, "--max_epochs", 3,
              "--eval_steps", 10**6, PRETRAIN=gpm, DATASET=",".join(map(str, [*files, folder / "labeled.jsonl"])),
              SAVE_PATH=folder / "mended", MICRO_BATCH=16, GLOBAL_BATCH=16, NPROC=1, OMP_NUM_THREADS=1)  # fmt: skip
     return folder / "mended"
 
 
 def label(row: dict) -> dict:
-    """Sampled replies as a group of comparisons by the rules, each text once."""
+    """Sampled replies as a group of comparisons by the rules, each text once; of invalid ones the first alone.
+
+    With all of them most comparisons would be about form, and the model would unlearn the games.
+    """
     kind, game = game_of(row["prompt"])
-    texts = [text for text in dict.fromkeys(row["responses"]) if text.strip()]
-    ranks = [rank(row["prompt"], text) for text in texts]
+    named = {text: rank(row["prompt"], text) for text in row["responses"] if text.strip()}
+    broken = [text for text, member in named.items() if member is None][1:]
+    texts = [text for text in named if text not in broken]
+    ranks = [named[text] for text in texts]
     wins = [[one, other] for one, first in enumerate(ranks) for other, second in enumerate(ranks)
             if beats(kind, len(game.members), first, second) == 1]  # fmt: skip
     return {"prompt": row["prompt"], "responses": texts, "preferences": wins}

@@ -27,10 +27,12 @@ if [[ -z ${POLICY:-} ]]; then
       SAVE_PATH=$PREFERENCE bash "$HERE/run_train_rm_general_preference_single.sh" --load_checkpoint
     fi
   fi
-  python "$HERE/make_tiny_policy.py" "$RUN/start"
+  SPEAKS=() # of all bundled prompts, unless the default ones are meant, which take less time to learn
+  [[ -n ${PROMPTS:-} ]] || SPEAKS=(--data "$DATA/mixed/train.jsonl")
+  python "$HERE/make_tiny_policy.py" "$RUN/start" "${SPEAKS[@]}"
   POLICY=$RUN/start/policy
   PROMPTS=${PROMPTS:-$DATA/mixed/train.jsonl} EVAL_PROMPTS=${EVAL_PROMPTS:-$DATA/mixed/test.jsonl}
-  ITERATIONS=${ITERATIONS:-4} SAMPLES=${SAMPLES:-8} TOKENS=${TOKENS:-48}
+  ITERATIONS=${ITERATIONS:-3} SAMPLES=${SAMPLES:-8} TOKENS=${TOKENS:-48}
   TRAIN_FLAGS=(--beta 2 --learning_rate 3e-4 --max_epochs 2 --zero_stage 0 --logging_steps 10 --lr_schedule constant)
 fi
 [[ -n ${PREFERENCE:-} ]] || fail "PREFERENCE names no preference model"
