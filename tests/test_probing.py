@@ -345,7 +345,8 @@ def test_killed_while_caching_and_started_again(files, saved, tmp_path, capsys):
     assert main([*flags, "--output", str(output)]) == 0, capsys.readouterr().err
     assert main([*flags, "--output", str(tmp_path / "whole")]) == 0
     both = [(folder / "features" / "states.npy").read_bytes() for folder in (output, tmp_path / "whole")]
-    assert both[0] == both[1] and np.abs(np.load(tmp_path / "whole" / "features" / "states.npy")).min(axis=1).max() > 0
+    assert both[0] == both[1]
+    assert np.load(tmp_path / "whole" / "features" / "states.npy").any(axis=1).all(), "no row was left out"
     other = main([*flags, "--output", str(output), "--max_len=9"])
     assert other == 2 and "holds hidden states made with" in capsys.readouterr().err
 
@@ -378,3 +379,9 @@ def test_what_a_set_says_about_itself(pool):
     assert found["n"] == found["prompts"] == 50 and found["scalar_ceiling"] is None
     longer = [np.sign(row.lengths[0] - row.lengths[1]) for row in rows[:50]]
     assert found["longer_response"] == pytest.approx(np.mean([(sign + 1) / 2 for sign in longer]), abs=0.11)
+    circle = [
+        replace(rows[0], responses=[1 + n, 1 + (n + 1) % 3], first=[0], second=[1], label=[1.0]) for n in range(3)
+    ]
+    assert describe_set(circle)["scalar_ceiling"] == pytest.approx(2 / 3)  # also of rows with a pair each
+    tie = replace(circle[0], label=[0.5])
+    assert describe_set([*circle, tie])["scalar_ceiling"] == pytest.approx(2.5 / 4)

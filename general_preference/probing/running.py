@@ -27,7 +27,6 @@ from general_preference.trainer.run_arguments import OptimizerArguments
 logger = logging.getLogger(__name__)
 
 HELD_OUT = "held_out"
-CEILING_RESPONSES = 12  # of a prompt, up to which the ceiling of a scalar is computed
 
 
 def load_tables(arguments: ProbingArguments, encoder: ComparisonTokenizer) -> tuple[dict, list[Summary]]:
@@ -162,12 +161,10 @@ class Trials:
 
 
 def describe_set(rows: list[Placed]) -> dict:
-    """{n, prompts, longer_response (accuracy of that rule), scalar_ceiling (None where there are no groups)}."""
+    """{n, prompts, longer_response: accuracy of that rule, scalar_ceiling: None if each prompt has one comparison}."""
     stated = stated_preferences(rows)
-    groups = [(len(row.responses), row.decided) for row in rows]
-    ceiling = None
-    if max(len(edges) for _, edges in groups) > 1 and max(count for count, _ in groups) <= CEILING_RESPONSES:
-        ceiling = scalar_ceiling(groups)
-    prompts = len({row.prompt_key for row in rows})
-    found = {"n": len(stated.label), "prompts": prompts, "longer_response": longer_accuracy(stated)}
-    return found | {"scalar_ceiling": ceiling}
+    outcomes = [(row.prompt, *pair) for row in rows for pair in row.outcomes]
+    several = len({prompt for prompt, *_ in outcomes}) < len(outcomes)
+    found = {"n": len(stated.label), "prompts": len(stated.cluster.unique())}
+    found["longer_response"] = longer_accuracy(stated)
+    return found | {"scalar_ceiling": scalar_ceiling(outcomes) if several else None}

@@ -74,10 +74,10 @@ class Placed:
     length: int
 
     @property
-    def decided(self) -> list[tuple[int, int]]:
-        """(winner, loser) of the preferences that are no ties."""
+    def outcomes(self) -> list[tuple[int, int]]:
+        """Rows of (winner, loser) of the preferences; of a tie the same row twice."""
         preferences = zip(self.first, self.second, self.label, strict=True)
-        return [(winner, loser) for winner, loser, label in preferences if label > 0.5]
+        return [(self.responses[a], self.responses[b if label > 0.5 else a]) for a, b, label in preferences]
 
     def terms(self, weight: float) -> dict:
         """What `packing.preference_terms` reads."""
