@@ -128,8 +128,13 @@ def check_folders(arguments: ProbingArguments) -> None:
     numbers = output / NUMBERS
     if numbers.exists() and "chosen" not in read_object(numbers):
         raise InputError(f"{numbers} is no comparison of heads and would be replaced: choose another --output")
+    if output.resolve() == features.resolve():
+        raise InputError(f"--features {features} is --output, too: choose a folder of its own")
     if arguments.save:
         check_new_folder(arguments.model_folder, [arguments.pretrain, *sources])
+        model = arguments.model_folder.resolve()
+        if any(folder.resolve().is_relative_to(model) for folder in (output, features)):
+            raise InputError(f"--save_path {arguments.model_folder} gets other results: choose a folder of its own")
 
 
 def read_heads(arguments: ProbingArguments) -> list[HeadSpec]:

@@ -17,6 +17,7 @@ import torch
 from general_preference import GPMPipeline
 from general_preference.datasets.packing import Collator
 from general_preference.distributed import DistributedContext
+from general_preference.errors import InputError
 from general_preference.models.config import PreferenceConfig
 from general_preference.models.preference_heads import PreferenceHeads
 from general_preference.models.reward_model import get_reward_model
@@ -351,6 +352,15 @@ def test_killed_while_caching_and_started_again(files, saved, tmp_path, capsys):
     assert other == 2 and "holds hidden states made with" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["states.npy", "done.npy"])
+def test_states_that_were_cut_are_refused(name, model_folder, context, tmp_path):
+    tables, path = [tokenized(random_comparisons(9, 300, seed=1))], model_folder("llama")
+    kept(tmp_path, tables, path, context)
+    os.truncate(tmp_path / name, (tmp_path / name).stat().st_size - 1)
+    with pytest.raises(InputError, match=f"{name} is missing or damaged"):
+        kept(tmp_path, tables, path, context)
+
+
 @pytest.mark.usefixtures("own_environment")
 @pytest.mark.parametrize(
     ("flags", "message"),
@@ -363,11 +373,16 @@ def test_killed_while_caching_and_started_again(files, saved, tmp_path, capsys):
         (["--learning_rates=fast"], "is no list such as 1e-4,1e-3"),
         (["--train_split_ratio=1"], "holds nothing out"),
         (["--validation_ratio=0.0001"], "leaves none"),
+        (["--train_split_ratio=0.9999"], "holds none out: lower it"),
         (["--output=FILES"], "which is read"),
+        (["--output="], "--output is missing"),
+        (["--output=OUT/x", "--features=OUT/x"], "is --output, too"),
+        (["--output=OUT/x", "--save=bt", "--save_path=OUT/x"], "gets other results"),
+        (["--save_path=OUT/model"], "has no model to hold"),
     ],
 )
 def test_bad_flags_are_one_line(files, saved, tmp_path, capsys, flags, message):
-    flags = [flag.replace("FILES", str(files)) for flag in flags]
+    flags = [flag.replace("FILES", str(files)).replace("OUT", str(tmp_path)) for flag in flags]
     command = ["--pretrain", saved(), "--dataset", str(files / "train.jsonl"), "--output", str(tmp_path / "out"), *FAST]
     assert main([*command, *flags]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]

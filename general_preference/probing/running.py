@@ -52,6 +52,8 @@ def load_tables(arguments: ProbingArguments, encoder: ComparisonTokenizer) -> tu
     found = {"fit": training.select(fit), "validation": training.select(validation)}
     keys = set(training["prompt_key"][:])
     summaries = [summarize_table("train", training, read)]
+    if not held_out and not arguments.eval_dataset:
+        raise InputError(f"train_split_ratio {arguments.train_ratio} of {len(whole)} holds none out: lower it")
     if held_out:
         found[HELD_OUT] = whole.select(held_out)
         summaries.append(summarize_table(HELD_OUT, found[HELD_OUT], (), keys))

@@ -146,7 +146,7 @@ class StateStore:
         """Hold the folder, made if need be. Collective.
 
         Raises:
-            InputError: it holds states of other data or another model, or another run is writing.
+            InputError: it holds states of other data or another model, or damaged ones, or another run is writing.
             RunError: the disk has no room for the states.
         """
         claim = context.main_process_first(self._claim, main_only=True)
@@ -162,15 +162,19 @@ class StateStore:
             name = next(name for name in (*self.settings, *found) if found.get(name) != self.settings.get(name))
             values = f"{name} = {found.get(name)!r}, now {self.settings.get(name)!r}"
             raise InputError(f"{self.folder} holds hidden states made with {values}: choose another folder")
-        if not found:  # else settings came last, so all is there
-            for name, dtype, shape in ((_STATES, np.float32, self.shape), (_DONE, np.bool_, (len(self.chunks),))):
-                file = self.folder / name
-                with writing(file):
-                    array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-                    size = file.stat().st_size
-                    del array
+        for name, dtype, shape in (_STATES, np.float32, self.shape), (_DONE, np.bool_, (len(self.chunks),)):
+            file = self.folder / name
+            if found:  # settings come last, so with them all is there
+                _check_array(file, shape)
+                continue
+            with writing(file):
+                array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+                size = file.stat().st_size
+                del array
+                if hasattr(os, "posix_fallocate"):  # not on macOS
                     with file.open("r+b") as opened:
                         os.posix_fallocate(opened.fileno(), 0, size)  # a full disk would end a write with SIGBUS
+        if not found:
             replace_text(path, json.dumps(self.settings, indent=2))
         return claim
 
@@ -199,6 +203,15 @@ class StateStore:
                 bar.update()
         context.barrier()
         return sum(len(self.chunks[chunk]) for chunk in missing)
+
+
+def _check_array(file: Path, shape: tuple[int, ...]) -> None:
+    try:
+        intact = np.load(file, mmap_mode="r").shape == shape  # "r+" would lengthen a file that was cut, with zeros
+    except (OSError, ValueError):
+        intact = False
+    if not intact:
+        raise InputError(f"{file} is missing or damaged: remove {file.parent}, or choose another folder")
 
 
 def _chunks(prompts: list[dict]) -> list[list[int]]:
