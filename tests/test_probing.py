@@ -85,7 +85,7 @@ def test_equal_prompts_and_responses_are_kept_once():
         ])
     ])  # fmt: skip
     prompts, (some, others) = place_states([table[:3], table[3:]])
-    assert [(one["prompt_ids"], one["response_ids"]) for one in prompts] == [
+    assert [(one["prompt_ids"].tolist(), [ids.tolist() for ids in one["response_ids"]]) for one in prompts] == [
         ([1, 2], [[3], [4, 5], [6]]),
         ([1], [[2, 3], [3]]),
     ]
