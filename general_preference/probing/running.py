@@ -125,18 +125,18 @@ class Trials:
         return self.fit(spec, ("fit", "validation"), replace(self.optimizer, learning_rate=rate, seed=seed))
 
     def fit(self, spec: HeadSpec, parts: tuple[str, ...], optimizer: OptimizerArguments):
-        """A head trained on these parts of the rows; the batches are made once for all heads."""
+        """A head trained on these parts of the rows; heads in a row with the same parts and seed share the batches."""
         key = (parts, optimizer.seed)
         if key not in self._batches:
             rows = [row for part in parts for row in self.rows[part]]
-            self._batches[key] = training_batches(rows, optimizer, self.device)
+            self._batches = {key: training_batches(rows, optimizer, self.device)}
         return fit_head(spec, self.states, self._batches[key], optimizer, self.device)
 
     def score_sets(
         self, specs: list[HeadSpec], rates: dict[str, float], seeds: int, sets: dict[str, list[Placed]]
     ) -> tuple[dict[str, dict[str, list[Scored]]], float]:
         """({set: {head: one `Scored` a seed}}, mean seconds of a training). Collective."""
-        jobs = [(spec, self.optimizer.seed + number) for spec in specs for number in range(seeds)]
+        jobs = [(spec, self.optimizer.seed + number) for number in range(seeds) for spec in specs]
 
         def work(job) -> tuple[dict[str, Scored], float]:
             spec, seed = job
