@@ -17,7 +17,7 @@ import torch
 from general_preference import GPMPipeline
 from general_preference.datasets.packing import Collator
 from general_preference.distributed import DistributedContext
-from general_preference.errors import InputError
+from general_preference.errors import InputError, RunError
 from general_preference.models.config import PreferenceConfig
 from general_preference.models.preference_heads import PreferenceHeads
 from general_preference.models.reward_model import get_reward_model
@@ -176,6 +176,19 @@ def compared(pool, context, preference, names: str, sharpness: float) -> dict:
     rates = {name: found["learning_rate"] for name, found in chosen.items()}
     scored, _ = trials.score_sets(specs, rates, 3, {"test": drawn[1600:]})
     return compare_scores(scored["test"], stated_preferences(drawn[1600:]))
+
+
+def test_losses_that_are_not_finite_are_no_choice(pool, context):
+    states, rows = pool
+    parts = {"fit": rows[:200], "validation": rows[200:300]}
+    trials = Trials(context, "cpu", states, parts, OptimizerArguments(max_epochs=3, micro_train_batch_size=50, seed=1))
+    specs = parse_heads("bt,gpm4_raw", "model", None)
+    chosen = trials.choose_rates(specs, [1e-2, 1e25])["gpm4_raw"]
+    assert chosen["learning_rate"] == 1e-2 and chosen["losses"]["1e+25"] is None
+    with pytest.raises(RunError, match="gpm4_raw: no learning rate"):
+        trials.choose_rates(specs, [1e25])
+    with pytest.raises(RunError, match="gpm4_raw: losses with seed 1 are not finite"):
+        trials.score_sets(specs, {"bt": 1e-2, "gpm4_raw": 1e25}, 1, {"test": rows[300:400]})
 
 
 def test_planted_planes_are_found_again(pool, context):

@@ -89,9 +89,10 @@ class Trials:
     _batches: dict[tuple, list[StateBatch]] = field(default_factory=dict)
 
     def choose_rates(self, specs: list[HeadSpec], rates: list[float]) -> dict[str, dict]:
-        """{head: {"learning_rate", "validation_loss", "validation_accuracy", "losses": {rate: loss}}}. Collective.
+        """{head: {"learning_rate", "validation_loss", "validation_accuracy", "at_edge", "losses"}}. Collective.
 
-        Each head is trained on `fit` with every rate and takes the one with the lowest loss on `validation`.
+        Each head is trained on `fit` with every rate and takes the one with the lowest loss on `validation`. losses:
+        {rate: its loss, None if not finite}; at_edge: the rate taken is the first or last.
 
         Raises:
             RunError: a head's losses are not finite whatever the rate.
@@ -115,7 +116,7 @@ class Trials:
                 raise RunError(f"{spec.name}: no learning rate of {rates} gives a finite loss: lower them", True)
             best = min(finite, key=lambda rate: finite[rate]["loss"])
             validation = {f"validation_{name}": value for name, value in finite[best].items()}
-            losses = {f"{rate:g}": found["loss"] for rate, found in tried.items()}
+            losses = {f"{rate:g}": found["loss"] if rate in finite else None for rate, found in tried.items()}
             at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
             chosen[spec.name] = {"learning_rate": best, **validation, "at_edge": at_edge, "losses": losses}
         return chosen
@@ -135,7 +136,11 @@ class Trials:
     def score_sets(
         self, specs: list[HeadSpec], rates: dict[str, float], seeds: int, sets: dict[str, list[Placed]]
     ) -> tuple[dict[str, dict[str, list[Scored]]], float]:
-        """({set: {head: one `Scored` a seed}}, mean seconds of a training). Collective."""
+        """({set: {head: one `Scored` a seed}}, mean seconds of a training). Collective.
+
+        Raises:
+            RunError: a head's losses are not finite.
+        """
         jobs = [(spec, self.optimizer.seed + number) for number in range(seeds) for spec in specs]
 
         def work(job) -> tuple[dict[str, Scored], float]:
@@ -147,8 +152,10 @@ class Trials:
 
         results = self._share(jobs, work, "heads")
         scored = {name: {spec.name: [] for spec in specs} for name in sets}
-        for (spec, _), (found, _) in zip(jobs, results, strict=True):
+        for (spec, seed), (found, _) in zip(jobs, results, strict=True):
             for name in sets:
+                if not found[name].loss.isfinite().all():
+                    raise RunError(f"{spec.name}: losses with seed {seed} are not finite: lower learning_rates", True)
                 scored[name][spec.name].append(found[name])
         return scored, sum(seconds for _, seconds in results) / len(results)
 
