@@ -181,11 +181,10 @@ def report(found: dict, output: Path) -> None:
         print(f"\n{name}: {one['n']} comparisons of {one['prompts']} prompts; {notes}")
         rows = {head: table_row(found["chosen"][head], numbers) for head, numbers in one["heads"].items()}
         print(format_table(rows, "head", None))
-    others = len(found["chosen"]) - 1
-    print(
-        "\n+-: 95 % interval over seeds. Differences from the first head, with intervals over comparisons (bootstrap)"
-    )
-    print(f"that hold for all {others} at once; better or worse only if the interval over seeds says so, too.")
+    print("\n+-: 95 % interval over seeds.")
+    if others := len(found["chosen"]) - 1:
+        print(f"Differences from the first head, with intervals over prompts (bootstrap) that hold for all {others} at")
+        print("once; better or worse only if the interval over seeds says so, too.")
     if edges := [name for name, one in found["chosen"].items() if one["at_edge"]]:
         print(f"The chosen learning rate is the lowest or highest of --learning_rates for {', '.join(edges)}.")
     seconds = found["seconds"]
