@@ -111,14 +111,17 @@ def measure(arguments: argparse.Namespace) -> None:
     sizes = {name: own if name in ("this", "regularized") else peers for name in names}
     if arguments.responses is not None and arguments.responses < 2:
         raise InputError(f"--responses {arguments.responses} leaves nothing to compare: use at least 2")
+    for name, least in {"global_batch": 1, "steps": 1, "rounds": 0}.items():
+        if (value := getattr(arguments, name)) < least:
+            raise InputError(f"--{name} {value} must be at least {least}")
+    if arguments.output.suffix == ".png" or arguments.output.is_dir():
+        raise InputError(f"--output {arguments.output} must be a file, such as result.json: the picture is beside it")
     for name, some in sizes.items():
         batch, what = step_size(arguments, name)
         if any(batch % size for size in some):
             raise InputError(
                 f"a step of {TITLES[name]} has {batch} {what}, which must be a multiple of its micro-batches"
             )
-    if arguments.steps < 1:
-        raise InputError(f"--steps {arguments.steps} must be at least 1")
     print(describe_machine())
     with tempfile.TemporaryDirectory() as folder:
         arguments.backbone = Path(folder) / "backbone"
@@ -156,9 +159,11 @@ def write_groups(dataset: str, file: Path, count: int | None) -> None:
     else:
         everything, start = [response for row in rows for response in row["responses"]], 0
         for row in rows:
-            whole = row["responses"] + list(itertools.islice(itertools.cycle(everything), start, start + 2 * count))
+            whole = row["responses"] + [everything[(start + n) % len(everything)] for n in range(2 * count)]
             start = (start + len(row["responses"])) % len(everything)
             responses = [one for number, one in enumerate(whole) if one not in whole[:number]]
+            if len(responses) < count:
+                raise InputError(f"--responses {count}: {dataset} has too few different responses for such groups")
             groups.append((row["prompt"], responses[:count], list(itertools.combinations(range(count), 2))))
     lines = (dict(zip(("prompt", "responses", "preferences"), group, strict=True)) for group in groups)
     replace_lines(file, map(json.dumps, lines))

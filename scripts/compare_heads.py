@@ -128,8 +128,13 @@ def check_folders(arguments: ProbingArguments) -> None:
     numbers = output / NUMBERS
     if numbers.exists() and "chosen" not in read_object(numbers):
         raise InputError(f"{numbers} is no comparison of heads and would be replaced: choose another --output")
+    if output.resolve() == features.resolve():
+        raise InputError(f"--features {features} is --output, too: choose a folder of its own")
     if arguments.save:
         check_new_folder(arguments.model_folder, [arguments.pretrain, *sources])
+        model = arguments.model_folder.resolve()
+        if any(folder.resolve().is_relative_to(model) for folder in (output, features)):
+            raise InputError(f"--save_path {arguments.model_folder} gets other results: choose a folder of its own")
 
 
 def read_heads(arguments: ProbingArguments) -> list[HeadSpec]:
@@ -176,11 +181,10 @@ def report(found: dict, output: Path) -> None:
         print(f"\n{name}: {one['n']} comparisons of {one['prompts']} prompts; {notes}")
         rows = {head: table_row(found["chosen"][head], numbers) for head, numbers in one["heads"].items()}
         print(format_table(rows, "head", None))
-    others = len(found["chosen"]) - 1
-    print(
-        "\n+-: 95 % interval over seeds. Differences from the first head, with intervals over comparisons (bootstrap)"
-    )
-    print(f"that hold for all {others} at once; better or worse only if the interval over seeds says so, too.")
+    print("\n+-: 95 % interval over seeds.")
+    if others := len(found["chosen"]) - 1:
+        print(f"Differences from the first head, with intervals over prompts (bootstrap) that hold for all {others} at")
+        print("once; better or worse only if the interval over seeds says so, too.")
     if edges := [name for name, one in found["chosen"].items() if one["at_edge"]]:
         print(f"The chosen learning rate is the lowest or highest of --learning_rates for {', '.join(edges)}.")
     seconds = found["seconds"]

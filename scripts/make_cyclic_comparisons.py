@@ -15,6 +15,7 @@ import json
 import signal
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def make_set(arguments: CycleArguments, prompts: list[RatedPrompt], criteria: li
         name: {
             "prompts": len(some),
             "comparisons": sum(len(record["preferences"]) for record in some),
-            "ceiling": scalar_ceiling((len(one["responses"]), one["preferences"]) for one in some) if some else None,
+            "ceiling": scalar_ceiling(stated_texts(some)) if some else None,
         }
         for name, some in splits.items()
     }
@@ -137,6 +138,13 @@ def make_set(arguments: CycleArguments, prompts: list[RatedPrompt], criteria: li
         "splits": sizes,
     }
     return splits, summary
+
+
+def stated_texts(records: list[dict]) -> Iterator[tuple[str, str, str]]:
+    """(prompt, winner, loser) of all comparisons: of a prompt with several records the same text has one number."""
+    for record in records:
+        for pair in record["preferences"]:
+            yield record["prompt"], *(record["responses"][side] for side in pair)
 
 
 def _all_equal(prompts: list[RatedPrompt], by: int) -> bool:

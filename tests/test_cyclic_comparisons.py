@@ -1,6 +1,8 @@
 """Cycles from rated responses: found, freed of contradictions, split and counted as by hand; bad ratings in a line."""
 
+import itertools
 import json
+import random
 
 import pytest
 
@@ -14,7 +16,7 @@ from general_preference.datasets.cycles import (
     without_conflicts,
 )
 from general_preference.datasets.records import parse_record
-from scripts.make_cyclic_comparisons import main
+from scripts.make_cyclic_comparisons import main, stated_texts
 
 ROCK = [
     [3.0, 2.0, 1.0],
@@ -33,6 +35,10 @@ def test_a_cycle_takes_each_link_from_its_own_criterion():
     assert find_cycles(rated([[2, 2, 2]] * 3)) == []  # ties decide nothing
     assert find_cycles(rated([[3.0, 2, 1], [2.0, None, 2], [1.0, 2, 3]])) == []  # 1 > 2 is not rated
     assert find_cycles(rated(ROCK, ["same", "other", "same"])) == []
+    assert find_cycles(rated([])) == []
+    # 3 is 0 once more: it closes the same circle, and one that is wider
+    again = find_cycles(rated([*ROCK, [9.0, 2.0, 0.0]], ["rock", "paper", "scissors", "rock"]))
+    assert again == [Cycle((0, 1, 2), (7.0, 1.0, 3.0))]
 
 
 def test_the_widest_assignment_of_criteria_counts():
@@ -59,21 +65,38 @@ def test_a_comparison_is_never_stated_both_ways():
 
 
 def test_the_scalar_ceiling_by_hand():
-    circle, chain = [[0, 1], [1, 2], [2, 0]], [[0, 1], [1, 2]]
-    assert scalar_ceiling([(3, circle)]) == pytest.approx(2 / 3)
-    assert scalar_ceiling([(3, circle), (3, chain)]) == pytest.approx(4 / 5)
-    assert scalar_ceiling([(4, [*circle, [1, 3], [3, 0]])]) == pytest.approx(4 / 5)  # two circles through 0 > 1
+    circle, chain = [("p", *"ab"), ("p", *"bc"), ("p", *"ca")], [("q", *"ab"), ("q", *"bc")]
+    assert scalar_ceiling(circle) == pytest.approx(2 / 3)
+    assert scalar_ceiling(circle + chain) == pytest.approx(4 / 5)
+    assert scalar_ceiling([*circle, ("p", *"bd"), ("p", *"da")]) == pytest.approx(4 / 5)  # two circles through a > b
+    assert scalar_ceiling([*circle, *circle[:2]]) == pytest.approx(4 / 5)  # c > a is stated once, the others twice
+    assert scalar_ceiling([*chain, ("q", *"aa")]) == pytest.approx(2.5 / 3)  # a tie
+    ring = [("p", k, (k + 1) % 13) for k in range(13)]
+    assert scalar_ceiling(ring) is None and scalar_ceiling(ring[:-1]) == 1
+
+
+def test_the_scalar_ceiling_is_that_of_the_best_order():
+    draw = random.Random(0)
+    for _ in range(30):
+        edges = [("p", *draw.sample(range(5), 2)) for _ in range(draw.randrange(1, 14))]
+        orders = itertools.permutations(range(5))
+        best = max(sum(order[winner] > order[loser] for _, winner, loser in edges) for order in orders)
+        assert scalar_ceiling(edges) == best / len(edges)
 
 
 def test_splits_share_no_comparison():
-    records = [make_record(rated(ROCK), find_cycles(rated(ROCK))) | {"prompt": f"p{n // 2}"} for n in range(80)]
+    whole = make_record(rated(ROCK), find_cycles(rated(ROCK)))
+    turned = {"responses": whole["responses"][::-1]}  # the same responses elsewhere
+    records = [whole | {"prompt": f"p{n // 2}"} | (turned if n % 2 else {}) for n in range(80)]
     splits = split_records(records, 0.8, 0.2, seed=1)
     prompts = {name: {record["prompt"] for record in some} for name, some in splits.items()}
     assert not prompts["train"] & prompts["prompts"] and prompts["pairs"] <= prompts["train"]
     assert len(splits["train"]) == 64 and len(splits["prompts"]) == 16
-    assert len(splits["pairs"]) == round(0.2 * 64 * 3) and all(len(one["preferences"]) == 1 for one in splits["pairs"])
-    kept = sum(len(record["preferences"]) for record in splits["train"])
-    assert kept + len(splits["pairs"]) == 64 * 3
+    assert all(len(one["preferences"]) == 1 for one in splits["pairs"])
+    found = {name: [(prompt, frozenset(pair)) for prompt, *pair in stated_texts(some)] for name, some in splits.items()}
+    assert not set(found["train"]) & set(found["pairs"])
+    assert len(set(found["pairs"])) == len(found["pairs"]) >= round(0.2 * 64 * 3) / 2
+    assert len(found["train"]) + 2 * len(found["pairs"]) == 64 * 3
     assert splits == split_records(records, 0.8, 0.2, seed=1) != split_records(records, 0.8, 0.2, seed=2)
 
 
@@ -152,6 +175,10 @@ def test_the_papers_four_sets(tmp_path, capsys):
             [],
             "line 1: found ['chosen', 'prompt'], expected instruction and completions",
         ),
+        ([row(0, WHOLE) | {"instruction": 5}], [], "expected instruction, a text, and completions, a list, found"),
+        ([row(0, WHOLE) | {"completions": None}], [], "expected instruction, a text, and completions, a list, found"),
+        ([row(0, []), row(1, WHOLE)], [], "1 of 2 prompts have a cycle"),
+        ([row(0, WHOLE) | {"instruction": "\ud800"}], [], "line 1: not valid Unicode"),
         ([row(0, WHOLE)], ["--ratings", "/nowhere/x.jsonl"], "/nowhere/x.jsonl does not exist"),
         ([row(0, WHOLE)], ["--held_out_pairs", "1"], "--held_out_pairs 1.0 must lie between 0 and 1"),
     ],

@@ -17,6 +17,7 @@ import torch
 from general_preference import GPMPipeline
 from general_preference.datasets.packing import Collator
 from general_preference.distributed import DistributedContext
+from general_preference.errors import InputError, RunError
 from general_preference.models.config import PreferenceConfig
 from general_preference.models.preference_heads import PreferenceHeads
 from general_preference.models.reward_model import get_reward_model
@@ -84,7 +85,7 @@ def test_equal_prompts_and_responses_are_kept_once():
         ])
     ])  # fmt: skip
     prompts, (some, others) = place_states([table[:3], table[3:]])
-    assert [(one["prompt_ids"], one["response_ids"]) for one in prompts] == [
+    assert [(one["prompt_ids"].tolist(), [ids.tolist() for ids in one["response_ids"]]) for one in prompts] == [
         ([1, 2], [[3], [4, 5], [6]]),
         ([1], [[2, 3], [3]]),
     ]
@@ -177,6 +178,19 @@ def compared(pool, context, preference, names: str, sharpness: float) -> dict:
     return compare_scores(scored["test"], stated_preferences(drawn[1600:]))
 
 
+def test_losses_that_are_not_finite_are_no_choice(pool, context):
+    states, rows = pool
+    parts = {"fit": rows[:200], "validation": rows[200:300]}
+    trials = Trials(context, "cpu", states, parts, OptimizerArguments(max_epochs=3, micro_train_batch_size=50, seed=1))
+    specs = parse_heads("bt,gpm4_raw", "model", None)
+    chosen = trials.choose_rates(specs, [1e-2, 1e25])["gpm4_raw"]
+    assert chosen["learning_rate"] == 1e-2 and chosen["losses"]["1e+25"] is None
+    with pytest.raises(RunError, match="gpm4_raw: no learning rate"):
+        trials.choose_rates(specs, [1e25])
+    with pytest.raises(RunError, match="gpm4_raw: losses with seed 1 are not finite"):
+        trials.score_sets(specs, {"bt": 1e-2, "gpm4_raw": 1e25}, 1, {"test": rows[300:400]})
+
+
 def test_planted_planes_are_found_again(pool, context):
     found = compared(pool, context, PreferenceConfig("gpm", 4), "bt,bt_gate4,gpm2_raw,gpm4_raw", 3.0)
     accuracy = {name: one["accuracy"]["mean"] for name, one in found.items()}
@@ -232,7 +246,8 @@ def test_intervals_and_verdicts_by_hand():
     assert seeds["mean"] == pytest.approx(0.195) and seeds["mean"] - seeds["low"] == pytest.approx(
         0.005 * 12.706, rel=1e-3
     )
-    assert found["bt"]["longer"] == pytest.approx(0.5 + (52 - 26 - 52 + 26) / 300, abs=0.02)
+    # Of four in a row three differ: two for the longer where the score is positive, one where it is negative.
+    assert found["bt"]["longer"] == pytest.approx((25 * 2 + 25 + 26 * 2 + 24) / 300)
     few = replace(stated, cluster=torch.arange(n) % 14)
     assert {one.get("verdict") for one in compare_scores(heads, few).values()} == {None, "too few prompts"}
     confident = 1 / (1 + np.exp(-1))
@@ -345,9 +360,19 @@ def test_killed_while_caching_and_started_again(files, saved, tmp_path, capsys):
     assert main([*flags, "--output", str(output)]) == 0, capsys.readouterr().err
     assert main([*flags, "--output", str(tmp_path / "whole")]) == 0
     both = [(folder / "features" / "states.npy").read_bytes() for folder in (output, tmp_path / "whole")]
-    assert both[0] == both[1] and np.abs(np.load(tmp_path / "whole" / "features" / "states.npy")).min(axis=1).max() > 0
+    assert both[0] == both[1]
+    assert np.load(tmp_path / "whole" / "features" / "states.npy").any(axis=1).all(), "no row was left out"
     other = main([*flags, "--output", str(output), "--max_len=9"])
     assert other == 2 and "holds hidden states made with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["states.npy", "done.npy"])
+def test_states_that_were_cut_are_refused(name, model_folder, context, tmp_path):
+    tables, path = [tokenized(random_comparisons(9, 300, seed=1))], model_folder("llama")
+    kept(tmp_path, tables, path, context)
+    os.truncate(tmp_path / name, (tmp_path / name).stat().st_size - 1)
+    with pytest.raises(InputError, match=f"{name} is missing or damaged"):
+        kept(tmp_path, tables, path, context)
 
 
 @pytest.mark.usefixtures("own_environment")
@@ -362,11 +387,16 @@ def test_killed_while_caching_and_started_again(files, saved, tmp_path, capsys):
         (["--learning_rates=fast"], "is no list such as 1e-4,1e-3"),
         (["--train_split_ratio=1"], "holds nothing out"),
         (["--validation_ratio=0.0001"], "leaves none"),
+        (["--train_split_ratio=0.9999"], "holds none out: lower it"),
         (["--output=FILES"], "which is read"),
+        (["--output="], "--output is missing"),
+        (["--output=OUT/x", "--features=OUT/x"], "is --output, too"),
+        (["--output=OUT/x", "--save=bt", "--save_path=OUT/x"], "gets other results"),
+        (["--save_path=OUT/model"], "has no model to hold"),
     ],
 )
 def test_bad_flags_are_one_line(files, saved, tmp_path, capsys, flags, message):
-    flags = [flag.replace("FILES", str(files)) for flag in flags]
+    flags = [flag.replace("FILES", str(files)).replace("OUT", str(tmp_path)) for flag in flags]
     command = ["--pretrain", saved(), "--dataset", str(files / "train.jsonl"), "--output", str(tmp_path / "out"), *FAST]
     assert main([*command, *flags]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
@@ -377,4 +407,10 @@ def test_what_a_set_says_about_itself(pool):
     found = describe_set(rows[:50])
     assert found["n"] == found["prompts"] == 50 and found["scalar_ceiling"] is None
     longer = [np.sign(row.lengths[0] - row.lengths[1]) for row in rows[:50]]
-    assert found["longer_response"] == pytest.approx(np.mean([(sign + 1) / 2 for sign in longer]), abs=0.11)
+    assert found["longer_response"] == pytest.approx(np.mean([(sign + 1) / 2 for sign in longer]))
+    circle = [
+        replace(rows[0], responses=[1 + n, 1 + (n + 1) % 3], first=[0], second=[1], label=[1.0]) for n in range(3)
+    ]
+    assert describe_set(circle)["scalar_ceiling"] == pytest.approx(2 / 3)  # also of rows with a pair each
+    tie = replace(circle[0], label=[0.5])
+    assert describe_set([*circle, tie])["scalar_ceiling"] == pytest.approx(2.5 / 4)

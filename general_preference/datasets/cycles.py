@@ -7,7 +7,8 @@ Called by scripts/make_cyclic_comparisons.py; records are groups as docs/data.md
 
 import itertools
 import random
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 import datasets
@@ -19,6 +20,7 @@ from general_preference.errors import InputError
 
 Ratings = list[list[float | None]]  # of K responses by n criteria; None where one was not rated
 UNRATED = "N/A"
+CEILING_RESPONSES = 12  # that circles join, up to which the ceiling of a scalar is computed
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,11 @@ def read_rated(records: Iterable[tuple[str, object]], criteria: list[str]) -> tu
         if not isinstance(record, dict) or not {"instruction", "completions"} <= record.keys():
             keys = sorted(record) if isinstance(record, dict) else described(record)
             raise InputError(f"{place}: found {keys}, expected instruction and completions (UltraFeedback's layout)")
-        texts, ratings = [], []
-        for number, one in enumerate(record["completions"]):
+        asked, completions, texts, ratings = record["instruction"], record["completions"], [], []
+        if not isinstance(asked, str) or not isinstance(completions, list):
+            found_here = f"found {described(asked)} and {described(completions)}"
+            raise InputError(f"{place}: expected instruction, a text, and completions, a list, {found_here}")
+        for number, one in enumerate(completions):
             if not isinstance(one, dict) or not isinstance(one.get("response"), str):
                 raise InputError(f"{place}: completion {number} has no text 'response', found {described(one)}")
             try:
@@ -84,26 +89,32 @@ def read_rated(records: Iterable[tuple[str, object]], criteria: list[str]) -> tu
             unrated += sum(not isinstance(value, float) for value in values)
             texts.append(one["response"])
             ratings.append([value if isinstance(value, float) else None for value in values])
-        prompts.append(RatedPrompt(str(record.get("id") or place), record["instruction"], texts, ratings))
+        try:
+            "".join([asked, *texts]).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{place}: not valid Unicode (half of a surrogate pair)") from error
+        prompts.append(RatedPrompt(str(record.get("id") or place), asked, texts, ratings))
     if missing := [name for name in criteria if name not in found]:
         raise InputError(f"no response is rated by {missing[0]!r}, found {', '.join(sorted(found)) or 'no ratings'}")
     return prompts, unrated
 
 
 def find_cycles(prompt: RatedPrompt) -> list[Cycle]:
-    """All cycles whose k-th link is decided by the k-th criterion, the widest first; none through equal texts.
+    """All cycles whose k-th link is decided by the k-th criterion, the widest first; equal texts are one response.
 
     A cycle that several assignments of the criteria give counts once, with the widest margins. "Wide" is the smallest
     margin of a cycle, then their sum.
     """
     ratings, found = prompt.ratings, {}
-    links = len(ratings[0]) if ratings else 0
+    same = list(map(prompt.responses.index, prompt.responses))
+    links = len(ratings[0]) if ratings else 1
     for members in itertools.permutations(range(len(ratings)), links):
         sides = zip(members, members[1:] + members[:1], range(links), strict=True)
         pairs = [(ratings[winner][by], ratings[loser][by]) for winner, loser, by in sides]
         if any(None in pair or pair[0] <= pair[1] for pair in pairs):
             continue
-        if len({prompt.responses[member] for member in members}) < links:
+        members = tuple(same[member] for member in members)
+        if len(set(members)) < links:
             continue
         start = members.index(min(members))
         margins = tuple(high - low for high, low in pairs)
@@ -138,7 +149,7 @@ def split_records(records: list[dict], train_ratio: float, pair_share: float, se
     """{"train", "pairs", "prompts"}: what is trained on, other comparisons of those prompts, and other prompts.
 
     train_ratio: share of the records to train on, by whole prompts; below 1.
-    pair_share: share of their comparisons that are held out, at most one of a record.
+    pair_share: share of their comparisons that are held out, at most one of a prompt, from all records of it.
 
     Source: arXiv 2410.02197 tests on training prompts "with different comparison pairs" (section 6.2): on `pairs`.
     """
@@ -150,27 +161,57 @@ def split_records(records: list[dict], train_ratio: float, pair_share: float, se
     total = sum(len(records[index]["preferences"]) for index in train)
     giving = set(draw.sample(train, min(round(pair_share * total), len(train))))
     splits = {"train": [], "pairs": [], "prompts": [records[index] for index in held_out]}
-    for index in train:
-        stated = records[index]["preferences"]
-        held = [draw.choice(stated)] if index in giving else []
-        splits["train"].append(records[index] | {"preferences": [pair for pair in stated if pair not in held]})
-        splits["pairs"] += [records[index] | {"preferences": held}] if held else []
+    held: dict[str, set[str]] = {}  # the two responses, by prompt
+    for record in (records[index] for index in train if index in giving):
+        if record["prompt"] not in held:
+            pair = draw.choice(record["preferences"])
+            held[record["prompt"]] = _texts(record, pair)
+            splits["pairs"].append(record | {"preferences": [pair]})
+    for record in map(records.__getitem__, train):
+        texts = held.get(record["prompt"])
+        kept = [pair for pair in record["preferences"] if _texts(record, pair) != texts]
+        splits["train"].append(record | {"preferences": kept})
     return splits
 
 
-def scalar_ceiling(groups: Iterable[tuple[int, list]]) -> float:
-    """The largest share of the comparisons that one number for each response can get right: exact.
+def _texts(record: dict, pair: list[int]) -> set[str]:
+    return {record["responses"][side] for side in pair}
 
-    groups: (K, [(winner, loser), ...]) of each prompt. Over sets of responses, which of them is placed last: 2^K steps.
+
+def scalar_ceiling(comparisons: Iterable[tuple[Hashable, Hashable, Hashable]]) -> float | None:
+    """The largest accuracy on (prompt, winner, loser) that one number for each response of a prompt can have: exact.
+
+    A response beside itself is a tie, which counts half. None if circles join more than `CEILING_RESPONSES` responses.
+
+    Only links inside a strongly connected part can contradict each other. Of such a part, over its sets of responses,
+    which of them is placed last: 2^K steps.
     """
+    import networkx  # only here: the import is slow
+
+    prompts: dict[Hashable, Counter] = {}
+    for prompt, *pair in comparisons:
+        prompts.setdefault(prompt, Counter())[tuple(pair)] += 1
     right = total = 0
-    for count, edges in groups:
-        best = {0: 0}
-        for chosen in range(1, 1 << count):
-            best[chosen] = max(
-                best[chosen & ~(1 << last)] + sum(loser == last and chosen >> winner & 1 for winner, loser in edges)
-                for last in range(count)
+    for counts in prompts.values():
+        total += counts.total()
+        right += sum(count / 2 if winner == loser else count for (winner, loser), count in counts.items())
+        for part in networkx.strongly_connected_components(networkx.DiGraph(list(counts))):
+            if len(part) > CEILING_RESPONSES:
+                return None
+            right -= _fewest_wrong(list(part), counts)
+    return right / total
+
+
+def _fewest_wrong(members: list, counts: Counter) -> int:
+    """How many of the comparisons between these responses even their best order gets wrong."""
+    beats = [[(1 << k, counts[one, other]) for k, other in enumerate(members) if other != one] for one in members]
+    fewest = [0]
+    for chosen in range(1, 1 << len(members)):
+        fewest.append(
+            min(
+                fewest[chosen & ~(1 << last)] + sum(count for bit, count in beats[last] if chosen & bit)
+                for last in range(len(members))
                 if chosen >> last & 1
             )
-        right, total = right + best[(1 << count) - 1], total + len(edges)
-    return right / total
+        )
+    return fewest[-1]

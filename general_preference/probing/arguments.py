@@ -38,7 +38,7 @@ class ProbingArguments(ReadingArguments):
     max_len: int | None = flag(None, "tokens of a prompt and a response; default what --pretrain was saved with, else 512")
     seed: int = flag(42, "of the splits; heads have this seed and the following ones")
     save: str | None = flag(None, "save a head with its backbone as a model: its name, or best (lowest validation loss)")
-    save_path: str | None = flag(None, "folder of that model; default OUTPUT/model")
+    save_path: str | None = flag(None, "folder of the model of --save; default OUTPUT/model")
     bf16: bool | None = flag(None, "bfloat16 backbone; default on GPUs that compute it fast")
     attn_implementation: str = flag("auto", "attention kernel of the backbone", choices=CHOICES)
     trust_remote_code: bool = flag(False, "run code that comes with the model")
@@ -50,7 +50,7 @@ class ProbingArguments(ReadingArguments):
 
     def check(self) -> None:
         """InputError for what cannot work, before anything is loaded."""
-        if missing := [name for name in ("pretrain", "dataset") if not getattr(self, name)]:
+        if missing := [name for name in ("pretrain", "dataset", "output") if not getattr(self, name)]:
             raise InputError(f"--{missing[0]} is missing")
         self.reading()
         check_at_least(self, 1, "seeds", "epochs", "batch_size", "max_samples", "batch_tokens", "preprocessing_workers")
@@ -62,6 +62,8 @@ class ProbingArguments(ReadingArguments):
             raise InputError(f"--train_split_ratio {self.train_split_ratio} must lie above 0 and not exceed 1")
         if self.train_split_ratio == 1 and not self.eval_dataset:
             raise InputError("--train_split_ratio 1 holds nothing out: lower it, or add --eval_dataset")
+        if self.save_path and not self.save:
+            raise InputError(f"--save_path {self.save_path} has no model to hold: add --save best, or a head's name")
         if self.save not in (None, "best") and self.save not in self.head_names():
             raise InputError(f"--save {self.save} is none of --heads, nor best")
         if self.save == "best" and not self.savable():

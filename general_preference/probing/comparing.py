@@ -108,9 +108,7 @@ def _longer(some: list[Scored], stated: Stated) -> float | None:
 
 def _difference(first: torch.Tensor, other: torch.Tensor, stated: Stated, level: float) -> dict:
     found = paired_difference(first.mean(dim=0), other.mean(dim=0), stated.cluster, level)
-    paired = min(len(first), len(other))
-    seeds = (other[:paired] - first[:paired]).mean(dim=1).tolist()
-    return found | {"seeds": seed_interval(seeds)}
+    return found | {"seeds": seed_interval((other - first).mean(dim=1).tolist())}
 
 
 def _verdict(difference: dict) -> str:

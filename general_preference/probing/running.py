@@ -27,7 +27,6 @@ from general_preference.trainer.run_arguments import OptimizerArguments
 logger = logging.getLogger(__name__)
 
 HELD_OUT = "held_out"
-CEILING_RESPONSES = 12  # of a prompt, up to which the ceiling of a scalar is computed
 
 
 def load_tables(arguments: ProbingArguments, encoder: ComparisonTokenizer) -> tuple[dict, list[Summary]]:
@@ -53,6 +52,8 @@ def load_tables(arguments: ProbingArguments, encoder: ComparisonTokenizer) -> tu
     found = {"fit": training.select(fit), "validation": training.select(validation)}
     keys = set(training["prompt_key"][:])
     summaries = [summarize_table("train", training, read)]
+    if not held_out and not arguments.eval_dataset:
+        raise InputError(f"train_split_ratio {arguments.train_ratio} of {len(whole)} holds none out: lower it")
     if held_out:
         found[HELD_OUT] = whole.select(held_out)
         summaries.append(summarize_table(HELD_OUT, found[HELD_OUT], (), keys))
@@ -88,9 +89,10 @@ class Trials:
     _batches: dict[tuple, list[StateBatch]] = field(default_factory=dict)
 
     def choose_rates(self, specs: list[HeadSpec], rates: list[float]) -> dict[str, dict]:
-        """{head: {"learning_rate", "validation_loss", "validation_accuracy", "losses": {rate: loss}}}. Collective.
+        """{head: {"learning_rate", "validation_loss", "validation_accuracy", "at_edge", "losses"}}. Collective.
 
-        Each head is trained on `fit` with every rate and takes the one with the lowest loss on `validation`.
+        Each head is trained on `fit` with every rate and takes the one with the lowest loss on `validation`. losses:
+        {rate: its loss, None if not finite}; at_edge: the rate taken is the first or last.
 
         Raises:
             RunError: a head's losses are not finite whatever the rate.
@@ -114,7 +116,7 @@ class Trials:
                 raise RunError(f"{spec.name}: no learning rate of {rates} gives a finite loss: lower them", True)
             best = min(finite, key=lambda rate: finite[rate]["loss"])
             validation = {f"validation_{name}": value for name, value in finite[best].items()}
-            losses = {f"{rate:g}": found["loss"] for rate, found in tried.items()}
+            losses = {f"{rate:g}": found["loss"] if rate in finite else None for rate, found in tried.items()}
             at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
             chosen[spec.name] = {"learning_rate": best, **validation, "at_edge": at_edge, "losses": losses}
         return chosen
@@ -124,18 +126,22 @@ class Trials:
         return self.fit(spec, ("fit", "validation"), replace(self.optimizer, learning_rate=rate, seed=seed))
 
     def fit(self, spec: HeadSpec, parts: tuple[str, ...], optimizer: OptimizerArguments):
-        """A head trained on these parts of the rows; the batches are made once for all heads."""
+        """A head trained on these parts of the rows; heads in a row with the same parts and seed share the batches."""
         key = (parts, optimizer.seed)
         if key not in self._batches:
             rows = [row for part in parts for row in self.rows[part]]
-            self._batches[key] = training_batches(rows, optimizer, self.device)
+            self._batches = {key: training_batches(rows, optimizer, self.device)}
         return fit_head(spec, self.states, self._batches[key], optimizer, self.device)
 
     def score_sets(
         self, specs: list[HeadSpec], rates: dict[str, float], seeds: int, sets: dict[str, list[Placed]]
     ) -> tuple[dict[str, dict[str, list[Scored]]], float]:
-        """({set: {head: one `Scored` a seed}}, mean seconds of a training). Collective."""
-        jobs = [(spec, self.optimizer.seed + number) for spec in specs for number in range(seeds)]
+        """({set: {head: one `Scored` a seed}}, mean seconds of a training). Collective.
+
+        Raises:
+            RunError: a head's losses are not finite.
+        """
+        jobs = [(spec, self.optimizer.seed + number) for number in range(seeds) for spec in specs]
 
         def work(job) -> tuple[dict[str, Scored], float]:
             spec, seed = job
@@ -146,8 +152,10 @@ class Trials:
 
         results = self._share(jobs, work, "heads")
         scored = {name: {spec.name: [] for spec in specs} for name in sets}
-        for (spec, _), (found, _) in zip(jobs, results, strict=True):
+        for (spec, seed), (found, _) in zip(jobs, results, strict=True):
             for name in sets:
+                if not found[name].loss.isfinite().all():
+                    raise RunError(f"{spec.name}: losses with seed {seed} are not finite: lower learning_rates", True)
                 scored[name][spec.name].append(found[name])
         return scored, sum(seconds for _, seconds in results) / len(results)
 
@@ -162,12 +170,10 @@ class Trials:
 
 
 def describe_set(rows: list[Placed]) -> dict:
-    """{n, prompts, longer_response (accuracy of that rule), scalar_ceiling (None where there are no groups)}."""
+    """{n, prompts, longer_response: accuracy of that rule, scalar_ceiling: None if each prompt has one comparison}."""
     stated = stated_preferences(rows)
-    groups = [(len(row.responses), row.decided) for row in rows]
-    ceiling = None
-    if max(len(edges) for _, edges in groups) > 1 and max(count for count, _ in groups) <= CEILING_RESPONSES:
-        ceiling = scalar_ceiling(groups)
-    prompts = len({row.prompt_key for row in rows})
-    found = {"n": len(stated.label), "prompts": prompts, "longer_response": longer_accuracy(stated)}
-    return found | {"scalar_ceiling": ceiling}
+    outcomes = [(row.prompt, *pair) for row in rows for pair in row.outcomes]
+    several = len({prompt for prompt, *_ in outcomes}) < len(outcomes)
+    found = {"n": len(stated.label), "prompts": len(stated.cluster.unique())}
+    found["longer_response"] = longer_accuracy(stated)
+    return found | {"scalar_ceiling": scalar_ceiling(outcomes) if several else None}

@@ -74,10 +74,10 @@ class Placed:
     length: int
 
     @property
-    def decided(self) -> list[tuple[int, int]]:
-        """(winner, loser) of the preferences that are no ties."""
+    def outcomes(self) -> list[tuple[int, int]]:
+        """Rows of (winner, loser) of the preferences; of a tie the same row twice."""
         preferences = zip(self.first, self.second, self.label, strict=True)
-        return [(winner, loser) for winner, loser, label in preferences if label > 0.5]
+        return [(self.responses[a], self.responses[b if label > 0.5 else a]) for a, b, label in preferences]
 
     def terms(self, weight: float) -> dict:
         """What `packing.preference_terms` reads."""
@@ -88,8 +88,10 @@ class Placed:
 def place_states(tables: Iterable) -> tuple[list[dict], list[list[Placed]]]:
     """(distinct prompts with their distinct responses, in order of appearance; the comparisons of each table).
 
-    tables: tokenized, with the columns of `preparation.TOKENIZED`.
+    tables: tokenized, with the columns of `preparation.TOKENIZED`. Ids become int32 arrays: as lists, a million
+    comparisons of 550 tokens would be 25 GB.
     """
+    kept = ("id", "subset", "prompt_key", "first", "second", "label", "margin", "length")
     numbers: dict[bytes, int] = {}
     prompts: list[dict] = []
     known: list[dict[bytes, int]] = []
@@ -97,34 +99,37 @@ def place_states(tables: Iterable) -> tuple[list[dict], list[list[Placed]]]:
     for table in tables:
         found.append([])
         for row in table:
-            number = numbers.setdefault(_key(row["prompt_ids"]), len(prompts))
+            key = _key(row["prompt_ids"])
+            number = numbers.setdefault(key, len(prompts))
             if number == len(prompts):
-                prompts.append({"id": row["id"], "prompt_ids": row["prompt_ids"], "response_ids": []})
+                prompts.append({"id": row["id"], "prompt_ids": _ids(key), "response_ids": []})
                 known.append({})
             places = []
-            for ids in row["response_ids"]:
-                places.append(known[number].setdefault(_key(ids), len(known[number])))
+            for key in map(_key, row["response_ids"]):
+                places.append(known[number].setdefault(key, len(known[number])))
                 if places[-1] == len(prompts[number]["response_ids"]):
-                    prompts[number]["response_ids"].append(ids)
-            found[-1].append((row, number, places))
+                    prompts[number]["response_ids"].append(_ids(key))
+            lengths = list(map(len, row["response_ids"]))
+            found[-1].append(({name: row[name] for name in kept} | {"lengths": lengths}, number, places))
     starts = state_rows(prompts)
-    return prompts, [[_placed(row, starts[number], places) for row, number, places in some] for some in found]
+
+    def placed(row: dict, number: int, places: list[int]) -> Placed:
+        return Placed(prompt=starts[number], responses=[starts[number] + 1 + place for place in places], **row)
+
+    return prompts, [[placed(*one) for one in some] for some in found]
 
 
 def _key(ids: list[int]) -> bytes:
     return np.asarray(ids, dtype=np.int32).tobytes()
 
 
+def _ids(key: bytes) -> np.ndarray:
+    return np.frombuffer(key, dtype=np.int32)
+
+
 def state_rows(prompts: list[dict]) -> list[int]:
     """The row of each prompt's state, before those of its responses; the number of all rows last."""
     return [0, *np.cumsum([1 + len(one["response_ids"]) for one in prompts]).tolist()]
-
-
-def _placed(row: dict, start: int, places: list[int]) -> Placed:
-    names = ("id", "subset", "prompt_key", "first", "second", "label", "margin", "length")
-    lengths = [len(ids) for ids in row["response_ids"]]
-    responses = [start + 1 + place for place in places]
-    return Placed(prompt=start, responses=responses, lengths=lengths, **{name: row[name] for name in names})
 
 
 class StateStore:
@@ -146,7 +151,7 @@ class StateStore:
         """Hold the folder, made if need be. Collective.
 
         Raises:
-            InputError: it holds states of other data or another model, or another run is writing.
+            InputError: it holds states of other data or another model, or damaged ones, or another run is writing.
             RunError: the disk has no room for the states.
         """
         claim = context.main_process_first(self._claim, main_only=True)
@@ -162,15 +167,19 @@ class StateStore:
             name = next(name for name in (*self.settings, *found) if found.get(name) != self.settings.get(name))
             values = f"{name} = {found.get(name)!r}, now {self.settings.get(name)!r}"
             raise InputError(f"{self.folder} holds hidden states made with {values}: choose another folder")
-        if not found:  # else settings came last, so all is there
-            for name, dtype, shape in ((_STATES, np.float32, self.shape), (_DONE, np.bool_, (len(self.chunks),))):
-                file = self.folder / name
-                with writing(file):
-                    array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-                    size = file.stat().st_size
-                    del array
+        for name, dtype, shape in (_STATES, np.float32, self.shape), (_DONE, np.bool_, (len(self.chunks),)):
+            file = self.folder / name
+            if found:  # settings come last, so with them all is there
+                _check_array(file, shape)
+                continue
+            with writing(file):
+                array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+                size = file.stat().st_size
+                del array
+                if hasattr(os, "posix_fallocate"):  # not on macOS
                     with file.open("r+b") as opened:
                         os.posix_fallocate(opened.fileno(), 0, size)  # a full disk would end a write with SIGBUS
+        if not found:
             replace_text(path, json.dumps(self.settings, indent=2))
         return claim
 
@@ -188,7 +197,7 @@ class StateStore:
         with tqdm(total=len(mine), desc="hidden states", unit="chunk", disable=not shown, mininterval=1) as bar:
             for chunk in mine:
                 numbers = self.chunks[chunk]
-                rows = [self.prompts[number] for number in numbers]
+                rows = [_as_lists(self.prompts[number]) for number in numbers]
                 for position, found in embed(model, rows, batch_tokens=batch_tokens):
                     start, stop = self.starts[numbers[position] : numbers[position] + 2]
                     self.states[start] = found.prompt_hidden_state.float().numpy()
@@ -199,6 +208,23 @@ class StateStore:
                 bar.update()
         context.barrier()
         return sum(len(self.chunks[chunk]) for chunk in missing)
+
+
+def _check_array(file: Path, shape: tuple[int, ...]) -> None:
+    try:
+        intact = np.load(file, mmap_mode="r").shape == shape  # "r+" would lengthen a file that was cut, with zeros
+    except (OSError, ValueError):
+        intact = False
+    if not intact:
+        raise InputError(f"{file} is missing or damaged: remove {file.parent}, or choose another folder")
+
+
+def _as_lists(prompt: dict) -> dict:
+    ids = {
+        "prompt_ids": prompt["prompt_ids"].tolist(),
+        "response_ids": [one.tolist() for one in prompt["response_ids"]],
+    }
+    return prompt | ids
 
 
 def _chunks(prompts: list[dict]) -> list[list[int]]:
