@@ -139,9 +139,9 @@ def label(row: dict) -> dict:
     With all of them most comparisons would be about form, and the model would unlearn the games.
     """
     kind, game = game_of(row["prompt"])
-    named = {text: rank(row["prompt"], text) for text in row["responses"] if text.strip()}
+    named = {text: rank(row["prompt"], text) for text in row["responses"]}
     broken = [text for text, member in named.items() if member is None][1:]
-    texts = [text for text in named if text not in broken]
+    texts = [text for text in named if text not in broken and text.strip()]
     ranks = [named[text] for text in texts]
     wins = [[one, other] for one, first in enumerate(ranks) for other, second in enumerate(ranks)
             if beats(kind, len(game.members), first, second) == 1]  # fmt: skip
