@@ -6,7 +6,7 @@ import random
 import pytest
 
 from benchmarks.game_rules import beats, exploitability, game_of, rank
-from benchmarks.policy_alignment import measure
+from benchmarks.policy_alignment import label, measure
 from data.make_data import GAMES
 from scripts.make_tiny_model import DATA_DIR
 from scripts.make_tiny_policy import changed
@@ -56,6 +56,15 @@ def test_policies_are_measured_against_the_start_and_mixed(tmp_path):
     assert found["iter_10"]["invalid"] == 0.25
     # The mixture is half scissors, three eighths paper, an eighth invalid: scissors win 3/8 + 1/8 and never lose.
     assert found["iter_10"]["of the mixture"] == pytest.approx(0.5)
+
+
+def test_samples_are_labeled_by_the_rules_with_one_broken_reply():
+    said = ["paper", "rock", "no idea", "paper", "rock or paper", "scissors", " ", "rock!"]
+    found = label({"prompt": "What should I play in roshambo?", "responses": said})
+    assert found["responses"] == ["paper", "rock", "no idea", "scissors", "rock!"]
+    named = {tuple(found["responses"][side] for side in pair) for pair in found["preferences"]}
+    circle = {("paper", "rock"), ("paper", "rock!"), ("rock", "scissors"), ("rock!", "scissors"), ("scissors", "paper")}
+    assert named == circle | {(whole, "no idea") for whole in ("paper", "rock", "scissors", "rock!")}
 
 
 def test_changed_prompts_keep_special_tokens_and_about_the_share():
