@@ -157,8 +157,8 @@ class InverseSampler(LogitsProcessor):
             probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
         mass = probabilities.cumsum(dim=-1)
         self.finite &= mass[:, -1].isfinite().all()
-        token = torch.searchsorted(mass, draw * mass[:, -1:], right=True)
-        token = token.clamp(max=mass.shape[1] - 1) if order is None else order.gather(1, token)
+        token = torch.searchsorted(mass, draw * mass[:, -1:], right=True).clamp(max=mass.shape[1] - 1)
+        token = token if order is None else order.gather(1, token)
         return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)
 
 
