@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig
 
 from general_preference.alignment.policy_arguments import RECIPES, parse_policy_arguments
@@ -446,6 +447,16 @@ def test_a_finished_run_of_other_scores_is_not_taken_for_this_one(runs):
             is_finished(arguments)
     finally:
         summary.write_text(before)
+
+
+def test_a_policy_with_any_matrix_changed_is_another_one(tmp_path):
+    """As after merging an adapter of few modules: 100 MB, of which one matrix of 1 MB changes."""
+    tensors, found = {f"layers.{number:02}.weight": torch.zeros(512, 512) for number in range(100)}, []
+    for changed in (None, "layers.07.weight", "layers.49.weight", "layers.98.weight"):
+        one = tensors if changed is None else tensors | {changed: torch.ones(512, 512)}
+        save_file(one, tmp_path / "model.safetensors")
+        found.append(weights_digest(str(tmp_path)))
+    assert len(set(found)) == 4
 
 
 def test_several_files_and_a_held_out_set(runs):
