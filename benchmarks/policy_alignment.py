@@ -8,7 +8,7 @@ For each seed a tiny policy learns to answer the bundled prompts: in `mixed` it 
 it prefers the first ones, which leaves it open to others. Then scripts/run_align_general_preference.sh aligns it, on
 each set with each preference model. The samples on held-out prompts that the loop leaves are judged by the rules: win
 rate against the start, share of invalid replies (which name no member of the game, or several), exploitability of the
-last policy and of the mixture of all (wins less losses of the best member against it; 0 where nothing beats it). A
+last policy and of the mixture of all but the start (wins less losses of the best member; 0 where nothing beats it). A
 preference model that saw whole replies alone need not prefer them to broken ones: "mended" is the GPM after some more
 training, on the bundled comparisons and on samples of the start, whose winners the rules name. What is finished is not
 run again. Writes a folder for each run, table, numbers and picture.

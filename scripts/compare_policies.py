@@ -112,12 +112,12 @@ def read_policies(paths: dict[str, str]) -> dict[str, Policy]:
     return policies
 
 
-def read_kl(path: str) -> float:
-    """The "kl" of a training's report. InputError if it states none."""
-    kl = read_object(Path(path)).get("kl")
-    if type(kl) not in (int, float) or not math.isfinite(kl):
+def read_kl(path: str) -> float | None:
+    """The "kl" of a training's report, which may be null. InputError if it states none."""
+    kl = read_object(Path(path)).get("kl", math.nan)
+    if kl is not None and (type(kl) not in (int, float) or not math.isfinite(kl)):
         raise InputError(f"--train_report {path} states no finite 'kl': name the JSON file that training wrote")
-    return float(kl)
+    return None if kl is None else float(kl)
 
 
 def identity(arguments: ComparisonReportArguments, views: dict, policies: dict[str, Policy]) -> dict:

@@ -42,6 +42,9 @@ ITERATIONS=${ITERATIONS:-3} SAMPLES=${SAMPLES:-5} TOKENS=${TOKENS:-1024}
 for name in ITERATIONS SAMPLES TOKENS; do
   [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is no number of at least 1"
 done
+if [[ " $*" =~ \ --recipe[\ =](inpo|dpo)(\ |$)|\ --anchors[\ =][^\ ]*ref= ]]; then
+  TRAIN_FLAGS+=(--reference "$POLICY") # the start, in all iterations
+fi
 IFS=, read -ra PARTS <<< "$PROMPTS"
 read -ra GENERATE_MORE <<< "${GENERATE_FLAGS:-}"
 

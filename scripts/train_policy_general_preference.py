@@ -24,11 +24,12 @@ if __name__ == "__main__":
     restart_with_cpu_settings()
 
 from general_preference.alignment.policy_arguments import GAPS, RECIPES, PolicyRunArguments, parse_policy_arguments
-from general_preference.alignment.samples import scores_checksum
+from general_preference.alignment.samples import scores_checksum, summary_path
 from general_preference.cli import exit_code, format_table, quiet_other_libraries
-from general_preference.datasets.tokenization import load_tokenizer
+from general_preference.datasets.tokenization import load_tokenizer, stable_hash
 from general_preference.errors import InputError
 from general_preference.files import read_object, replace_text
+from general_preference.inference.batch import ASKED
 from general_preference.models.policy import check_policy, get_policy
 from general_preference.trainer.session import hold_run
 
@@ -58,7 +59,7 @@ def train(arguments: PolicyRunArguments) -> None:
 
 
 def is_finished(arguments: PolicyRunArguments) -> bool:
-    """Whether --skip_finished was given and the run is done. InputError if it was done with other flags."""
+    """Whether --skip_finished was given and the run is done. InputError if it was done with other flags or samples."""
     folder = Path(arguments.output.save_path)
     if not arguments.output.skip_finished or not (folder / REPORT).is_file():
         return False
@@ -67,8 +68,28 @@ def is_finished(arguments: PolicyRunArguments) -> bool:
         name = different[0]
         was = f"{folder} was trained with {name} {found.get(name)}, now it is {mine[name]}"
         raise InputError(f"{was}: choose another --save_path, or use the same flags")
+    if read_object(folder / REPORT).get("made_of") != made_of(arguments):
+        was = f"{folder} was trained on other samples or scores than those that are in its files now"
+        raise InputError(f"{was}: remove it, or choose another --save_path")
     logger.info("%s is finished", folder)
     return True
+
+
+def _settings(*paths: str) -> list[dict]:
+    """What files of samples or scores were made with, without what was asked for."""
+    return [read_object(summary_path(Path(path))).get("settings", {}) | {ASKED: None} for path in paths]
+
+
+def made_of(arguments: PolicyRunArguments) -> str:
+    """A checksum of the settings of all that is trained on; those of scores have a checksum of the samples."""
+    return stable_hash(_settings(*arguments.data.sources))
+
+
+def estimates_kl(arguments: PolicyRunArguments) -> bool:
+    """Whether the mean log-ratio is of the sampling policy, and of samples that are its own, all of them."""
+    drawn = _settings(*arguments.data.samples)
+    own = not arguments.data.any_policy and all((one.get("temperature"), one.get("top_p")) == (1, 1) for one in drawn)
+    return own and arguments.loss.select == "all" and arguments.loss.weights() == {"t": 1.0}
 
 
 def run(arguments: PolicyRunArguments, engine) -> None:
@@ -115,7 +136,7 @@ def run(arguments: PolicyRunArguments, engine) -> None:
         arguments.save(folder, world_size=context.world_size, steps=trainer.steps, versions=versions)
     results = trainer.fit()
     if context.is_main:
-        finish(folder, results, pulled=arguments.loss.loss in ("centered", "regression"))
+        finish(arguments, results)
 
 
 def load(arguments: PolicyRunArguments, path: str, deepspeed_config: dict | None = None):
@@ -151,19 +172,24 @@ def make_table(arguments: PolicyRunArguments, engine, name: str, rows: list[dict
     return training.policy_table(targeted, anchors, asked.weights())
 
 
-def finish(folder: Path, results: dict[str, dict], pulled: bool) -> None:
-    """Print the end of the run, write train_report.json, and say if beta had no effect, where log-ratios are `pulled`
-    to targets."""
+def finish(arguments: PolicyRunArguments, results: dict[str, dict]) -> None:
+    """Print the end of the run, write train_report.json, and say if beta had no effect on log-ratios pulled to targets.
+
+    "kl" of the report is null where no mean log-ratio estimates the divergence from the sampling policy.
+    """
     from general_preference.trainer.metrics import METRICS_FILE, read_metrics
 
+    folder = Path(arguments.output.save_path)
     rows = [row for row in read_metrics(folder / METRICS_FILE) if "train/kl" in row]
     last = {name.removeprefix("train/"): value for name, value in rows[-1].items() if name.startswith("train/")}
     names = ("loss", "kl", "log_ratio_sd", "target_mean", "target_sd", "correlation", "regime", "length")
     names += ("unfinished", "tied")
     report = {name: last[name] for name in names}
-    replace_text(folder / REPORT, json.dumps(report | {"held_out": results.get("held_out")}, indent=2))
+    more = {"held_out": results.get("held_out"), "made_of": made_of(arguments)}
+    more |= {} if estimates_kl(arguments) else {"kl": None}
+    replace_text(folder / REPORT, json.dumps(report | more, indent=2))
     print(f"\n{format_table({'train': report} | results, columns=None)}\n\nPolicy, metrics and pictures: {folder}")
-    if pulled and 0 < report["regime"] < _REGIME:
+    if arguments.loss.loss in ("centered", "regression") and 0 < report["regime"] < _REGIME:
         logger.warning(
             "mean |log-ratio| is %.3g of mean |target|: the loss is far from its minimum, so that beta acts as a "
             "learning rate (raise beta, or train longer, for it to regularize)", report["regime"],

@@ -288,6 +288,15 @@ def test_too_little_memory_is_one_line_with_the_cure(policy, data, tmp_path, cap
     assert "set batch_tokens to less" in error and not (tmp_path / "s.jsonl").exists()
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_probabilities_that_are_not_finite_are_no_samples(policy, data, tmp_path, capsys, top_p):
+    """A logit over so low a temperature is infinite, as after a training that diverged."""
+    given = ["--temperature", 1e-40, "--top_p", top_p, "--max_prompts", 2]
+    assert generate(policy, data, tmp_path / "s.jsonl", *given) == 1
+    assert "probabilities of tokens that are not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "s.jsonl").exists()
+
+
 def test_a_preference_model_and_an_adapter_can_be_policies(saved, policy, data, tmp_path):
     assert generate(saved(), data, tmp_path / "preference.jsonl", "--max_prompts", 2) == 0
     peft = pytest.importorskip("peft")

@@ -187,6 +187,26 @@ def test_the_loop_merges_adapters_where_vllm_writes(start, tmp_path):
         assert merged == (pairs if extra["GENERATE_PYTHON"] else [])
 
 
+@pytest.mark.parametrize(
+    ("flags", "reference"),
+    [
+        ("--recipe inpo", "start"),
+        ("--seed 1 --recipe=dpo --beta 1", "start"),
+        ("--anchors ref=0.3,t=0.7", "start"),
+        ("--recipe dpo --reference other", "other"),
+        ("--recipe gpo", None),
+        ("--anchors t=1", None),
+    ],
+)
+def test_the_reference_of_all_iterations_is_the_start(start, flags, reference):
+    given = {"POLICY": "start", "PREFERENCE": "judge", "PROMPTS": "p.jsonl", "EVAL_PROMPTS": "e.jsonl"}
+    done = start(ALIGN, *flags.split(), **given, SAVE_PATH="run", ITERATIONS="2", GENERATE_PYTHON="")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "train_policy_general_preference.py" in line]
+    found = [line.split(" --reference ")[-1].split()[0] if "--reference" in line else None for line in lines]
+    assert found == [reference, reference]
+
+
 def test_the_tiny_model_is_left_alone_when_built_again(tmp_path):
     options = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 300}
     make_tiny_model(tmp_path / "model", **options)

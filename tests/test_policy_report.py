@@ -25,7 +25,7 @@ from general_preference.alignment.report import (
 )
 from general_preference.errors import InputError
 from general_preference.models.score import preference_score
-from scripts.compare_policies import main
+from scripts.compare_policies import main, read_kl
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("own_environment")  # or trainers of later tests would join a group
@@ -325,6 +325,8 @@ def test_the_script_writes_report_and_picture(tmp_path, monkeypatch, saved):
         assert found["win_rate"]["start"]["win_rate"] != 0.5
     assert [plane["name"] for plane in report["judge"]["planes"]] == ["scalar"]
     assert len(report["model"]["planes"]) == 3
+    (tmp_path / "unknown.json").write_text('{"kl": null}')
+    assert read_kl(str(tmp_path / "unknown.json")) is None
     assert "policy 2, KL 0.700 from 1" in done.stdout and "against start (judge)" in done.stdout
     assert (tmp_path / "report.png").stat().st_size > 50_000
     two = [command[0], str(ROOT / "scripts/launch.py"), "--standalone", "--nproc_per_node", "2", *command[1:]]

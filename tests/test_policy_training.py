@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig
 
 from general_preference.alignment.policy_arguments import RECIPES, parse_policy_arguments
 from general_preference.alignment.samples import samples_checksum
@@ -26,6 +27,7 @@ from general_preference.models.config import weights_digest
 from general_preference.models.policy import get_policy
 from general_preference.trainer.metrics import MEASURED, read_metrics
 from scripts.make_tiny_model import make_tiny_model
+from scripts.train_policy_general_preference import is_finished
 from tests.conftest import FAMILIES
 from tests.test_training import ROOT, forked, run_cases
 
@@ -63,7 +65,8 @@ def write(folder: Path, name: str, rows: list[dict], policy: str, embeddings=Non
     scores = [{"id": row["id"], "embeddings": one, "gate": None} for row, one in zip(rows, embeddings, strict=True)]
     judge = {"asked": {"model": "judge"}, "model_files": "1", "head": "gpm", "dim": len(embeddings[0][0]), "planes": 2}
     judge |= {"tau": TAU, "samples": samples_checksum(rows), **settings}
-    written = {"samples": (rows, {"asked": {}, "policy_digest": weights_digest(policy)}), "scores": (scores, judge)}
+    sampling = {"asked": {}, "policy_digest": weights_digest(policy), "temperature": 1.0, "top_p": 1.0}
+    written = {"samples": (rows, sampling), "scores": (scores, judge)}
     for kind, (lines, summary) in written.items():
         (folder / f"{name}.{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / f"{name}.{kind}.summary.json").write_text(json.dumps({"settings": summary}))
@@ -105,6 +108,18 @@ def test_log_probs_are_those_of_a_plain_forward(model_folder, family):
     four = policy_log_probs(model, [rows[2]])
     assert len(four) == 4 and four[0] == four[2], "equal responses"
     assert not rows[2]["finished"][1] and rows[2]["response_ids"][1][-1] != 5
+
+
+@torch.no_grad()
+def test_log_probs_while_it_trains_are_without_dropout(tmp_path):
+    common = {"vocab_size": 300, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    gpt2, neox = GPT2Config(**common), GPTNeoXConfig(hidden_dropout=0.2, attention_dropout=0.2, **common)
+    opt = OPTConfig(dropout=0.1, attention_dropout=0.1, ffn_dim=64, word_embed_proj_dim=32, **common)
+    for config in (gpt2, neox, opt):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / config.model_type)
+        model, rows = get_policy(str(tmp_path / config.model_type), bf16=False), random_samples(5)
+        training, evaluating = (policy_log_probs(one(), rows) for one in (model.train, model.eval))
+        torch.testing.assert_close(training, evaluating, rtol=0, atol=1e-5, msg=config.model_type)
 
 
 @torch.no_grad()
@@ -413,6 +428,37 @@ def test_two_anchors_are_weighed(runs):
     assert row["train/kl"] == pytest.approx(-ratio.mean().item() / 3, rel=1e-3)
 
 
+def test_a_report_states_kl_where_the_log_ratio_estimates_it(runs):
+    """Not of the best and the worst alone, against a reference, of another's samples, or without an anchor."""
+    for name in ("whole", "lora", "pair", "dpo", "likelihood", "reference", "any policy"):
+        report = json.loads((runs.folder / name / "train_report.json").read_text())
+        assert (report["kl"] is None) == (name not in ("whole", "lora")), name
+
+
+def test_a_finished_run_of_other_scores_is_not_taken_for_this_one(runs):
+    folder = runs.folder / "whole"
+    arguments = parse_policy_arguments(["--config", str(folder / "arguments.json"), "--skip_finished"])
+    assert is_finished(arguments)
+    summary = Path(runs.data[3].replace(".jsonl", ".summary.json"))
+    before = summary.read_text()
+    summary.write_text(before.replace('"model_files": "1"', '"model_files": "2"'))
+    try:
+        with pytest.raises(InputError, match="was trained on other samples or scores"):
+            is_finished(arguments)
+    finally:
+        summary.write_text(before)
+
+
+def test_a_policy_with_any_matrix_changed_is_another_one(tmp_path):
+    """As after merging an adapter of few modules: 100 MB, of which one matrix of 1 MB changes."""
+    tensors, found = {f"layers.{number:02}.weight": torch.zeros(512, 512) for number in range(100)}, []
+    for changed in (None, "layers.07.weight", "layers.49.weight", "layers.98.weight"):
+        one = tensors if changed is None else tensors | {changed: torch.ones(512, 512)}
+        save_file(one, tmp_path / "model.safetensors")
+        found.append(weights_digest(str(tmp_path)))
+    assert len(set(found)) == 4
+
+
 def test_several_files_and_a_held_out_set(runs):
     (row,) = runs.metrics("several")
     assert row["train/tied"] == 1 / 12
@@ -490,6 +536,7 @@ def test_a_recipe_of_the_command_line_wins_over_a_file(tmp_path):
         (["--anchors", "x=1"], "must be positive and sum to 1"),
         (["--anchors", "t=0.5,t=1"], "--anchors t=0.5,t=1: t is given twice"),
         (["--reference", "r"], "--reference is read where --anchors has ref"),
+        (["--recipe", "inpo", "--iteration", "2"], "name by --reference the one that the alignment started from"),
         (["--plan", "8"], "--plan is of the training of reward models"),
         (["--save_best_model", "1"], "add --eval_samples and --eval_scores"),
     ],

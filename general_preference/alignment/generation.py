@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from general_preference.alignment.prompts import Prompt
 from general_preference.datasets.tokenization import stable_hash
-from general_preference.errors import InputError, RunError
+from general_preference.errors import InputError, NonFiniteError, RunError
 from general_preference.files import read_object
 from general_preference.models.config import base_chain, load_config, resolve
 from general_preference.models.loading import load_backbone
@@ -144,6 +144,7 @@ class InverseSampler(LogitsProcessor):
     def __init__(self, draws: torch.Tensor, width: int, temperature: float, top_p: float):
         """draws: (rows, steps) in [0, 1). width: tokens of the padded prompts."""
         self.draws, self.width, self.temperature, self.top_p = draws, width, temperature, top_p
+        self.finite = torch.tensor(True, device=draws.device)  # asked once at the end: that waits for the device
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """(rows, vocabulary) logits -> the same with all but the drawn token at -infinity."""
@@ -155,8 +156,9 @@ class InverseSampler(LogitsProcessor):
             before = probabilities.cumsum(dim=-1) - probabilities
             probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
         mass = probabilities.cumsum(dim=-1)
-        token = torch.searchsorted(mass, draw * mass[:, -1:], right=True)
-        token = token.clamp(max=mass.shape[1] - 1) if order is None else order.gather(1, token)
+        self.finite &= mass[:, -1].isfinite().all()
+        token = torch.searchsorted(mass, draw * mass[:, -1:], right=True).clamp(max=mass.shape[1] - 1)
+        token = token if order is None else order.gather(1, token)
         return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)
 
 
@@ -193,6 +195,9 @@ def generate_in_batches(model, prompts: list[Prompt], batches: list[list[int]], 
         cure = f"{len(rows)} responses, {tokens} tokens, are too much at once: set batch_tokens to less, and overwrite"
         with _enough_memory(f"{cure}; or ask for fewer samples or max_new_tokens, if this is one prompt alone"):
             out = model.generate(input_ids=ids, attention_mask=mask, **options)
+        if not draw.finite:
+            found = f"prompt {some[0].id}, or one beside it, has probabilities of tokens that are not finite"
+            raise NonFiniteError(f"{found}: the policy is broken, or temperature {sampling.temperature} too low")
         found = [_until_stop(row, sampling.stop_ids) for row in out[:, width:].tolist()]
         for place, index in enumerate(batch):
             yield index, found[count * place : count * (place + 1)]

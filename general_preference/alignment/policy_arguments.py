@@ -35,7 +35,7 @@ class PolicyArguments(BackboneArguments):
 
     # fmt: off
     pretrain: str | None = flag(None, "policy that wrote the samples: folder, LoRA adapter or hub name", aliases=["--policy"])
-    reference: str | None = flag(None, "reference policy of an anchor 'ref'; default --policy")
+    reference: str | None = flag(None, "reference policy of an anchor 'ref'; default --policy, in the first iteration")
     # fmt: on
 
     @property
@@ -183,6 +183,11 @@ class PolicyRunArguments(RunArguments):
             raise InputError("--policy names no model: give the policy that wrote the samples")
         if self.model.reference is not None and "ref" not in self.loss.weights():
             raise InputError("--reference is read where --anchors has ref: add it, or drop the reference")
+        if self.model.reference is None and self.loss.iteration > 1 and "ref" in self.loss.weights():
+            found = (
+                f"--anchors {self.loss.anchors} at --iteration {self.loss.iteration}: the policy is no reference then"
+            )
+            raise InputError(f"{found}: name by --reference the one that the alignment started from")
         super().check()
         if not self.loss.fine_tunes and not self.data.scores:
             raise InputError("--scores is missing: only --loss likelihood with --select all does without")

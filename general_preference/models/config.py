@@ -131,7 +131,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # A run's base model if it was merged from an adapter: its folder in the run's, and the note in it of which adapter.
 OWN_BASE, MERGED_FROM = "base", "merged_from.json"
 BASE_DIGEST = "base_model_digest"  # key in an adapter's config.json: `weights_digest` of the model that it belongs to
-SAMPLE = 1 << 16  # bytes at the start, middle and end of a weight file that its checksum covers
+SAMPLE, SAMPLES = 1 << 12, 256  # bytes at so many even places of a weight file that its checksum covers
 VALUE_HEAD_FILE = "value_head.safetensors"  # of LLaMA-Factory
 SINGLE_FILES = ("model.safetensors", "adapter_model.safetensors", VALUE_HEAD_FILE, HEADS_FILE)
 
@@ -200,7 +200,7 @@ def _sampled_digest(path: str) -> str:
     for file in filter(None, (resolve(path, name) for name in sorted(names))):
         with open(file, "rb") as weights:
             size = weights.seek(0, 2)
-            for start in (0, size // 2, max(size - SAMPLE, 0)):
+            for start in range(0, size, max(size // SAMPLES, SAMPLE)):
                 weights.seek(start)
                 digest.update(weights.read(SAMPLE))
     return digest.hexdigest()

@@ -71,7 +71,7 @@ def get_policy(
     ds_config: dict | None = None,
     seed: int = 42,
 ) -> PolicyModel:
-    """The policy at `path`, to train. A LoRA adapter is continued if `lora_rank` is its own.
+    """The policy at `path`, to train, without dropout. A LoRA adapter is continued if `lora_rank` is its own.
 
     Raises:
         InputError: no such model, one without a language-model head, a preference model, or an adapter of another rank.
@@ -81,6 +81,7 @@ def get_policy(
     partitioned = partitioned_loading(ds_config, path, trust_remote_code)
     dtype = torch.bfloat16 if bf16 else torch.float32
     backbone = load_backbone(path, dtype, attn_implementation, trust_remote_code, load_in_4bit)
+    _drop_nothing(backbone)
     if hasattr(backbone, "peft_config"):
         rank = backbone.peft_config["default"].r
         if lora_rank not in (0, rank):
@@ -94,6 +95,19 @@ def get_policy(
     model.card.base_model = path
     model.check_sharing(can_run=partitioned is None)
     return model
+
+
+def _drop_nothing(model: torch.nn.Module) -> None:
+    """Switch off the dropout that the model was pretrained with, in modules and in numbers that attention reads.
+
+    It would be noise in log-ratios, which are of the same model without it. That of adapters is somebody's wish.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        for attribute in ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
 
 
 def check_policy(path: str, trust_remote_code: bool = False) -> None:
