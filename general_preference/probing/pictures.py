@@ -37,11 +37,12 @@ def draw_heads(results: dict[str, dict], path: Path) -> bool:
             if "difference" in head:
                 _draw_interval(right, head["difference"], head["difference"]["difference"], place, color)
         left.axvline(found["longer_response"], color="0.6", lw=1, ls=":", label="the longer response wins")
-        if found["scalar_ceiling"] is not None:
+        if found["scalar_ceiling"] not in (None, 1.0):  # 1 is none
             left.axvline(found["scalar_ceiling"], color="#dd8452", lw=1, ls="--", label="ceiling of one number")
         left.set_title(f"{name}: {found['n']} comparisons of {found['prompts']} prompts", parse_math=False)
         right.axvline(0, color="0.3", lw=1, ls="--", zorder=0)
-        right.set_title("green better, red worse, blue no difference, gray too few prompts")
+        right.set_title("green better, red worse, gray too few prompts")
+        right.locator_params(axis="x", nbins=5)
         left.set_yticks(places, names, parse_math=False)
         left.set_ylim(len(names) - 0.5, -0.5)
     axes[-1, 0].set_xlabel("accuracy: mean over seeds, its 95 % interval, each seed")
