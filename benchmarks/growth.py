@@ -170,6 +170,7 @@ def draw(speeds: dict[tuple[int, int], float], lengths: list[int], sizes: list[i
         axis.set_xlabel("tokens of prompt and one response")
         axis.grid(alpha=0.25)
     left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")
     left.set_ylabel("pairs per second")
     right.set(ylabel="unique tokens per second", ylim=(0, None))
     right.legend(frameon=False)

@@ -197,6 +197,7 @@ def draw(found: list[dict], path: Path) -> bool:
         axis.plot(counts, times, "o-", label=title)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_xticks(counts, [str(count) for count in counts])
     axis.set(xlabel="responses K to one prompt", ylabel="seconds for all preferences")
     axis.grid(alpha=0.25)

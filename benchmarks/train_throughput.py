@@ -309,6 +309,7 @@ def draw(runs: list[dict], rate: float, path: Path) -> bool:
     limit = rate * one["comparisons"] / (6 * one["parameters"] * one["unique_tokens"])
     axis.axhline(limit, color="0.4", ls="--", lw=1, label="arithmetic limit")
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="comparisons in a micro-batch", ylabel="comparisons per second", ylim=(0, 1.1 * limit))
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)

@@ -525,6 +525,7 @@ def test_a_recipe_of_the_command_line_wins_over_a_file(tmp_path):
         (["--loss", "logistic"], "--loss logistic takes --target hard or win_rate, not score"),
         (["--loss", "surrogate", "--target", "dynamic"], "--loss surrogate takes --target planes or"),
         (["--target", "win_rate"], "--target win_rate labels pairs for --loss logistic, not centered"),
+        (["--loss", "surrogate", "--target", "planes", "--anchors", "ref=1"], "takes ratios to the sampling policy"),
         (["--target", "planes"], "--target planes is an advantage for --loss surrogate, not centered"),
         (["--recipe", "dpo", "--target", "win_rate", "--clamp_target", "1"], "--clamp_target would distort"),
         (["--recipe", "dpo", "--select", "all"], "--loss logistic compares pairs: use --select pair, not all"),

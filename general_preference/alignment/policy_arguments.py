@@ -124,6 +124,8 @@ class PolicyLossArguments:
         if self.length_normalization and self.loss in ("surrogate", "likelihood"):
             found = f"--length_normalization {self.length_normalization} is not read by --loss {self.loss}"
             raise InputError(f"{found}, which divides by the length anyway: drop it")
+        if self.loss == "surrogate" and self.weights() != {"t": 1}:
+            raise InputError(f"--loss surrogate takes ratios to the sampling policy, --anchors t=1, not {self.anchors}")
         self.weights()
 
     @property
