@@ -165,8 +165,10 @@ class StateStore:
         found = read_object(path)
         if found and found != self.settings:
             name = next(name for name in (*self.settings, *found) if found.get(name) != self.settings.get(name))
-            values = f"{name} = {found.get(name)!r}, now {self.settings.get(name)!r}"
-            raise InputError(f"{self.folder} holds hidden states made with {values}: choose another folder")
+            values = f"{name} {found.get(name)}, now {self.settings.get(name)}"
+            what = {"tokens": "of other comparisons, or of these with other cuts", "model_files": "of another model"}
+            what = what.get(name, f"made with {values}")
+            raise InputError(f"{self.folder} holds hidden states {what}: choose another folder")
         for name, dtype, shape in (_STATES, np.float32, self.shape), (_DONE, np.bool_, (len(self.chunks),)):
             file = self.folder / name
             if found:  # settings come last, so with them all is there
