@@ -263,8 +263,8 @@ def _draw_accuracies(axis, results: dict[str, dict], groups: dict[str, str], gue
     axis.grid(False, axis="y")
 
 
-def draw_runs(runs: list[tuple[str, dict[str, float]]], path: Path) -> bool:
-    """Held-out accuracies of (name, {set: accuracy}) as grouped bars, a group per set."""
+def draw_runs(runs: list[tuple[str, dict[str, dict]]], path: Path) -> bool:
+    """Held-out accuracies of (name, {set: {mean, low, high}}) as grouped bars, a group per set; low and high or None."""
     if (pyplot := load_pyplot()) is None:
         return False
     sets = list(dict.fromkeys(name for _, accuracies in runs for name in accuracies))
@@ -272,7 +272,9 @@ def draw_runs(runs: list[tuple[str, dict[str, float]]], path: Path) -> bool:
     width = 0.8 / len(runs)
     for number, (name, accuracies) in enumerate(runs):
         places = [index + (number - (len(runs) - 1) / 2) * width for index in range(len(sets))]
-        bars = axis.bar(places, [accuracies.get(key, 0) for key in sets], 0.92 * width, label=name)
+        found = [accuracies.get(key, {"mean": 0, "low": None}) for key in sets]
+        spread = [float("nan") if one["low"] is None else one["high"] - one["mean"] for one in found]
+        bars = axis.bar(places, [one["mean"] for one in found], 0.92 * width, yerr=spread, label=name, ecolor="0.25")
         axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
     axis.set(ylim=(0, 1.22), ylabel="held-out accuracy")
     axis.set_xticks(range(len(sets)), sets)

@@ -64,8 +64,7 @@ def main() -> int:
     print(f"|{'-' * (width + 2)}|{'|'.join('-' * (widths[key] + 1) + ':' for key in sets)}|")
     for name, row in cells.items():
         print(f"| {name:<{width}} | {' | '.join(row[key].rjust(widths[key]) for key in sets)} |")
-    shown = [(name, {key: one["mean"] for key, one in row.items()}) for name, row in means.items()]
-    drawn = [arguments.output] if draw_runs(shown, arguments.output) else []
+    drawn = [arguments.output] if draw_runs(list(means.items()), arguments.output) else []
     if arguments.cycle is not None:
         first = {name: folder for folder, (name, _) in reversed(list(zip(arguments.runs, runs, strict=True)))}
         cycles = [first_cycle(first[name], name, arguments.cycle) for name in cells]
