@@ -264,7 +264,7 @@ def _draw_accuracies(axis, results: dict[str, dict], groups: dict[str, str], gue
 
 
 def draw_runs(runs: list[tuple[str, dict[str, dict]]], path: Path) -> bool:
-    """Held-out accuracies of (name, {set: {mean, low, high}}) as grouped bars, a group per set; low and high or None."""
+    """Held-out accuracies of (name, {set: {mean, low, high}}) as bars, a group per set; low and high may be None."""
     if (pyplot := load_pyplot()) is None:
         return False
     sets = list(dict.fromkeys(name for _, accuracies in runs for name in accuracies))
