@@ -116,7 +116,8 @@ def mend(folder: Path, gpm: str) -> Path:
     """The GPM, trained further on bundled comparisons and on labeled samples of the start at several temperatures."""
     files = [ROOT / "data" / kind / "train.jsonl" for kind in GAMES]
     prompts = [json.loads(line) for line in (folder / "replies.jsonl").open(encoding="utf-8")]
-    replace_lines(folder / "prompts.jsonl", [json.dumps({"prompt": row["prompt"]}) for row in prompts])
+    named = [{"id": str(number), "prompt": row["prompt"]} for number, row in enumerate(prompts)]  # ids seed samples
+    replace_lines(folder / "prompts.jsonl", map(json.dumps, named))
     labeled = []
     for temperature in TEMPERATURES:
         samples = folder / f"samples_{temperature}.jsonl"
