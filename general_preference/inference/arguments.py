@@ -14,21 +14,27 @@ from general_preference.models.kernels import CHOICES
 
 
 @dataclass
-class InferenceArguments:
-    """What the model is expected to be, and how it runs. The same in every script that runs a trained model."""
+class DeviceArguments:
+    """How a model runs that is not trained."""
 
-    is_general_preference: bool | None = flag(None, "what the model is expected to be; a contradiction is an error")
-    value_head_dim: int | None = flag(None, "the size D the model is expected to have; a contradiction is an error")
-    add_prompt_head: bool | None = flag(None, "whether the model is expected to have a gate; else an error")
-    general_preference_tau: float | None = flag(None, "temperature of published weights (0.1)", aliases=["--tau"])
     bf16: bool | None = flag(None, "bfloat16 backbone; default on GPUs that compute it fast")
-    flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
     attn_implementation: str = flag("auto", "attention kernel; auto: the fastest that is exact here", choices=CHOICES)
     trust_remote_code: bool = flag(False, "run code that comes with the model")
     device: str = flag("auto", "auto (one GPU per process, else mps or the CPU), cuda:N, mps or cpu")
     batch_tokens: int | None = flag(None, "tokens in one call at most, padding included; default fits the device")
     preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenize")
     local_rank: int = flag(-1, "set by launchers")
+
+
+@dataclass
+class InferenceArguments(DeviceArguments):
+    """What the model is expected to be, and how it runs. The same in every script that runs a trained model."""
+
+    is_general_preference: bool | None = flag(None, "what the model is expected to be; a contradiction is an error")
+    value_head_dim: int | None = flag(None, "the size D the model is expected to have; a contradiction is an error")
+    add_prompt_head: bool | None = flag(None, "whether the model is expected to have a gate; else an error")
+    general_preference_tau: float | None = flag(None, "temperature of published weights (0.1)", aliases=["--tau"])
+    flash_attn: bool = flag(False, "same as --attn_implementation flash_attention_2 (needs flash-attn and a GPU)")
 
     def check(self) -> None:
         """InputError for what cannot work, before anything is loaded."""

@@ -58,7 +58,8 @@ def load_backbone(
     found, trained_on = weights_digest(base), getattr(config, BASE_DIGEST, None)
     if trained_on not in (None, found):
         what = f"{path} was trained on a base model whose weights have the checksum {trained_on}"
-        raise InputError(f"{what}, but those of {base} have {found}: put the base model of its training there")
+        cure = f"put the base model of its training there; earlier versions had other checksums: drop {BASE_DIGEST}"
+        raise InputError(f"{what}, but those of {base} have {found}: {cure}")
     model.config.update({BASE_DIGEST: found})
     return load_adapter(model, path, trust_remote_code)
 

@@ -1,13 +1,12 @@
 """The flags of scripts/compare_heads.py."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from general_preference.cli import check_at_least, flag
 from general_preference.datasets.arguments import ReadingArguments
 from general_preference.errors import InputError
-from general_preference.models.kernels import CHOICES
+from general_preference.inference.arguments import DeviceArguments
 
 HEADS = (
     "bt,bt_gate8,gpm2,gpm2_raw,gpm4,gpm4_raw,gpm4_gate,gpm4_gate_raw,gpm6,gpm6_raw,gpm6_gate,gpm6_gate_raw,"
@@ -16,7 +15,7 @@ HEADS = (
 
 
 @dataclass
-class ProbingArguments(ReadingArguments):
+class ProbingArguments(ReadingArguments, DeviceArguments):
     """Backbone, comparisons, heads, and how they are trained."""
 
     # fmt: off
@@ -39,13 +38,6 @@ class ProbingArguments(ReadingArguments):
     seed: int = flag(42, "of the splits; heads have this seed and the following ones")
     save: str | None = flag(None, "save a head with its backbone as a model: its name, or best (lowest validation loss)")
     save_path: str | None = flag(None, "folder of the model of --save; default OUTPUT/model")
-    bf16: bool | None = flag(None, "bfloat16 backbone; default on GPUs that compute it fast")
-    attn_implementation: str = flag("auto", "attention kernel of the backbone", choices=CHOICES)
-    trust_remote_code: bool = flag(False, "run code that comes with the model")
-    device: str = flag("auto", "auto (one GPU per process, else mps or the CPU), cuda:N, mps or cpu")
-    batch_tokens: int | None = flag(None, "tokens in one call at most, padding included; default fits the device")
-    preprocessing_workers: int = flag(min(8, os.cpu_count() or 1), "processes that tokenize")
-    local_rank: int = flag(-1, "set by launchers")
     # fmt: on
 
     def check(self) -> None:
