@@ -24,7 +24,15 @@ import datasets
 import torch
 
 from general_preference import GPMPipeline
-from general_preference.cli import check_at_least, exit_code, flag, format_table, parse_flags, quiet_other_libraries
+from general_preference.cli import (
+    check_at_least,
+    check_seed,
+    exit_code,
+    flag,
+    format_table,
+    parse_flags,
+    quiet_other_libraries,
+)
 from general_preference.datasets.arguments import ReadingArguments
 from general_preference.datasets.preparation import (
     Summary,
@@ -67,6 +75,7 @@ class BatchArguments(ReadingArguments):
             raise InputError(f"--{missing[0]} is missing")
         self.reading()
         check_at_least(self, 1, "max_samples", "micro_batch_size")
+        check_seed(self.seed)
         if Path(self.output_path).is_dir():
             raise InputError(f"--output_path {self.output_path} is a folder: name a file in it")
 

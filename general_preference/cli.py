@@ -114,6 +114,12 @@ def check_at_least(arguments: object, least: float, *names: str) -> None:
             raise InputError(f"--{name} {value} must be {f'at least {least}' if least in (0, 1, 8) else 'above 0'}")
 
 
+def check_seed(seed: int) -> None:
+    """InputError for a seed that the generators of random numbers do not take."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed {seed} must be from 0 to {2**32 - 1}")
+
+
 def exit_code(work: Callable[[], None], kept: str) -> int:
     """Run `work`; 0 done, 1 the run failed, 2 what was given cannot be used, 130 SIGINT, 143 SIGTERM.
 

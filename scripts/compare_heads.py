@@ -87,6 +87,8 @@ def run(arguments: ProbingArguments) -> None:
 
         hidden = load_config(path, arguments.trust_remote_code).get_text_config().hidden_size
         settings = {"model_files": stable_hash(checkpoint_identity(path)), "dtype": str(dtype).removeprefix("torch.")}
+        if arguments.attn_implementation != "auto":
+            settings["attention"] = arguments.attn_implementation
         store = StateStore(arguments.features_folder, prompts, hidden, settings)
         claim = context.main_process_first(lambda: lock_folder(Path(arguments.output), "output"), main_only=True)
         with claim or contextlib.nullcontext(), store.open(context):

@@ -22,7 +22,7 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing takes seconds, in which Ctrl-C should print no traceback
 
-from general_preference.cli import exit_code, flag, format_table, parse_flags, quiet_other_libraries
+from general_preference.cli import check_seed, exit_code, flag, format_table, parse_flags, quiet_other_libraries
 from general_preference.datasets.cycles import (
     RatedPrompt,
     check_criteria,
@@ -60,6 +60,7 @@ class CycleArguments:
         for name in ("train_split_ratio", "held_out_pairs"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} must lie between 0 and 1")
+        check_seed(self.seed)
         for criteria in self.cycles().values():
             check_criteria(criteria)
         check_new_folder(Path(self.output), [self.ratings])

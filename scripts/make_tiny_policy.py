@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from general_preference.alignment.samples import summary_path
-from general_preference.cli import exit_code
+from general_preference.cli import check_seed, exit_code
 from general_preference.datasets.readers import read_records
 from general_preference.datasets.reading import Reading
 from general_preference.datasets.records import parse_record
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_tiny_policy(output: Path, data: list[Path], seed: int) -> None:
     """See the module."""
+    check_seed(seed)
     asked = {"seed": seed, "samples": [str(output / "imitated.jsonl")], "pretrain": str(output / "random")} | FLAGS
     policy = output / "policy"
     found = read_object(policy / "arguments.json")

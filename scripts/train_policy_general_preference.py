@@ -102,6 +102,8 @@ def run(arguments: PolicyRunArguments, engine) -> None:
     folder, first = Path(arguments.output.save_path), context.main_process_first
     if (folder / "config.json").is_file() and not arguments.output.load_checkpoint:
         logger.warning("%s holds a finished run; its files are replaced as this one writes its own", folder)
+    if unread := arguments.loss.unread():
+        logger.warning("%s: it does not read %s", arguments.loss, ", ".join(unread))
     first(lambda: check_policy(policy, arguments.model.trust_remote_code))
     sets = {"train": (data.samples, data.scores)}
     if data.evaluates:
@@ -118,7 +120,7 @@ def run(arguments: PolicyRunArguments, engine) -> None:
         tables[name] = make_table(arguments, engine, name, rows, settings.get("tau"))
         if name == "train" and settings:
             fixed = {"scores_checksum": scores_checksum(rows), "tau": settings["tau"]}
-    model.facts = {"loss": arguments.loss.loss, "target": arguments.loss.target, "judge": Path(_judge(judge)).name}
+    model.facts = {"method": str(arguments.loss), "judge": Path(_judge(judge)).name}
     tokenizer = first(lambda: load_tokenizer(policy, trust_remote_code=arguments.model.trust_remote_code))
     fixed |= {"preference_model": judge.get("model_files")}
     objective = PolicyObjective(arguments.loss, model, engine.device, fixed)
@@ -126,10 +128,9 @@ def run(arguments: PolicyRunArguments, engine) -> None:
     train_table = tables.pop("train")
     trainer = Trainer(arguments, engine, model, tokenizer, objective, train_table, tables)
     logger.info(
-        "%s loss, %s targets, beta %g: %d prompts, %d steps of %d, %d process(es) on %s, ZeRO %d, attention %s",
-        arguments.loss.loss, arguments.loss.target, arguments.loss.beta, len(train_table), trainer.steps,
-        engine.global_batch_size, context.world_size, engine.device, arguments.engine.zero_stage,
-        model.config._attn_implementation,
+        "%s: %d prompts, %d steps of %d, %d process(es) on %s, ZeRO %d, attention %s",
+        arguments.loss, len(train_table), trainer.steps, engine.global_batch_size, context.world_size, engine.device,
+        arguments.engine.zero_stage, model.config._attn_implementation,
     )  # fmt: skip
     if context.is_main:
         versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "datasets")}

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from general_preference import GPMPipeline
 from general_preference.alignment.generation import InverseSampler, Sampling, draws_of, make_batches
-from general_preference.alignment.prompts import Prompt, parse_prompt_record
+from general_preference.alignment.prompts import Prompt, parse_prompt_record, read_prompts
 from general_preference.alignment.samples import join, read_samples, read_scores, samples_checksum
 from general_preference.alignment.scoring import score_row, summarize_scores
 from general_preference.datasets.reading import Reading
+from general_preference.datasets.sources import Source
 from general_preference.datasets.tokenization import ComparisonTokenizer, load_tokenizer
 from general_preference.errors import InputError
 from general_preference.inference.batch import ResultStore
@@ -225,6 +226,7 @@ def test_a_batch_that_was_cut_short_is_made_again_as_it_was(policy, data, made, 
         (["--samples", "0"], "--samples 0 must be at least 1"),
         (["--temperature", "0"], "--temperature 0.0 must be above 0"),
         (["--top_p", "1.5"], "--top_p 1.5"),
+        (["--seed", "-1"], "--seed -1 must be from 0 to 4294967295"),
         (["--policy", "/nowhere/model"], "/nowhere/model does not exist"),
         (["--policy", "NO_TEMPLATE"], "has no chat template"),
         (["--policy", "NO_BASE"], "its base model cannot be used"),
@@ -337,6 +339,26 @@ def test_prompts_of_records(record, expected):
             parse_prompt_record(record, Reading())
     elif expected is not None:
         assert parse_prompt_record(record, Reading()).prompt == expected
+
+
+def test_prompts_without_ids_have_the_same_ones_wherever_their_files_are(policy, tmp_path):
+    """Random numbers of samples depend on them."""
+    found = []
+    for place in (tmp_path / "here", tmp_path / "some" / "where"):
+        (place / "set").mkdir(parents=True)
+        for name in ("one", "two"):
+            (place / "set" / f"{name}.jsonl").write_text(f'{{"prompt": "a {name}"}}\n\n{{"prompt": "b {name}"}}')
+        given = {"set": place / "set", "glob": place / "*" / "*.jsonl", "file": place / "set" / "one.jsonl"}
+        encoder = ComparisonTokenizer(load_tokenizer(policy))
+        read = {name: read_prompts([Source(name, str(path))], encoder, Reading())[0] for name, path in given.items()}
+        found.append({name: [prompt.id for prompt in some] for name, some in read.items()})
+    assert found[0] == found[1]
+    assert found[0]["file"] == ["one.jsonl, line 1", "one.jsonl, line 3"]
+    assert (
+        found[0]["set"]
+        == found[0]["glob"]
+        == [f"set/{name}.jsonl, line {n}" for name in ("one", "two") for n in (1, 3)]
+    )
 
 
 def test_a_policy_that_opens_with_thoughts_gets_the_opening_in_its_prompt(policy):

@@ -521,6 +521,7 @@ def test_a_recipe_of_the_command_line_wins_over_a_file(tmp_path):
             "1.0 is not read by --loss likelihood",
         ),
         (["--recipe", "ln_gpo", "--loss", "surrogate"], "is not read by --loss surrogate, which divides by the length"),
+        (["--seed", "4294967296"], "--seed 4294967296 must be from 0 to 4294967295"),
         (["--iteration", "0"], "--iteration 0 must be at least 1"),
         (["--loss", "logistic"], "--loss logistic takes --target hard or win_rate, not score"),
         (["--loss", "surrogate", "--target", "dynamic"], "--loss surrogate takes --target planes or"),
@@ -546,6 +547,23 @@ def test_flags_that_contradict_each_other(flags, message):
     with pytest.raises(InputError) as error:
         parse_policy_arguments([*FILES, *flags]).check()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "unread"),
+    [
+        (["--recipe", "gpo"], []),
+        (["--recipe", "dsppo", "--dynamic_lambda", "2"], []),
+        (["--dynamic_lambda", "2", "--clip", "0.1"], ["--dynamic_lambda 2.0", "--clip 0.1"]),
+        (["--recipe", "best_of_n", "--beta", "2", "--target", "hard"], ["--target hard", "--beta 2.0"]),
+        (["--recipe", "best_of_n", "--anchors", "ref=1"], ["--anchors ref=1"]),
+        (["--loss", "surrogate", "--target", "planes", "--beta", "2", "--clip", "0.1"], ["--beta 2.0"]),
+        (["--recipe", "inpo", "--count_self", "false"], ["--count_self False"]),
+        (["--recipe", "dpo", "--clamp_target", "1"], ["--clamp_target 1.0"]),
+    ],
+)
+def test_flags_that_a_loss_does_not_read_are_named(flags, unread):
+    assert parse_policy_arguments([*FILES, *flags]).loss.unread() == unread
 
 
 def test_a_policy_and_samples_must_be_named():

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from general_preference.cli import check_at_least, flag
+from general_preference.cli import check_at_least, check_seed, flag
 from general_preference.datasets.arguments import ReadingArguments
 from general_preference.errors import InputError
 
@@ -47,6 +47,7 @@ class GenerationArguments(ReadingArguments):
         _check_paths(self, "policy", "prompts")
         self.reading()
         check_at_least(self, 1, "samples", "max_new_tokens", "max_prompt_tokens", "max_prompts", "batch_tokens")
+        check_seed(self.seed)
         if not 0 < self.temperature < float("inf"):
             raise InputError(f"--temperature {self.temperature} must be above 0")
         if not 0 < self.top_p <= 1:

@@ -128,6 +128,28 @@ class PolicyLossArguments:
             raise InputError(f"--loss surrogate takes ratios to the sampling policy, --anchors t=1, not {self.anchors}")
         self.weights()
 
+    def unread(self) -> list[str]:
+        """Flags that differ from their default, but that this loss and target do not read."""
+        targets = self.loss != "likelihood"
+        averages = targets and self.target in ("score", "probability", "dynamic")
+        read = {
+            "target": targets,
+            "beta": self.loss == "logistic" or (targets and self.target != "planes"),
+            "count_self": averages,
+            "clamp_target": targets and not (self.loss == "logistic" and self.target == "hard"),
+            "anchors": targets,
+            "dynamic_lambda": targets and self.target == "dynamic",
+            "clip": self.loss == "surrogate",
+        }
+        default = PolicyLossArguments()
+        names = [name for name in read if not read[name] and getattr(self, name) != getattr(default, name)]
+        return [f"--{name} {getattr(self, name)}" for name in names]
+
+    def __str__(self) -> str:
+        if self.loss == "likelihood":
+            return "likelihood loss"
+        return f"{self.loss} loss, {self.target} targets, beta {self.beta:g}"
+
     @property
     def fine_tunes(self) -> bool:
         """Whether all responses are imitated as they are."""

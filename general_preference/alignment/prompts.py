@@ -16,7 +16,7 @@ import xxhash
 from general_preference.datasets.messages import PREFIX, Message, parse_messages
 from general_preference.datasets.reading import Reading
 from general_preference.datasets.records import Comparison, parse_record
-from general_preference.datasets.sources import REMEDY, SHOWN, Source, source_records
+from general_preference.datasets.sources import REMEDY, SHOWN, Source, place_below, source_records
 from general_preference.datasets.tokenization import ComparisonTokenizer, stable_hash
 from general_preference.errors import InputError
 
@@ -93,10 +93,10 @@ def read_prompts(
         InputError: a record that does not fit, two prompts with one id, or no prompt at all.
     """
     counts, found, ids = PromptCounts(), {}, {}
-    for name, record in ((source.name, entry) for source in sources for entry in source_records(source)):
+    for source, (place, entry) in ((one, record) for one in sources for record in source_records(one)):
         counts.records += 1
         try:
-            prompt = _read_prompt(*record, reading, encoder)
+            prompt = _read_prompt(place, entry, reading, encoder)
         except InputError as error:
             if not skip_bad:
                 raise InputError(f"{error}; {REMEDY}") from error
@@ -104,16 +104,17 @@ def read_prompts(
             if counts.left_out <= SHOWN:
                 logger.warning("left out: %s", error)
             continue
+        prompt.id = prompt.id or place_below(source, place)
         key = stable_hash(prompt.messages, prompt.options)
         if key in found:
             counts.repeated += 1
             continue
         if len(sources) > 1:
-            prompt.id = f"{name}/{prompt.id}"
+            prompt.id = f"{source.name}/{prompt.id}"
         if prompt.id in ids:
             cure = "make ids unique, or name the column in ignore_columns"
-            raise InputError(f"two prompts have the id {prompt.id!r}, at {ids[prompt.id]} and {record[0]}: {cure}")
-        found[key], ids[prompt.id] = prompt, record[0]
+            raise InputError(f"two prompts have the id {prompt.id!r}, at {ids[prompt.id]} and {place}: {cure}")
+        found[key], ids[prompt.id] = prompt, place
     prompts = [prompt for prompt in found.values() if longest is None or len(prompt.ids) <= longest]
     counts.too_long = len(found) - len(prompts)
     if not prompts:
@@ -130,7 +131,7 @@ def _read_prompt(place: str, record: object, reading: Reading, encoder: Comparis
     try:
         read = parse_prompt_record(record, reading)
         json.dumps([read.id, read.prompt, read.options], ensure_ascii=False).encode()
-        return Prompt(read.id or place, read.prompt, read.options, encoder.encode_prompt(read.prompt, read.options))
+        return Prompt(read.id, read.prompt, read.options, encoder.encode_prompt(read.prompt, read.options))
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
     except UnicodeEncodeError as error:

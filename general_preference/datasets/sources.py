@@ -4,6 +4,7 @@ A row is a `Comparison`, or its column `problem` says why not. Edited files (siz
 Messages are stored as role and content; what else a few of them hold is the JSON of the column `extras`.
 """
 
+import functools
 import glob
 import itertools
 import json
@@ -105,6 +106,20 @@ def _default_name(path: str) -> str:
         if name := re.sub(r"\[.*?\]|[*?]", "", stem).strip("-_.") if glob.has_magic(stem) else stem:
             return name
     return path
+
+
+def place_below(source: Source, place: str) -> str:
+    """The place of a record without the folders that a source lies in: the same wherever it is copied to."""
+    return place.removeprefix(f"{_folder(source.path)}/")
+
+
+@functools.cache
+def _folder(path: str) -> str:
+    location = locations.locate(path)
+    folder = location.place.parent
+    while glob.has_magic(str(folder)):
+        folder = folder.parent
+    return "" if location.on_hub else show(folder)
 
 
 def warn_of_shared_files(sources: list[Source]) -> None:

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 _CARD = """# {title}
 
-A policy aligned with a preference model by General Preference Optimization or a relative of it: `{loss}` loss,
-`{target}` targets. A plain causal language model: transformers and vLLM load it.
+A policy aligned with a preference model by General Preference Optimization or a relative of it ({method}). A plain
+causal language model: transformers and vLLM load it.
 
 Starts from: {base}. Preference model: {judge}.
 
@@ -34,7 +34,7 @@ class PolicyModel(PackedBackbone):
     def __init__(self, backbone: torch.nn.Module, attention: str = "auto"):
         super().__init__(backbone, attention)
         self.card = CardFacts()  # base_model
-        self.facts: dict[str, str] = {"loss": "unknown", "target": "unknown", "judge": "unknown"}
+        self.facts: dict[str, str] = {"method": "unknown", "judge": "unknown"}
 
     def outputs(self, hidden, response_ends, prompt_ends, targets) -> dict[str, torch.Tensor]:
         """log_probs, counts: (N,) summed log-prob in nats and tokens of every response of a `packing.SampleBatch`."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from general_preference.cli import check_at_least, flag
+from general_preference.cli import check_at_least, check_seed, flag
 from general_preference.datasets.arguments import ReadingArguments
 from general_preference.errors import InputError
 from general_preference.inference.arguments import DeviceArguments
@@ -47,6 +47,7 @@ class ProbingArguments(ReadingArguments, DeviceArguments):
         self.reading()
         check_at_least(self, 1, "seeds", "epochs", "batch_size", "max_samples", "batch_tokens", "preprocessing_workers")
         check_at_least(self, 0, "l2")
+        check_seed(self.seed)
         check_at_least(self, 8, "max_len")
         if not 0 < self.validation_ratio < 1:
             raise InputError(f"--validation_ratio {self.validation_ratio} must lie between 0 and 1")

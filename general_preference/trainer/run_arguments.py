@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from general_preference.cli import check_at_least, flag, parse_flags
+from general_preference.cli import check_at_least, check_seed, flag, parse_flags
 from general_preference.errors import InputError
 from general_preference.files import replace_text
 from general_preference.models.kernels import CHOICES
@@ -68,8 +68,7 @@ class OptimizerArguments:
     def check(self) -> None:
         """InputError for values out of range."""
         check_at_least(self, 1, "max_epochs", "micro_train_batch_size", "accumulated_gradient")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed {self.seed} must be from 0 to 4294967295")
+        check_seed(self.seed)
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise InputError(f"--adam_betas {self.adam_betas} must be two numbers from 0 to below 1")
         check_at_least(self, 0, "learning_rate", "l2", "max_norm", "warmup_ratio")
