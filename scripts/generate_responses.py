@@ -68,10 +68,12 @@ def run(arguments: GenerationArguments) -> None:
         sampling.check_length(prompts, positions)
         bf16 = arguments.bf16 is not False if engine == "vllm" else arguments.bf16  # its device is not known here
         dtype = inference_dtype(device, bf16)
-        names = ("policy", "prompts", "max_prompts", "max_prompt_tokens")
+        names = ("policy", "prompts", "max_prompts", "max_prompt_tokens", "vllm_options")
         settings = {ASKED: {name: getattr(arguments, name) for name in names}, "policy_digest": weights_digest(path)}
         settings |= asdict(sampling) | {"dtype": str(dtype).removeprefix("torch."), "engine": engine}
         settings["prompts"] = prompts_checksum(prompts)
+        if engine == "vllm":
+            settings["dtype"] = arguments.vllm().get("dtype", settings["dtype"])
         if engine == "transformers":
             default = generation.CPU_TOKENS if device.type == "cpu" else generation.GPU_TOKENS
             settings["batch_tokens"] = arguments.batch_tokens or default
@@ -85,7 +87,11 @@ def run(arguments: GenerationArguments) -> None:
 
 
 def choose_engine(arguments: GenerationArguments) -> str:
-    """The engine that `auto` stands for; InputError for an adapter that vLLM would have to merge."""
+    """The engine that `auto` stands for.
+
+    Raises:
+        InputError: an adapter, which vLLM would have to merge; options of vLLM for another engine.
+    """
     engine = arguments.engine
     if engine == "auto":
         engine = "vllm" if os.environ.get(PYTHON) else "transformers"
@@ -93,6 +99,9 @@ def choose_engine(arguments: GenerationArguments) -> str:
         raise InputError(
             f"{arguments.policy} is an adapter, which engine vllm does not read: use scripts/merge_lora.py"
         )
+    if engine != "vllm" and arguments.vllm():
+        cure = f"set {PYTHON} to a Python that has vLLM, or drop them"
+        raise InputError(f"--vllm_options {arguments.vllm_options} are not read by engine {engine}: {cure}")
     return engine
 
 

@@ -238,6 +238,7 @@ def test_a_batch_that_was_cut_short_is_made_again_as_it_was(policy, data, made, 
         (["--output", "x.json"], "ends in .jsonl"),
         (["--output", "PROMPTS"], "is"),
         (["--engine", "vllm", "--vllm_options", "[1]"], "must be an object"),
+        (["--vllm_options", '{"max_model_len": 9}'], "are not read by engine transformers: set GENERATE_PYTHON"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(policy, data, tmp_path, saved, tokenizer, capsys, given, message):
@@ -520,7 +521,7 @@ def vllm(tmp_path, monkeypatch) -> Path:
 def test_vllm_is_asked_for_what_was_asked_for(vllm, policy, data, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(generate_responses.generation, "CHUNK", 5)
     output = tmp_path / "s.jsonl"
-    given = ["--temperature", "0.7", "--top_p", "0.9", "--vllm_options", '{"max_model_len": 512}']
+    given = ["--temperature", "0.7", "--top_p", "0.9", "--vllm_options", '{"max_model_len": 512, "dtype": "float16"}']
     assert generate(policy, data, output, *given) == 0
     engine, environment, *chunks = json.loads(vllm.read_text())
     assert [len(chunk) for chunk in chunks] == [5, 5, 5, 2]
@@ -540,7 +541,8 @@ def test_vllm_is_asked_for_what_was_asked_for(vllm, policy, data, tmp_path, capf
         length = len(row["prompt_ids"])
         assert row["response_ids"] == [[length, 10, 9], [length, 11, 5], [length, 12, 5]]
         assert row["finished"] == [True, True, True]
-    assert json.loads(output.with_name("s.summary.json").read_text())["settings"]["engine"] == "vllm"
+    settings = json.loads(output.with_name("s.summary.json").read_text())["settings"]
+    assert settings["engine"] == "vllm" and settings["dtype"] == engine["dtype"] == "float16"
 
 
 def test_what_vllm_cannot_do_is_one_line(vllm, policy, data, tmp_path, monkeypatch, capfd):

@@ -268,7 +268,7 @@ def generate_with_vllm(
         requests, settings = Path(folder) / "requests.jsonl", Path(folder) / "settings.json"
         rows = ({"index": i, "prompt_ids": prompts[i].ids, "seed": sampling.seed_of(prompts[i].id)} for i in wanted)
         requests.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        engine = {"model": os.path.expanduser(path), "dtype": dtype} | options
+        engine = options | {"model": os.path.expanduser(path), "dtype": dtype}
         settings.write_text(json.dumps({"engine": engine, "sampling": asdict(sampling), "chunk": CHUNK}))
         read, write = os.pipe()
         command = [python, str(script), str(settings), str(requests), f"/dev/fd/{write}"]
