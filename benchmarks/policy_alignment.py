@@ -5,7 +5,7 @@
     python benchmarks/policy_alignment.py [--seeds 0 1] [--output results/policy_alignment]
 
 For each seed a tiny policy learns to answer the bundled prompts: in `mixed` it names every member as often, in `cyclic`
-it prefers the first ones, which leaves it open to others. Then scripts/run_align_general_preference.sh aligns it, on
+the first one more often, which leaves it open to another. Then scripts/run_align_general_preference.sh aligns it, on
 each set with each preference model. The samples on held-out prompts that the loop leaves are judged by the rules: win
 rate against the start, share of invalid replies (which name no member of the game, or several), exploitability of the
 last policy and of the mixture of all but the start (wins less losses of the best member; 0 where nothing beats it). A
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ITERATIONS = {"mixed": 4, "cyclic": 10}
 MODELS = ("GPM", "mended", "Bradley-Terry")
 TEMPERATURES = (1.0, 1.5, 2.0)  # of the samples that mend: the hotter, the more of them are broken
-REPLIES, SKEW = 4, 1 / 2  # of each prompt that the start imitates; how much rarer each next member of a circle is
+REPLIES, FAVOR = 4, 4  # of each prompt that the start imitates; how much more often it names a circle's first member
 FLAGS = ["--beta", "2", "--learning_rate", "3e-4", "--max_epochs", "2", "--lr_schedule", "constant"]
 FLAGS += ["--zero_stage", "0", "--logging_steps", "10"]
 
@@ -99,13 +99,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def write_replies(path: Path, seed: int) -> None:
-    """What the start imitates: replies of `mixed` that name every member as often, of `cyclic` with the `SKEW`."""
+    """What the start imitates: replies of `mixed` that name every member as often, of `cyclic` the first by `FAVOR`."""
     writer, lines = Writer(TRAIN_WORDING, random.Random(seed)), []
     for kind in ITERATIONS:
         for line in (ROOT / "data" / kind / "train.jsonl").read_text(encoding="utf-8").splitlines():
             prompt = json.loads(line)["prompt"]
             members = game_of(prompt)[1].members
-            weights = [SKEW**place if kind == "cyclic" else 1 for place in range(len(members))]
+            weights = [FAVOR if kind == "cyclic" else 1, *[1] * (len(members) - 1)]
             replies = writer.responses(writer.rng.choices(members, weights, k=REPLIES))
             lines.append(json.dumps({"prompt": prompt, "responses": replies, "preferences": [[0, 1]]}))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,8 +113,12 @@ def write_replies(path: Path, seed: int) -> None:
 
 
 def mend(folder: Path, gpm: str) -> Path:
-    """The GPM, trained further on bundled comparisons and on labeled samples of the start at several temperatures."""
-    files = [ROOT / "data" / kind / "train.jsonl" for kind in GAMES]
+    """The GPM, trained further on bundled comparisons and on labeled samples of the start at several temperatures.
+
+    Those of the games that the policies play count twice: see `label`.
+    """
+    data = [f"{kind}={ROOT / 'data' / kind / 'train.jsonl'}" for kind in GAMES]
+    data += [f"{kind}_again={ROOT / 'data' / kind / 'train.jsonl'}" for kind in ITERATIONS]
     prompts = [json.loads(line) for line in (folder / "replies.jsonl").open(encoding="utf-8")]
     named = [{"id": str(number), "prompt": row["prompt"]} for number, row in enumerate(prompts)]  # ids seed samples
     replace_lines(folder / "prompts.jsonl", map(json.dumps, named))
@@ -128,8 +132,8 @@ def mend(folder: Path, gpm: str) -> Path:
     replace_lines(folder / "labeled.jsonl", [json.dumps(row) for row in labeled if row["preferences"]])
     if not (folder / "mended/metrics.jsonl").is_file():
         call("bash", ROOT / "scripts/run_train_rm_general_preference_single.sh",
-             "--config", ROOT / "scripts/presets/tiny.yaml", "--learning_rate", 1e-3, "--max_epochs", 3,
-             "--eval_steps", 10**6, PRETRAIN=gpm, DATASET=",".join(map(str, [*files, folder / "labeled.jsonl"])),
+             "--config", ROOT / "scripts/presets/tiny.yaml", "--learning_rate", 3e-4, "--max_epochs", 3,
+             "--eval_steps", 10**6, PRETRAIN=gpm, DATASET=",".join([*data, str(folder / "labeled.jsonl")]),
              SAVE_PATH=folder / "mended", MICRO_BATCH=16, GLOBAL_BATCH=16, NPROC=1, OMP_NUM_THREADS=1)  # fmt: skip
     return folder / "mended"
 
