@@ -42,9 +42,6 @@ ITERATIONS=${ITERATIONS:-3} SAMPLES=${SAMPLES:-5} TOKENS=${TOKENS:-1024}
 for name in ITERATIONS SAMPLES TOKENS; do
   [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is no number of at least 1"
 done
-if [[ " $*" =~ \ --recipe[\ =](inpo|dpo)(\ |$)|\ --anchors[\ =][^\ ]*ref= ]]; then
-  TRAIN_FLAGS+=(--reference "$POLICY") # the start, in all iterations
-fi
 IFS=, read -ra PARTS <<< "$PROMPTS"
 read -ra GENERATE_MORE <<< "${GENERATE_FLAGS:-}"
 
@@ -75,8 +72,8 @@ for ((t = 1; t <= ITERATIONS; t++)); do
   "${LAUNCH[@]}" "$HERE/score_responses.py" --model "$PREFERENCE" --samples "$folder/samples.jsonl" \
     --output "$folder/scored.jsonl"
   "${LAUNCH[@]}" "$HERE/train_policy_general_preference.py" --policy "$current" --samples "$folder/samples.jsonl" \
-    --scores "$folder/scored.jsonl" --save_path "$folder/policy" --iteration "$t" --load_checkpoint --skip_finished \
-    "${TRAIN_FLAGS[@]}" "$@"
+    --scores "$folder/scored.jsonl" --save_path "$folder/policy" --start "$POLICY" --iteration "$t" --load_checkpoint \
+    --skip_finished "${TRAIN_FLAGS[@]}" "$@"
   go_on_from "$folder/policy" "$folder/merged"
   sample "$current" "$EVAL_PROMPTS" "$folder/held_out.jsonl"
   compared+=("$t=$folder/held_out.jsonl")

@@ -36,7 +36,7 @@ from general_preference.trainer.session import hold_run
 logger = logging.getLogger("train")
 
 REPORT = "train_report.json"
-_FREE = ("local_rank", "load_checkpoint", "skip_finished", "dist_timeout", "wandb_run_name")  # may differ
+_FREE = ("local_rank", "load_checkpoint", "skip_finished", "dist_timeout", "wandb_run_name", "start")  # may differ
 _REGIME = 0.05  # below it the policy has not come near its targets
 
 
@@ -155,7 +155,6 @@ def make_table(arguments: PolicyRunArguments, engine, name: str, rows: list[dict
     from general_preference.alignment import training
 
     asked, context = arguments.loss, engine.context
-    paths = {"t": arguments.model.pretrain, "ref": arguments.model.reference or arguments.model.pretrain}
     targeted = list(training.select_and_target(rows, asked, temperature))
     if not targeted:
         raise InputError(f"all {len(rows)} prompts have responses that tie: there is no best and no worst to train on")
@@ -166,7 +165,7 @@ def make_table(arguments: PolicyRunArguments, engine, name: str, rows: list[dict
     folder = Path(arguments.output.save_path) / "anchors"
     context.write(folder, lambda: folder.mkdir(parents=True, exist_ok=True), main_only=True)
     for anchor in asked.weights():
-        path = paths[anchor]
+        path = arguments.model.anchors[anchor]
         store = training.AnchorStore(folder / f"{name}_{anchor}.jsonl")
         load_it = functools.partial(load, arguments, path)
         anchors[anchor] = store.load(load_it, path, rows, dtype, context, engine.device)

@@ -61,7 +61,7 @@ def stage_by_stage(given: dict[str, str]) -> list:
         return ["generate_responses", list(map(str, flags)), None]
 
     train = ["--policy", policy, "--samples", samples, "--scores", first / "scored.jsonl", "--save_path",
-             first / "policy", "--load_checkpoint", "--skip_finished", *FLAGS]  # fmt: skip
+             first / "policy", "--start", policy, "--load_checkpoint", "--skip_finished", *FLAGS]  # fmt: skip
     compare = ["--samples", f"start={held_out}", f"1={first / 'held_out.jsonl'}", "--model", judge, "--output",
                first / "report.json", "--train_report", first / "policy" / "train_report.json"]  # fmt: skip
     score = ["--model", judge, "--samples", samples, "--output", first / "scored.jsonl"]

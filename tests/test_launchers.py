@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from general_preference.alignment.policy_arguments import parse_policy_arguments
 from general_preference.trainer.arguments import parse_arguments
 from scripts.make_tiny_model import make_tiny_model
 
@@ -189,22 +190,21 @@ def test_the_loop_merges_adapters_where_vllm_writes(start, tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "reference"),
-    [
-        ("--recipe inpo", "start"),
-        ("--seed 1 --recipe=dpo --beta 1", "start"),
-        ("--anchors ref=0.3,t=0.7", "start"),
-        ("--recipe dpo --reference other", "other"),
-        ("--recipe gpo", None),
-        ("--anchors t=1", None),
-    ],
+    [("--recipe inpo", "start"), ("--config flags.json", "start"), ("--recipe dpo --reference other", "other")],
 )
-def test_the_reference_of_all_iterations_is_the_start(start, flags, reference):
+def test_the_reference_of_all_iterations_is_the_start(start, tmp_path, flags, reference):
+    (tmp_path / "flags.json").write_text('{"anchors": "ref=0.3,t=0.7"}')
     given = {"POLICY": "start", "PREFERENCE": "judge", "PROMPTS": "p.jsonl", "EVAL_PROMPTS": "e.jsonl"}
-    done = start(ALIGN, *flags.split(), **given, SAVE_PATH="run", ITERATIONS="2", GENERATE_PYTHON="")
+    done = start(
+        ALIGN, *flags.replace("flags", str(tmp_path / "flags")).split(), **given, SAVE_PATH="run", ITERATIONS="2"
+    )
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if "train_policy_general_preference.py" in line]
-    found = [line.split(" --reference ")[-1].split()[0] if "--reference" in line else None for line in lines]
-    assert found == [reference, reference]
+    given = [line.split(".py ")[1].split() for line in done.stdout.splitlines() if "train_policy_" in line]
+    runs = [parse_policy_arguments(some) for some in given]
+    assert [run.loss.iteration for run in runs] == [1, 2]
+    for run in runs:
+        run.check()
+        assert run.model.anchors["ref"] == reference and "ref" in run.loss.weights()
 
 
 def test_the_tiny_model_is_left_alone_when_built_again(tmp_path):

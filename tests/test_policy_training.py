@@ -572,6 +572,13 @@ def test_a_policy_and_samples_must_be_named():
             parse_policy_arguments(flags).check()
 
 
+def test_the_reference_of_later_iterations_is_the_start_of_the_first():
+    later = [*FILES, "--recipe", "inpo", "--iteration", "2"]
+    parse_policy_arguments([*later, "--start", "s"]).check()
+    parse_policy_arguments([*later, "--reference", "r"]).check()
+    parse_policy_arguments([*FILES, "--start", "s", "--iteration", "2"]).check()
+
+
 def test_rounded_weights_of_anchors_sum_to_1():
     weights = parse_policy_arguments([*FILES, "--anchors", "ref=0.333,t=0.6665"]).loss.weights()
     assert sum(weights.values()) == pytest.approx(1, abs=1e-12) and weights["ref"] < 0.334

@@ -35,13 +35,19 @@ class PolicyArguments(BackboneArguments):
 
     # fmt: off
     pretrain: str | None = flag(None, "policy that wrote the samples: folder, LoRA adapter or hub name", aliases=["--policy"])
-    reference: str | None = flag(None, "reference policy of an anchor 'ref'; default --policy, in the first iteration")
+    reference: str | None = flag(None, "reference policy of an anchor 'ref'; default --start, in the first iteration --policy")
+    start: str | None = flag(None, "policy that the iterations started from, which the loop names")
     # fmt: on
+
+    @property
+    def anchors(self) -> dict[str, str]:
+        """Paths of what log-ratios can be taken against."""
+        return {"t": self.pretrain, "ref": self.reference or self.start or self.pretrain}
 
     @property
     def paths(self) -> list[str | None]:
         """Models that are read."""
-        return [self.pretrain, self.reference]
+        return [self.pretrain, self.reference, self.start]
 
 
 @dataclass
@@ -207,7 +213,8 @@ class PolicyRunArguments(RunArguments):
             raise InputError("--policy names no model: give the policy that wrote the samples")
         if self.model.reference is not None and "ref" not in self.loss.weights():
             raise InputError("--reference is read where --anchors has ref: add it, or drop the reference")
-        if self.model.reference is None and self.loss.iteration > 1 and "ref" in self.loss.weights():
+        known = self.model.reference or self.model.start or self.loss.iteration == 1
+        if not known and "ref" in self.loss.weights():
             found = (
                 f"--anchors {self.loss.anchors} at --iteration {self.loss.iteration}: the policy is no reference then"
             )
