@@ -120,7 +120,7 @@ def run(arguments: PolicyRunArguments, engine) -> None:
         tables[name] = make_table(arguments, engine, name, rows, settings.get("tau"))
         if name == "train" and settings:
             fixed = {"scores_checksum": scores_checksum(rows), "tau": settings["tau"]}
-    model.facts = {"method": str(arguments.loss), "judge": Path(_judge(judge)).name}
+    model.facts = {"method": str(arguments.loss), "judge": Path(_judge(judge)).name if judge else None}
     tokenizer = first(lambda: load_tokenizer(policy, trust_remote_code=arguments.model.trust_remote_code))
     fixed |= {"preference_model": judge.get("model_files")}
     objective = PolicyObjective(arguments.loss, model, engine.device, fixed)

@@ -316,7 +316,18 @@ def test_a_saved_policy_is_a_plain_language_model(runs):
         folder = runs.folder / name
         assert "preference" not in json.loads((folder / "config.json").read_text())
         assert not any("head" in file.name for file in folder.glob("*.safetensors"))
-        assert "Aligned policy" in (folder / "README.md").read_text()
+        card = (folder / "README.md").read_text()
+        assert "# Aligned policy" in card and "Trained with: regression loss, score targets, beta 2." in card
+
+
+def test_a_card_says_who_judged(runs, tmp_path):
+    card = (runs.folder / "likelihood" / "README.md").read_text()
+    assert "# Aligned policy" in card and "Trained with: likelihood loss." in card and "preference-alignment" in card
+    model = get_policy(runs.policy, bf16=False)
+    model.facts = {"method": "likelihood loss", "judge": None}
+    model.save_pretrained(str(tmp_path))
+    card = (tmp_path / "README.md").read_text()
+    assert "# Fine-tuned policy" in card and "Trained with: likelihood loss." in card and "aligned" not in card.lower()
 
 
 def test_anchors_of_a_quantized_policy_are_its_own(tmp_path):

@@ -17,14 +17,20 @@ from general_preference.models.saving import LIBRARY, CardFacts, hub_name
 
 logger = logging.getLogger(__name__)
 
-_CARD = """# {title}
+_ALIGNED = """# Aligned policy
 
-A policy aligned with a preference model by General Preference Optimization or a relative of it ({method}). A plain
-causal language model: transformers and vLLM load it.
+A policy aligned with a preference model by General Preference Optimization or a relative of it. A plain causal language
+model: transformers and vLLM load it.
 
-Starts from: {base}. Preference model: {judge}.
+Starts from: {base}. Preference model: {judge}. Trained with: {method}.
 
 Source: Zhang et al., [arXiv 2410.02197](https://arxiv.org/abs/2410.02197).
+"""
+_FINE_TUNED = """# Fine-tuned policy
+
+A plain causal language model, fine-tuned on given responses: transformers and vLLM load it.
+
+Starts from: {base}. Trained with: {method}.
 """
 
 
@@ -34,7 +40,7 @@ class PolicyModel(PackedBackbone):
     def __init__(self, backbone: torch.nn.Module, attention: str = "auto"):
         super().__init__(backbone, attention)
         self.card = CardFacts()  # base_model
-        self.facts: dict[str, str] = {"method": "unknown", "judge": "unknown"}
+        self.facts: dict[str, str | None] = {"method": "unknown", "judge": None}  # judge: None if no one judged
 
     def outputs(self, hidden, response_ends, prompt_ends, targets) -> dict[str, torch.Tensor]:
         """log_probs, counts: (N,) summed log-prob in nats and tokens of every response of a `packing.SampleBatch`."""
@@ -51,9 +57,9 @@ class PolicyModel(PackedBackbone):
         for weights in Path(path).glob("*.safetensors"):
             shutil.copymode(Path(path) / "config.json", weights)  # safetensors writes them with mode 600
         base = self.card.base_model or "unknown"
-        tags = ["preference-alignment", "arxiv:2410.02197"]
+        tags = ["preference-alignment", "arxiv:2410.02197"] if self.facts["judge"] else []
         data = ModelCardData(base_model=hub_name(base), library_name="transformers", tags=[*tags, LIBRARY])
-        text = _CARD.format(title="Aligned policy", base=Path(base).name, **self.facts)
+        text = (_ALIGNED if self.facts["judge"] else _FINE_TUNED).format(base=Path(base).name, **self.facts)
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(Path(path) / "README.md")
 
 
