@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -32,8 +33,10 @@ from benchmarks.machine import describe_machine
 from data.make_data import GAMES, TRAIN_WORDING, Writer
 from general_preference import GPMPipeline
 from general_preference.cli import exit_code, format_table
+from general_preference.datasets.tokenization import stable_hash
 from general_preference.errors import InputError, RunError
-from general_preference.files import replace_lines, replace_text
+from general_preference.files import read_object, replace_lines, replace_text
+from general_preference.models.config import checkpoint_identity
 from general_preference.plots import load_pyplot
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,12 +133,18 @@ def mend(folder: Path, gpm: str) -> Path:
              "--temperature", temperature, OMP_NUM_THREADS=1)  # fmt: skip
         labeled += [label(json.loads(line)) for line in samples.open(encoding="utf-8")]
     replace_lines(folder / "labeled.jsonl", [json.dumps(row) for row in labeled if row["preferences"]])
-    if not (folder / "mended/metrics.jsonl").is_file():
+    mending, mended = folder / "mending", folder / "mended"
+    flags = ["--learning_rate", "3e-4", "--max_epochs", "3"]
+    asked = {"gpm": stable_hash(checkpoint_identity(gpm)), "labeled": stable_hash(labeled), "flags": flags}
+    if read_object(mended / "asked.json") != asked:
         call("bash", ROOT / "scripts/run_train_rm_general_preference_single.sh",
-             "--config", ROOT / "scripts/presets/tiny.yaml", "--learning_rate", 3e-4, "--max_epochs", 3,
-             "--eval_steps", 10**6, PRETRAIN=gpm, DATASET=",".join([*data, str(folder / "labeled.jsonl")]),
-             SAVE_PATH=folder / "mended", MICRO_BATCH=16, GLOBAL_BATCH=16, NPROC=1, OMP_NUM_THREADS=1)  # fmt: skip
-    return folder / "mended"
+             "--config", ROOT / "scripts/presets/tiny.yaml", "--eval_steps", 10**6, *flags, PRETRAIN=gpm,
+             DATASET=",".join([*data, str(folder / "labeled.jsonl")]), SAVE_PATH=mending, MICRO_BATCH=16,
+             GLOBAL_BATCH=16, NPROC=1, OMP_NUM_THREADS=1)  # fmt: skip
+        replace_text(mending / "asked.json", json.dumps(asked))
+        shutil.rmtree(mended, ignore_errors=True)
+        mending.rename(mended)
+    return mended
 
 
 def label(row: dict) -> dict:
