@@ -141,9 +141,9 @@ def mend(folder: Path, gpm: str) -> Path:
              "--config", ROOT / "scripts/presets/tiny.yaml", "--eval_steps", 10**6, *flags, PRETRAIN=gpm,
              DATASET=",".join([*data, str(folder / "labeled.jsonl")]), SAVE_PATH=mending, MICRO_BATCH=16,
              GLOBAL_BATCH=16, NPROC=1, OMP_NUM_THREADS=1)  # fmt: skip
-        replace_text(mending / "asked.json", json.dumps(asked))
         shutil.rmtree(mended, ignore_errors=True)
         mending.rename(mended)
+        replace_text(mended / "asked.json", json.dumps(asked))
     return mended
 
 

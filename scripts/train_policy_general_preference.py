@@ -64,6 +64,9 @@ def is_finished(arguments: PolicyRunArguments) -> bool:
     if not arguments.output.skip_finished or not (folder / REPORT).is_file():
         return False
     found, mine = read_object(folder / "arguments.json"), json.loads(json.dumps(arguments.to_dict()))
+    if "ref" in arguments.loss.weights():
+        for flags in (found, mine):
+            flags["reference"] = flags.get("reference") or flags.get("start")
     if different := [name for name in sorted(mine) if name not in _FREE and found.get(name) != mine[name]]:
         name = different[0]
         was = f"{folder} was trained with {name} {found.get(name)}, now it is {mine[name]}"
@@ -165,7 +168,7 @@ def make_table(arguments: PolicyRunArguments, engine, name: str, rows: list[dict
     folder = Path(arguments.output.save_path) / "anchors"
     context.write(folder, lambda: folder.mkdir(parents=True, exist_ok=True), main_only=True)
     for anchor in asked.weights():
-        path = arguments.model.anchors[anchor]
+        path = arguments.model.anchor_paths[anchor]
         store = training.AnchorStore(folder / f"{name}_{anchor}.jsonl")
         load_it = functools.partial(load, arguments, path)
         anchors[anchor] = store.load(load_it, path, rows, dtype, context, engine.device)

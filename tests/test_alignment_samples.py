@@ -238,6 +238,7 @@ def test_a_batch_that_was_cut_short_is_made_again_as_it_was(policy, data, made, 
         (["--output", "x.json"], "ends in .jsonl"),
         (["--output", "PROMPTS"], "is"),
         (["--engine", "vllm", "--vllm_options", "[1]"], "must be an object"),
+        (["--vllm_options", '{"model": "other"}'], "names a model, but --policy does"),
         (["--vllm_options", '{"max_model_len": 9}'], "are not read by engine transformers: set GENERATE_PYTHON"),
     ],
 )

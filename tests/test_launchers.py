@@ -195,16 +195,15 @@ def test_the_loop_merges_adapters_where_vllm_writes(start, tmp_path):
 def test_the_reference_of_all_iterations_is_the_start(start, tmp_path, flags, reference):
     (tmp_path / "flags.json").write_text('{"anchors": "ref=0.3,t=0.7"}')
     given = {"POLICY": "start", "PREFERENCE": "judge", "PROMPTS": "p.jsonl", "EVAL_PROMPTS": "e.jsonl"}
-    done = start(
-        ALIGN, *flags.replace("flags", str(tmp_path / "flags")).split(), **given, SAVE_PATH="run", ITERATIONS="2"
-    )
+    given |= {"SAVE_PATH": "run", "ITERATIONS": "2", "GENERATE_PYTHON": ""}
+    done = start(ALIGN, *flags.replace("flags", str(tmp_path / "flags")).split(), **given)
     assert done.returncode == 0, done.stderr
-    given = [line.split(".py ")[1].split() for line in done.stdout.splitlines() if "train_policy_" in line]
-    runs = [parse_policy_arguments(some) for some in given]
+    trained = [line.split(".py ")[1].split() for line in done.stdout.splitlines() if "train_policy_" in line]
+    runs = [parse_policy_arguments(some) for some in trained]
     assert [run.loss.iteration for run in runs] == [1, 2]
     for run in runs:
         run.check()
-        assert run.model.anchors["ref"] == reference and "ref" in run.loss.weights()
+        assert run.model.anchor_paths["ref"] == reference and "ref" in run.loss.weights()
 
 
 def test_the_tiny_model_is_left_alone_when_built_again(tmp_path):

@@ -446,6 +446,18 @@ def test_a_report_states_kl_where_the_log_ratio_estimates_it(runs):
         assert (report["kl"] is None) == (name not in ("whole", "lora")), name
 
 
+def test_a_finished_run_against_another_reference_is_not_taken_for_this_one(runs):
+    saved = str(runs.folder / "reference" / "arguments.json")
+    arguments = parse_policy_arguments(["--config", saved, "--skip_finished"])
+    arguments.model.reference, arguments.model.start = None, runs.other
+    assert is_finished(arguments)
+    arguments.model.start = runs.policy
+    with pytest.raises(InputError, match="was trained with reference"):
+        is_finished(arguments)
+    saved = str(runs.folder / "whole" / "arguments.json")
+    assert is_finished(parse_policy_arguments(["--config", saved, "--skip_finished", "--start", runs.other]))
+
+
 def test_a_finished_run_of_other_scores_is_not_taken_for_this_one(runs):
     folder = runs.folder / "whole"
     arguments = parse_policy_arguments(["--config", str(folder / "arguments.json"), "--skip_finished"])

@@ -62,6 +62,8 @@ class GenerationArguments(ReadingArguments):
             raise InputError(f"--vllm_options {self.vllm_options} is no JSON ({error})") from error
         if not isinstance(options, dict):
             raise InputError(f'--vllm_options {self.vllm_options} must be an object, as in {{"max_model_len": 4096}}')
+        if "model" in options:
+            raise InputError(f"--vllm_options {self.vllm_options} names a model, but --policy does: drop it")
         return options
 
 

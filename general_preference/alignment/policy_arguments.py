@@ -40,7 +40,7 @@ class PolicyArguments(BackboneArguments):
     # fmt: on
 
     @property
-    def anchors(self) -> dict[str, str]:
+    def anchor_paths(self) -> dict[str, str]:
         """Paths of what log-ratios can be taken against."""
         return {"t": self.pretrain, "ref": self.reference or self.start or self.pretrain}
 
