@@ -619,7 +619,8 @@ def test_sigterm_answers_what_was_accepted(server, rm):
     assert len(good) > 16 and all(began > ended - 1 for began, *_ in others), others
     refused = {str(getattr(answer, "status_code", type(answer).__name__)) for _, answer, _ in others}
     assert refused <= {"503", "ConnectError", "ReadError"}, refused
-    # A reset is of the listener's backlog, which is closed when all that was accepted has been answered.
-    last = max(answered for *_, answered in good)
+    # A reset is of the listener's backlog, which is closed when all that was accepted has been answered, 50 ms or more
+    # after the signal. Threads of a busy client note the two in either order: a reset 3 ms too early was seen.
+    last = max(answered for *_, answered in good) - 0.02
     assert all(failed > last for _, answer, failed in others if isinstance(answer, httpx.ReadError)), others
     assert not re.search("Traceback|Warning", server.log.read_text()), server.log.read_text()
